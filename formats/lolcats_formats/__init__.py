@@ -1,0 +1,39 @@
+"""The artifact directories that the stages of lolcats hand each other, as defined in formats/SPEC.md.
+
+Needs the standard library, safetensors and jsonschema; torch only where tensors are read or written.
+"""
+
+from .artifact import Artifact
+from .canonical import artifact_id, canonical, differences
+from .errors import (
+    ConfigMismatch,
+    Damaged,
+    FormatError,
+    Locked,
+    NotAnArtifact,
+    Unfinished,
+    UnsupportedVersion,
+    WrongKind,
+)
+from .limits import KINDS, VERSION
+from .tensors import TensorInfo
+from .writer import ArtifactWriter
+
+__all__ = [
+    "KINDS",
+    "VERSION",
+    "Artifact",
+    "ArtifactWriter",
+    "ConfigMismatch",
+    "Damaged",
+    "FormatError",
+    "Locked",
+    "NotAnArtifact",
+    "TensorInfo",
+    "Unfinished",
+    "UnsupportedVersion",
+    "WrongKind",
+    "artifact_id",
+    "canonical",
+    "differences",
+]

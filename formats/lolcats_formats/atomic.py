@@ -1,0 +1,100 @@
+"""The one layer through which every byte of an artifact is written.
+
+A file appears under its name complete or not at all: temporary file in the same directory, fsync, rename,
+fsync of the directory. Tests that inject faults replace the functions of this module.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .limits import TEMPORARY_SUFFIX
+
+
+class Written(NamedTuple):
+    """What a manifest says of a file."""
+
+    size: int  # bytes
+    sha256: str  # hexadecimal
+
+
+def temporary(path: Path) -> Path:
+    """The temporary name beside `path`. One writer at a time: no random part, and it cannot pile up."""
+    return path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
+
+
+def write(path: Path, chunks: Iterable[Any]) -> Written:
+    """Writes the chunks (bytes-like objects) as the file `path`, durably; returns its size and SHA-256.
+
+    Permissions are 0666 less the umask. On an exception the temporary file is gone and an older file under
+    `path` untouched. Raises OSError (ENOSPC when the disk is full).
+    """
+    beside = temporary(path)
+    digest, size = hashlib.sha256(), 0
+    try:
+        descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        with open(descriptor, "wb", buffering=0) as file:
+            for chunk in chunks:
+                view = memoryview(chunk).cast("B")
+                digest.update(view)
+                size += len(view)
+                while len(view):  # a raw write may be short
+                    view = view[file.write(view) or 0 :]
+            fsync(descriptor)
+        rename(beside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(beside)
+        raise
+    return Written(size, digest.hexdigest())
+
+
+def append(descriptor: int, data: bytes) -> None:
+    """Appends to an open log; what a crash leaves half-written is cut off when the writer resumes."""
+    view = memoryview(data)
+    while len(view):
+        view = view[os.write(descriptor, view) :]
+
+
+def rename(source: Path, target: Path) -> None:
+    """Renames within a directory and makes the new name durable."""
+    os.replace(source, target)
+    fsync_directory(target.parent)
+
+
+def remove(path: Path) -> None:
+    """Removes a file, if it is there, durably."""
+    try:
+        os.unlink(path)
+    except FileNotFoundError:
+        return
+    fsync_directory(path.parent)
+
+
+def make_directory(path: Path) -> None:
+    """Makes the directory and its missing parents, each entry durable."""
+    if path.is_dir():
+        return
+    make_directory(path.parent)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(path)
+        fsync_directory(path.parent)
+
+
+def fsync(descriptor: int) -> None:
+    """The file's bytes reach the disk before this returns."""
+    os.fsync(descriptor)
+
+
+def fsync_directory(path: Path) -> None:
+    """The directory's entries reach the disk before this returns."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,57 @@
+"""One writer per directory: an advisory lock (flock) in it, which the kernel frees when its owner dies."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+from pathlib import Path
+
+from .errors import Locked
+from .limits import LOCK
+
+
+class DirectoryLock:
+    """Holds the lock from construction until `release`. Raises Locked at once when another process has it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / LOCK
+        self._pid = os.getpid()
+        self._descriptor: int | None = None
+        while self._descriptor is None:
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if _is_at(descriptor, self.path):  # else its last owner removed it between our open and our lock
+                    os.ftruncate(descriptor, 0)
+                    os.write(descriptor, f"{self._pid} {socket.gethostname()}\n".encode())
+                    self._descriptor = descriptor
+            except BlockingIOError:
+                owner = os.read(descriptor, 256).decode("utf-8", "replace").split()
+                by = f"process {owner[0]} on {owner[1]}" if len(owner) == 2 else "another process"
+                raise Locked(
+                    f"{directory} is being written by {by}; wait for it, or choose another output directory"
+                ) from None
+            finally:
+                if self._descriptor != descriptor:
+                    os.close(descriptor)
+
+    def release(self) -> None:
+        """Frees the lock and removes its file. A forked child, which shares the lock, changes nothing."""
+        if self._descriptor is None or os.getpid() != self._pid:
+            return
+        descriptor, self._descriptor = self._descriptor, None
+        with contextlib.suppress(OSError):
+            if _is_at(descriptor, self.path):
+                os.unlink(self.path)  # before the lock is freed, or it could be the next owner's
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+        os.close(descriptor)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        there = os.stat(path, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(os.fstat(descriptor), there)

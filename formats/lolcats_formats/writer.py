@@ -1,0 +1,394 @@
+"""Writing an artifact: file by file, resumable at every moment, finished by the manifest alone."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from . import atomic, schema
+from .artifact import Artifact, check_names, hash_file, lineage, read_small, unlisted, walk
+from .canonical import artifact_id, canonical, differences, parse, plain, plain_metrics, pretty
+from .errors import ConfigMismatch, Damaged, FormatError, NotAnArtifact
+from .limits import (
+    FORMAT,
+    KINDS,
+    MANIFEST,
+    MAX_FILES,
+    MAX_JSON_BYTES,
+    MAX_METRICS_LINE,
+    METRICS,
+    PROGRESS,
+    README,
+    SCRATCH,
+    TEMPORARY_SUFFIX,
+    VERSION,
+    check_name,
+)
+from .lock import DirectoryLock
+from .tensors import CHUNK, serialize
+
+if TYPE_CHECKING:
+    import torch
+
+_IDENTITY = (
+    "kind",
+    "config",
+    "teacher",
+    "data",
+    "parents",
+)  # what must agree for a directory to be continued
+
+
+class ArtifactWriter:
+    """Writes one artifact directory; made by `create`, used as a context manager.
+
+    Every file is on the disk and recorded in progress.json before the call that writes it returns. An
+    exception, a signal or a crash at any moment leaves an unfinished directory, which `create` with the same
+    settings continues.
+
+    finished: the artifact, when `create` found it finished in the directory; nothing can be written then.
+    """
+
+    def __init__(self, path: Path, record: dict[str, Any], tool: str) -> None:
+        self.path = path
+        self.finished: Artifact | None = None
+        self._record = record  # the content of progress.json
+        self._by_lower: dict[str, str] = {}  # lower-case name -> name of the recorded files
+        self._tool = tool
+        self._lock: DirectoryLock | None = None
+        self._log: int | None = None
+
+    @classmethod
+    def create(
+        cls,
+        path: str | os.PathLike[str],
+        kind: str,
+        *,
+        config: Mapping[str, Any],
+        teacher: Mapping[str, Any],
+        data: Mapping[str, Any],
+        parents: Sequence[Artifact] = (),
+        tool: str,
+    ) -> Self:
+        """Starts the artifact in `path`, or continues it, or finds it finished there (`.finished`).
+
+        tool: name and version of the program, such as "lolcats 0.1.0"; recorded, but no part of the id.
+        Raises ConfigMismatch when the directory holds an artifact of other settings, NotAnArtifact when it
+        holds other things, Locked when another process writes into it, FormatError for settings that JSON
+        cannot hold.
+        """
+        if kind not in KINDS:
+            raise FormatError(f"the kind {kind!r} is none of {', '.join(KINDS)}")
+        record: dict[str, Any] = {
+            "format": FORMAT,
+            "version": VERSION,
+            "kind": kind,
+            "config": plain(config, "config"),
+            "teacher": plain(teacher, "teacher"),
+            "data": plain(data, "data"),
+            "parents": plain(lineage(parents), "parents"),
+            "files": {},
+            "metrics": 0,
+        }
+        writer = cls(Path(path), record, tool)
+        try:
+            schema.check(writer._manifest({}, {}), kind, f"the new {kind} artifact")
+        except Damaged as error:
+            raise FormatError(str(error)) from None
+        writer._start()
+        return writer
+
+    def has(self, name: str) -> bool:
+        """True when the file is complete: written in this run or in the one that is continued."""
+        return name in (self.finished.files if self.finished else self._record["files"])
+
+    def restart(self) -> None:
+        """Forgets the files and events so far, for a stage that begins anew instead of continuing from them."""
+        self._assert_open()
+        if self._log is not None:
+            os.close(self._log)
+            self._log = None
+        self._record["files"], self._record["metrics"], self._by_lower = {}, 0, {}
+        self._write_progress()  # first: were it last, a crash before it would leave recorded events missing
+        self._cut_metrics()
+
+    @property
+    def scratch(self) -> Path:
+        """A folder for resume state, such as a trainer's checkpoints; `finish` removes it."""
+        self._assert_open()
+        atomic.make_directory(self.path / SCRATCH)
+        return self.path / SCRATCH
+
+    def save(
+        self,
+        name: str,
+        tensors: Mapping[str, torch.Tensor],
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        """Writes a safetensors file. The same tensors give the same bytes; one tensor at a time is copied.
+
+        metadata: text by name for the file's header; {"format": "pt"} by default.
+        """
+        self._write(name, serialize(tensors, metadata, str(self.path / name)))
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        """Writes a file."""
+        self._write(name, [content])
+
+    def write_text(self, name: str, text: str) -> None:
+        """Writes a text file in UTF-8, line ends as they are."""
+        self._write(name, [text.encode("utf-8")])
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Writes a JSON file with sorted keys; other programs' files may hold integers of any size, but no NaN."""
+        try:
+            content = pretty(value)
+        except (TypeError, ValueError) as error:
+            raise FormatError(f"{self.path / name} cannot be written as JSON: {error}") from None
+        self._write(name, [content])
+
+    def copy(self, name: str, source: Path | tuple[Artifact, str]) -> None:
+        """Copies a file: a path, or (artifact, name), whose SHA-256 is then checked."""
+        if isinstance(source, tuple):
+            artifact, other = source
+            self._write(name, _chunks(artifact.file(other), artifact.files[other]["sha256"]))
+        else:
+            self._write(name, _chunks(source))
+
+    def adopt(self, name: str) -> None:
+        """Records a file that a library wrote into the directory: durable, hashed, permissions by umask.
+
+        The file must be complete. README.md may be written but is never recorded (SPEC.md, "Other files").
+        """
+        self._assert_open()
+        path = self.path / name
+        if name == README:
+            return
+        self._check_new(name)
+        if path.is_symlink() or not path.is_file():
+            raise FormatError(f"{path} cannot be added to the artifact: it is not a regular file")
+        # Libraries leave other modes behind (safetensors 0600); progress.json got the umask's.
+        os.chmod(path, os.stat(self.path / PROGRESS).st_mode & 0o777)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            atomic.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        for folder in path.relative_to(self.path).parents:
+            atomic.fsync_directory(self.path / folder)
+        self._add(name, atomic.Written(*hash_file(path)))
+
+    def log(self, **event: Any) -> None:
+        """Appends one event to metrics.jsonl. It belongs to the file that is completed next.
+
+        After a crash, events since the last completed file are dropped, as the work between is done again. An
+        event carries what is measured, but no times or durations, which would differ between two runs.
+        """
+        self._assert_open()
+        line = canonical(plain_metrics(event, "a metrics event")) + b"\n"
+        if len(line) > MAX_METRICS_LINE:
+            raise FormatError(f"a metrics event of {len(line)} bytes is longer than {MAX_METRICS_LINE}")
+        if self._log is None:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+            self._log = os.open(self.path / METRICS, flags, 0o666)
+        atomic.append(self._log, line)
+
+    def finish(self, summary: Mapping[str, Any]) -> Artifact:
+        """Publishes manifest.json, the artifact's one act of completion, and returns the artifact.
+
+        summary: results for people and scripts, without times. Raises FormatError when a file lies in the
+        directory that was not written through this object.
+        """
+        if self.finished is not None:
+            return self.finished
+        self._assert_open()
+        summary = plain_metrics(summary, "summary")
+        if self._log is not None or (self.path / METRICS).exists():
+            self._mark_metrics()
+            self._record["files"][METRICS] = _entry(atomic.Written(*hash_file(self.path / METRICS)))
+        files = self._record["files"]
+        shutil.rmtree(self.path / SCRATCH, ignore_errors=True)
+        extra = unlisted(self.path, files)
+        if extra:
+            raise FormatError(
+                f"{self.path / extra[0]} is not part of the artifact; move it away and run the same command again"
+            )
+        manifest = self._manifest(files, summary)
+        schema.check(manifest, manifest["kind"], str(self.path / MANIFEST))
+        self._write_document(MANIFEST, manifest)
+        atomic.remove(self.path / PROGRESS)
+        self.close()
+        return Artifact.open(self.path)
+
+    def close(self) -> None:
+        """Frees the directory. Without `finish` before, it stays unfinished and can be continued."""
+        if self._log is not None:
+            os.close(self._log)
+            self._log = None
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _start(self) -> None:
+        path = self.path
+        if path.exists() and not path.is_dir():
+            raise NotAnArtifact(f"{path} is a file; give a directory to write the artifact into")
+        if self._find_finished():
+            return
+        if not path.is_dir():
+            atomic.make_directory(path)
+        elif not (path / PROGRESS).exists() and any(not n.startswith(".") for n in os.listdir(path)):
+            raise NotAnArtifact(f"{path} holds other files and no artifact; choose another output directory")
+        self._lock = DirectoryLock(path)
+        try:
+            if not self._find_finished():  # its writer may have finished between our look and our lock
+                self._continue()
+        except BaseException:
+            self.close()
+            raise
+        if self.finished is not None:
+            self.close()
+
+    def _find_finished(self) -> bool:
+        if not os.path.lexists(self.path / MANIFEST):
+            return False
+        artifact = Artifact.open(self.path)
+        self._compare(artifact.manifest, "a finished")
+        self.finished = artifact
+        return True
+
+    def _continue(self) -> None:
+        """Takes over what an earlier writer completed, removes what it had half done."""
+        if (self.path / PROGRESS).exists():
+            where = str(self.path / PROGRESS)
+            found = parse(read_small(self.path / PROGRESS), where)
+            schema.check_version(found, where)
+            schema.check(found, "progress", where)
+            check_names(found["files"], where)
+            self._compare(found, "an unfinished")
+            for name, entry in found["files"].items():
+                file = self.path / name
+                if not file.is_file() or file.stat().st_size != entry["size"]:
+                    raise Damaged(f"{file} is not as it was completed; remove {self.path} and start again")
+            self._record["files"], self._record["metrics"] = found["files"], found["metrics"]
+            self._by_lower = {name.lower(): name for name in found["files"]}
+        for name in list(walk(self.path)):
+            if (self.path / name).is_symlink():
+                raise Damaged(f"{self.path / name} is a link, which could lead out of the artifact; remove it")
+            if name.endswith(TEMPORARY_SUFFIX):
+                os.unlink(self.path / name)
+        self._cut_metrics()
+        self._write_progress()
+
+    def _cut_metrics(self) -> None:
+        path, length = self.path / METRICS, self._record["metrics"]
+        size = path.stat().st_size if path.exists() else 0
+        if size < length:
+            raise Damaged(f"{path} is shorter than it was; remove {self.path} and start again")
+        if length == 0:
+            atomic.remove(path)
+        elif size > length:
+            os.truncate(path, length)
+
+    def _compare(self, found: Mapping[str, Any], state: str) -> None:
+        fields = differences({k: found[k] for k in _IDENTITY}, {k: self._record[k] for k in _IDENTITY})
+        if fields:
+            shown = "; ".join(
+                f"{n} is {_short(a)} there and {_short(b)} here" for n, (a, b) in list(fields.items())[:5]
+            )
+            more = f"; and {len(fields) - 5} more" if len(fields) > 5 else ""
+            raise ConfigMismatch(
+                f"{self.path} holds {state} {found['kind']} artifact of other settings: {shown}{more}. "
+                f"Choose another output directory, or give the settings it was made with",
+                list(fields),
+            )
+
+    def _write(self, name: str, chunks: Any) -> None:
+        self._assert_open()
+        path = self.path / name
+        if name == README:  # for people, who may edit it: not recorded
+            atomic.write(path, chunks)
+            return
+        self._check_new(name)
+        if self._record["files"].pop(name, None):  # written again: unrecorded while its bytes change
+            self._write_progress()
+        atomic.make_directory(path.parent)
+        self._add(name, atomic.write(path, chunks))
+
+    def _check_new(self, name: str) -> None:
+        try:
+            check_name(name)
+        except Damaged as error:
+            raise FormatError(str(error)) from None
+        if name == METRICS or len(self._record["files"]) >= MAX_FILES - 1:
+            raise FormatError(f"{name!r} cannot be added: metrics go through log(), and {MAX_FILES} files is the most")
+        other = self._by_lower.get(name.lower(), name)
+        if other != name:
+            raise FormatError(f"the names {other!r} and {name!r} differ only in case")
+
+    def _add(self, name: str, written: atomic.Written) -> None:
+        self._record["files"][name] = _entry(written)
+        self._by_lower[name.lower()] = name
+        self._mark_metrics()
+        self._write_progress()
+
+    def _mark_metrics(self) -> None:
+        if self._log is not None:
+            atomic.fsync(self._log)
+            self._record["metrics"] = os.fstat(self._log).st_size
+
+    def _write_progress(self) -> None:
+        self._write_document(PROGRESS, self._record)
+
+    def _write_document(self, name: str, document: dict[str, Any]) -> None:
+        content = pretty(document)
+        if len(content) > MAX_JSON_BYTES:
+            raise FormatError(f"{self.path / name} would be larger than {MAX_JSON_BYTES} bytes, the most that is read")
+        atomic.write(self.path / name, [content])
+
+    def _manifest(self, files: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:
+        manifest = {k: self._record[k] for k in ("format", "version", *_IDENTITY)}
+        manifest |= {"files": files, "summary": summary, "id": "0" * 64}
+        time = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        manifest["created"] = {"time": time, "tool": self._tool}
+        manifest["id"] = artifact_id(manifest)
+        plain(manifest, "")  # also bounds the depth
+        return manifest
+
+    def _assert_open(self) -> None:
+        if self.finished is not None:
+            raise FormatError(f"{self.path} is a finished {self.finished.kind} artifact; nothing can be added to it")
+        assert self._lock is not None, "the writer is closed"
+
+
+def _entry(written: atomic.Written) -> dict[str, Any]:
+    return {"size": written.size, "sha256": written.sha256}
+
+
+def _short(value: Any) -> str:
+    text = canonical(value).decode()
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _chunks(path: Path, sha256: str | None = None) -> Iterator[bytes]:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+            yield chunk
+    if sha256 is not None and digest.hexdigest() != sha256:
+        raise Damaged(f"{path} is damaged: its bytes do not have the SHA-256 of its manifest")
