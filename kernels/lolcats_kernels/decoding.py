@@ -1,0 +1,101 @@
+"""One token after a state: constant time and memory, a small constant number of operations.
+
+Shapes: B batch, H query heads, K key heads, G = H / K, C window slots, D head, Dv value head, F' features.
+"""
+
+import torch
+from torch import Tensor
+
+from .maps import HybridMaps, compute_dtype
+from .reference import safe_divide
+from .state import KVState, window_start
+
+
+def decode_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    maps: HybridMaps,
+    *,
+    scaling: float,
+    state: KVState,
+    return_state: bool,
+    terms: str,
+) -> tuple[Tensor, KVState | None]:
+    """Hybrid attention for T = 1 without padding; q [B, H, 1, D], k [B, K, 1, D], v [B, K, 1, Dv]."""
+    config = maps.config
+    key_heads, slots = k.shape[1], state.keys.shape[2]
+    dtype = compute_dtype(q.dtype)
+    length = state.length + 1
+    if not slots:  # pure linear: the query's own key is in the sums that it sees
+        sums, norms = _fold(maps, state.sums, state.norms, k, v)
+        after = KVState(sums, norms, state.keys, state.values, length)
+        out = safe_divide(*_linear(maps, q, sums, norms)).to(q.dtype)
+        if terms == "window":
+            out = torch.zeros_like(out)
+        return out, after if return_state else None
+
+    # The new token takes the slot of one that has left the window.
+    slot = torch.remainder(state.length, slots)[:, None, None, None]
+    keys = state.keys.scatter(2, slot.expand_as(k), k)
+    values = state.values.scatter(2, slot.expand_as(v), v)
+    ring = KVState(state.sums, state.norms, keys, values, length)
+    position = ring.slot_positions()
+    numerator: Tensor | None = None
+    denominator: Tensor | None = None
+    if terms != "linear":
+        gamma = maps.factors(dtype)[0].view(key_heads, -1, 1)
+        query = q.to(dtype).unflatten(1, (key_heads, -1)).squeeze(3)  # [B, K, G, D]
+        scores = query @ keys.to(dtype).transpose(-1, -2) * scaling  # [B, K, G, C]
+        seen = position >= window_start(state.length, config)[:, None]
+        scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
+        weights = gamma * torch.exp(scores - scores.amax(-1, keepdim=True))
+        numerator = (weights @ values.to(dtype)).flatten(1, 2)[:, :, None]
+        denominator = weights.sum(-1).flatten(1, 2)[:, :, None, None]
+    if terms != "window":
+        linear, linear_norm = _linear(maps, q, state.sums, state.norms)
+        numerator = linear if numerator is None else numerator + linear
+        denominator = linear_norm if denominator is None else denominator + linear_norm
+    assert numerator is not None and denominator is not None
+    out = safe_divide(numerator, denominator).to(q.dtype)
+    if not return_state:
+        return out, None
+
+    # Keys that the next query does not see by softmax any more go into the sums: one a step (sliding), or a
+    # whole block when a block is full (terraced).
+    begin, end = window_start(state.length, config), window_start(length, config)
+    count = 1 if config.layout == "sliding" else config.window
+    if config.layout == "terraced" and not bool((end > begin).any()):
+        return out, ring
+    leaving = begin[:, None] + torch.arange(count, device=begin.device)
+    index = torch.remainder(leaving, slots)[:, None, :, None]
+    sums, norms = _fold(
+        maps,
+        state.sums,
+        state.norms,
+        keys.gather(2, index.expand(-1, key_heads, -1, keys.shape[3])),
+        values.gather(2, index.expand(-1, key_heads, -1, values.shape[3])),
+        (leaving < end[:, None])[:, None, :, None],
+    )
+    return out, KVState(sums, norms, keys, values, length)
+
+
+def _linear(maps: HybridMaps, q: Tensor, sums: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
+    """Numerator [B, H, 1, Dv] and denominator [B, H, 1, 1] of the linear term."""
+    phi = maps.q_features(q)
+    phi = phi * maps.factors(phi.dtype)[1][:, None, None]
+    return phi @ sums, phi @ norms[..., None]
+
+
+def _fold(
+    maps: HybridMaps, sums: Tensor, norms: Tensor, keys: Tensor, values: Tensor, take: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """S and z with the keys [B, K, N, D] added where take [B, 1, N, 1]."""
+    phi = maps.k_features(keys)
+    if take is not None:
+        phi = phi * take
+    batch, heads, _, features = phi.shape
+    # Query heads of one key head lie together, so that they share its values without a copy.
+    grouped = phi.unflatten(1, (keys.shape[1], -1)).permute(0, 1, 2, 4, 3).flatten(2, 3)  # [B, K, G F', N]
+    added = (grouped @ values.to(phi.dtype)).view(batch, heads, features, -1)
+    return sums + added, norms + phi.sum(2)

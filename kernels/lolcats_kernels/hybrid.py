@@ -1,0 +1,149 @@
+"""The one operation: hybrid attention, by whichever implementation fits.
+
+Shapes: B batch, H query heads, K key heads, T time, D head, Dv value head.
+"""
+
+from collections.abc import Callable
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from .chunked import chunked_attention
+from .maps import HybridMaps
+from .reference import reference_attention
+from .state import KVState
+
+TERMS = ("both", "window", "linear")
+
+# Every implementation takes what `hybrid_attention` takes, checked, and returns (out, state or None).
+_BACKENDS: dict[str, Callable[..., tuple[Tensor, KVState | None]]] = {
+    "reference": reference_attention,
+    "chunked": chunked_attention,
+}
+BACKENDS = ("auto", *_BACKENDS)
+
+
+@overload
+def hybrid_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    maps: HybridMaps,
+    *,
+    scaling: float,
+    valid: Tensor | None = ...,
+    state: KVState | None = ...,
+    return_state: Literal[False] = ...,
+    terms: str = ...,
+    backend: str = ...,
+) -> Tensor: ...
+@overload
+def hybrid_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    maps: HybridMaps,
+    *,
+    scaling: float,
+    valid: Tensor | None = ...,
+    state: KVState | None = ...,
+    return_state: Literal[True],
+    terms: str = ...,
+    backend: str = ...,
+) -> tuple[Tensor, KVState]: ...
+def hybrid_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    maps: HybridMaps,
+    *,
+    scaling: float,
+    valid: Tensor | None = None,
+    state: KVState | None = None,
+    return_state: bool = False,
+    terms: str = "both",
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, KVState]:
+    """Windowed softmax plus linear attention with one shared denominator (arXiv 2410.10254, eq. 7), causal.
+
+    q [B, H, T, D]; k [B, K, T, D], v [B, K, T, Dv], not repeated (K divides H), after RoPE; float dtypes.
+    maps: the layer's feature maps and gamma, for H heads of size D.
+    scaling: factor of q . k in the softmax scores (the feature maps take q and k as they are).
+    valid [B, T] bool: False is padding, anywhere in the row. It contributes nothing, its outputs are 0, and
+        positions count valid tokens only, so the others get what they would get in the row without it.
+    state: from the tokens before these; None at the start. Not changed.
+    return_state: also return the state after these tokens.
+    terms: "both"; or for ablations "window" (the linear term is 0) or "linear" (the window's term is 0).
+        A query for which nothing is left to sum gets output 0.
+    backend: "reference" (the definition, quadratic), "chunked" (linear time and memory), or "auto".
+
+    Returns out [B, H, T, Dv] in q's dtype, or (out, state). Sums are in fp32 (fp64 for fp64 inputs).
+    Differentiable in q, k, v and the parameters of `maps`.
+    Raises ValueError when shapes, dtypes or options do not fit together.
+    """
+    _check(q, k, v, maps, valid, state, terms, backend)
+    run = _BACKENDS["chunked" if backend == "auto" else backend]
+    wanted = q.dtype
+    q, k, v = (x.to(_common_dtype(q, k, v)) for x in (q, k, v))
+    with torch.autocast(q.device.type, enabled=False):  # sums stay in fp32
+        out, after = run(
+            q, k, v, maps, scaling=scaling, valid=valid, state=state, return_state=return_state, terms=terms
+        )
+    out = out.to(wanted)
+    if not return_state:
+        return out
+    assert after is not None
+    return out, after
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    maps: HybridMaps,
+    valid: Tensor | None,
+    state: KVState | None,
+    terms: str,
+    backend: str,
+) -> None:
+    def shapes() -> str:
+        return f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+
+    if terms not in TERMS:
+        raise ValueError(f"terms is {terms!r}; choose one of {', '.join(TERMS)}.")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; choose one of {', '.join(BACKENDS)}.")
+    if not q.ndim == k.ndim == v.ndim == 4:
+        raise ValueError(f"q, k and v must be [batch, heads, time, head size]; got {shapes()}.")
+    batch, heads, time, head_dim = q.shape
+    if k.shape[:3] != v.shape[:3] or (k.shape[0], k.shape[2]) != (batch, time) or time == 0:
+        raise ValueError(f"q, k and v must have one batch and one time of at least 1; got {shapes()}.")
+    if heads != maps.num_heads or head_dim != maps.head_dim or k.shape[3] != head_dim:
+        raise ValueError(
+            f"The feature maps are for {maps.num_heads} query heads of size {maps.head_dim}; got {shapes()}."
+        )
+    if k.shape[1] == 0 or heads % k.shape[1]:
+        raise ValueError(f"The {heads} query heads must be a multiple of the key heads; got {shapes()}.")
+    if not all(x.is_floating_point() for x in (q, k, v)):
+        raise ValueError(f"q, k and v must be of float dtypes; got {q.dtype}, {k.dtype}, {v.dtype}.")
+    if valid is not None and (valid.shape != (batch, time) or valid.dtype != torch.bool):
+        raise ValueError(
+            f"valid must be bool [{batch}, {time}] (True: a token); got {valid.dtype} {list(valid.shape)}."
+        )
+    if state is not None:
+        held = KVState.shapes(maps, batch, k.shape[1], v.shape[3])
+        for name, shape in held.items():
+            got = getattr(state, name).shape
+            if got != shape:
+                raise ValueError(
+                    f"The state's {name} are {list(got)}, these inputs need {list(shape)}: "
+                    "the state comes from another batch, layer or configuration."
+                )
+        if state.keys.dtype != _common_dtype(q, k, v):
+            raise ValueError(f"The state holds {state.keys.dtype}, the inputs are {_common_dtype(q, k, v)}.")
+
+
+def _common_dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
+    """With autocast, norms leave q and k wider than v; the widest is used for all."""
+    return torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)

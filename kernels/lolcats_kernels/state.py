@@ -1,0 +1,141 @@
+"""What a hybrid attention layer remembers between calls. Its size does not depend on the context's length.
+
+Shapes: B batch, H query heads, K key heads, T time, D head, F' features, C window slots, Dv value head.
+
+After n tokens of a row the next query, at position n, sees by softmax the keys from `window_start(n)` on.
+The state is what that query needs: sums S and z over the keys before that start, and the keys and values from
+it on.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .maps import HybridConfig, HybridMaps, compute_dtype, repeat_heads
+
+
+def window_start(position: Tensor, config: HybridConfig) -> Tensor:
+    """The first key position that a query at `position` sees by softmax; `position + 1` for window 0."""
+    if config.layout == "terraced" and config.window:
+        start = (position // config.window - 1) * config.window
+    else:
+        start = position + 1 - config.window
+    return start.clamp(min=0)
+
+
+@dataclass(frozen=True, eq=False)
+class KVState:
+    """State of one layer for B rows, which may have seen different numbers of tokens.
+
+    sums [B, H, F', Dv]: S, over the keys older than the next query's window; fp32 (fp64 for fp64 inputs).
+    norms [B, H, F']: z, over the same keys.
+    keys [B, K, C, D], values [B, K, C, Dv]: a ring in the inputs' dtype: position p lies in slot p mod C.
+        C is the window (sliding), twice the window (terraced), or 0 (pure linear).
+    length [B]: valid tokens seen, int64.
+    """
+
+    sums: Tensor
+    norms: Tensor
+    keys: Tensor
+    values: Tensor
+    length: Tensor
+
+    @classmethod
+    def empty(
+        cls,
+        maps: HybridMaps,
+        batch: int,
+        key_heads: int,
+        *,
+        value_dim: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> "KVState":
+        """The state before the first token. `dtype` is that of the keys and values to come."""
+        held = compute_dtype(dtype)
+        dtypes = {"sums": held, "norms": held, "keys": dtype, "values": dtype, "length": torch.int64}
+        shapes = cls.shapes(maps, batch, key_heads, maps.head_dim if value_dim is None else value_dim)
+        return cls(**{name: torch.zeros(shapes[name], dtype=dtypes[name], device=device) for name in shapes})
+
+    @staticmethod
+    def shapes(maps: HybridMaps, batch: int, key_heads: int, value_dim: int) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor."""
+        slots = maps.config.window * (2 if maps.config.layout == "terraced" else 1)
+        return {
+            "sums": (batch, maps.num_heads, maps.num_features, value_dim),
+            "norms": (batch, maps.num_heads, maps.num_features),
+            "keys": (batch, key_heads, slots, maps.head_dim),
+            "values": (batch, key_heads, slots, value_dim),
+            "length": (batch,),
+        }
+
+    @property
+    def batch_size(self) -> int:
+        return self.length.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(x.nbytes for x in (self.sums, self.norms, self.keys, self.values, self.length))
+
+    def select_batch(self, index: Tensor) -> "KVState":
+        """The rows `index` [B'] (int64) in that order: beam reordering, repetition, selection."""
+        return KVState(
+            *(
+                x.index_select(0, index.to(x.device))
+                for x in (self.sums, self.norms, self.keys, self.values, self.length)
+            )
+        )
+
+    def slot_positions(self) -> Tensor:
+        """[B, C]: the position that each slot was last written with; negative where none was."""
+        slots = self.keys.shape[2]
+        slot = torch.arange(slots, device=self.length.device)
+        last = self.length[:, None] - 1
+        return last - torch.remainder(last - slot, slots) if slots else last[:, :0]
+
+    def live_slots(self, config: HybridConfig) -> tuple[Tensor, Tensor]:
+        """(positions [B, C], live [B, C]): live slots hold keys that are not in the sums."""
+        position = self.slot_positions()
+        return position, position >= window_start(self.length, config)[:, None]
+
+
+def next_state(
+    maps: HybridMaps,
+    state: KVState | None,
+    features: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    position: Tensor,
+    live: Tensor,
+    length: Tensor,
+) -> KVState:
+    """The state after the live keys.
+
+    features [B, H, T, F'], keys [B, K, T, D], values [B, K, T, Dv]: all keys that are not in `state`'s sums,
+    those of its ring included, with position [B, T]; live [B, T] False: not a key, must be finite.
+    length [B]: valid tokens seen at the end.
+    """
+    config, heads = maps.config, maps.num_heads
+    new = KVState.empty(
+        maps, keys.shape[0], keys.shape[1], value_dim=values.shape[-1], dtype=keys.dtype, device=keys.device
+    )
+    start = window_start(length, config)[:, None]
+    old = (live & (position < start))[:, None, :, None]
+    features = features * old
+    sums = features.transpose(-1, -2) @ repeat_heads(values, heads).to(features.dtype)
+    norms = features.sum(2)
+    if state is not None:
+        sums, norms = sums + state.sums, norms + state.norms
+    slots = new.keys.shape[2]
+    if not slots:
+        return KVState(sums, norms, new.keys, new.values, length)
+    # Keys that do not stay go to one slot more, which is cut off.
+    slot = torch.where(live & (position >= start), torch.remainder(position, slots), slots)
+    ring = []
+    for empty, x in ((new.keys, keys), (new.values, values)):
+        index = slot[:, None, :, None].expand_as(x)
+        wide = torch.cat([empty, empty[:, :, :1]], 2)
+        ring.append(wide.scatter(2, index, x)[:, :, :slots])
+    return KVState(sums, norms, ring[0], ring[1], length)

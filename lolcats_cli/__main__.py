@@ -1,0 +1,3 @@
+from lolcats_cli.main import main
+
+main()

@@ -1,0 +1,66 @@
+"""Options that several commands share, and the two ways a command prints its result."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from lolcats_cli.errors import UsageError
+
+ArtifactIn = Annotated[str, typer.Argument(help="The artifact's directory, or - to read its path from stdin.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="The directory to write. The same command resumes it.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random; the same seed gives the same bytes on a CPU.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …; auto takes CUDA where there is one.")]
+Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16 or float16.")]
+Teacher = Annotated[str | None, typer.Option(help="The teacher's folder, if it is not where it was captured.")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the teacher brings along.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Template = Annotated[
+    Literal["auto", "text", "alpaca", "chat"],
+    typer.Option(help="How a record becomes text; auto goes by its columns (input_ids are taken as tokens)."),
+]
+TextField = Annotated[str, typer.Option(help="The column that holds the text.")]
+Split = Annotated[str, typer.Option(help="The split of a hub dataset.")]
+SeqLen = Annotated[int, typer.Option(min=2, help="Tokens per row.")]
+
+
+def artifact_path(given: str, data: str | None = None) -> str:
+    """The artifact's path: `given`, or the line on stdin if it is "-", where `data` cannot come from too."""
+    if given != "-":
+        return given
+    if data == "-":
+        raise UsageError("The artifact's path and --data cannot both come from stdin.")
+    path = sys.stdin.readline().strip()
+    if not path:
+        raise UsageError("Expected an artifact's path on stdin and got nothing: did the command before this one fail?")
+    return path
+
+
+def parse_layers(text: str | None) -> list[int] | None:
+    """ "0-3,7" as [0, 1, 2, 3, 7]. Raises `UsageError` on anything else."""
+    if text is None:
+        return None
+    layers: set[int] = set()
+    try:
+        for part in text.split(","):
+            first, _, last = part.partition("-")
+            layers.update(range(int(first), int(last or first) + 1))
+    except ValueError as error:
+        raise UsageError(f"--layers {text} is not a list like 0-3,7.") from error
+    return sorted(layers)
+
+
+def print_result(path: Path, summary: dict[str, Any], as_json: bool) -> None:
+    """The result on stdout: the path alone, or one JSON document."""
+    print(json.dumps({"path": str(path), **summary}) if as_json else path, flush=True)
+
+
+def progress():
+    """Progress on stderr."""
+    from lolcats_cli.progress import StderrProgress
+
+    return StderrProgress()

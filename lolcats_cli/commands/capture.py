@@ -1,0 +1,52 @@
+"""lolcats capture"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from lolcats_cli.commands import _options as o
+
+
+def capture(
+    teacher: Annotated[str, typer.Argument(help="A model folder, or a hub id.")],
+    data: Annotated[
+        str, typer.Argument(help="Text, JSON lines, a JSON list, Parquet, - for stdin, or a hub dataset id.")
+    ],
+    output: o.Output,
+    seq_len: o.SeqLen = 1024,
+    pack: Annotated[
+        bool, typer.Option(help="Fill rows with documents one after the other; otherwise one a row.")
+    ] = True,
+    samples: Annotated[int | None, typer.Option(min=2, help="The most rows to take.")] = None,
+    val_fraction: Annotated[float, typer.Option(min=0.0, max=0.5, help="Part of the rows kept for validation.")] = 0.05,
+    template: o.Template = "auto",
+    text_field: o.TextField = "text",
+    split: o.Split = "train",
+    dtype: o.Dtype = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 8,
+    revision: Annotated[str | None, typer.Option(help="The hub revision of the teacher.")] = None,
+    trust_remote_code: o.TrustRemoteCode = False,
+    device: o.Device = "auto",
+    seed: o.Seed = 0,
+    json: o.Json = False,
+) -> None:
+    """Keep what the teacher's attentions see: queries, keys and values of every layer, and the tokens."""
+    from lolcats_cli.stages.capture import capture as run
+    from lolcats_cli.teacher.data import DataOptions
+    from lolcats_cli.teacher.load import LoadOptions
+
+    artifact = run(
+        teacher,
+        data,
+        output,
+        options=DataOptions(seq_len, pack, template, text_field, split, samples),
+        load=LoadOptions(dtype, device, trust_remote_code),
+        revision=revision,
+        val_fraction=val_fraction,
+        batch_size=batch_size,
+        seed=seed,
+        progress=o.progress(),
+    )
+    o.print_result(output, {"id": artifact.id, **artifact.summary}, json)

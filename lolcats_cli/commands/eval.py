@@ -1,0 +1,79 @@
+"""lolcats eval"""
+
+from __future__ import annotations
+
+import json as json_module
+from typing import Annotated
+
+import typer
+
+from lolcats_cli.commands import _options as o
+
+
+def evaluate(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A teacher, a transfer or LoRA artifact, a merged folder, or - to read its path from stdin."
+        ),
+    ],
+    data: Annotated[str, typer.Option(help="Held-out data, as for capture.")],
+    seq_len: o.SeqLen = 1024,
+    samples: Annotated[int | None, typer.Option(min=1, help="The most rows to take.")] = None,
+    template: o.Template = "auto",
+    text_field: o.TextField = "text",
+    split: o.Split = "train",
+    recall: Annotated[int, typer.Option(min=0, help="Rows per recall distance; 0 leaves recall out.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 4,
+    teacher: o.Teacher = None,
+    revision: Annotated[str | None, typer.Option(help="The hub revision of a teacher.")] = None,
+    trust_remote_code: o.TrustRemoteCode = False,
+    dtype: o.Dtype = "auto",
+    device: o.Device = "auto",
+    seed: o.Seed = 0,
+    json: o.Json = False,
+) -> None:
+    """Measure perplexity and recall; of a student also with its window alone and its linear term alone."""
+    given = o.artifact_path(model, data)
+
+    from lolcats_cli.stages.evaluate import evaluate as run
+    from lolcats_cli.stages.models import load_any
+    from lolcats_cli.teacher.data import DataOptions
+    from lolcats_cli.teacher.load import LoadOptions
+
+    found = run(
+        load_any(given, LoadOptions(dtype, device, trust_remote_code), teacher=teacher, revision=revision),
+        data,
+        options=DataOptions(seq_len, True, template, text_field, split, samples),
+        batch_size=batch_size,
+        recall_count=recall,
+        seed=seed,
+        progress=o.progress(),
+    )
+    print(json_module.dumps({"path": given, **found}) if json else table(found["results"]))
+
+
+def table(results: dict[str, dict]) -> str:
+    """Results by name as a table: perplexity, nats per token, attention error, recall by distance."""
+    distances = list(dict.fromkeys(d for figures in results.values() for d in figures["recall"]))
+    header = ["", "perplexity", "nats/token", "attention MSE", "relative", *(f"recall@{d}" for d in distances)]
+    rows = [header]
+    for name, figures in results.items():
+        error = figures["standard_error"]
+        rows.append(
+            [
+                name,
+                "-" if figures["perplexity"] is None else f"{figures['perplexity']:.4g}",
+                f"{figures['nats_per_token']:.4f}" + ("" if error is None else f" ± {error:.4f}"),
+                f"{figures['attention_mse']:.3g}",
+                f"{figures['relative_attention_mse']:.1%}",
+                *(f"{figures['recall'][d]:.0%}" if d in figures["recall"] else "-" for d in distances),
+            ]
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    return "\n".join(
+        "  ".join(
+            f"{cell:<{w}}" if i == 0 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    )

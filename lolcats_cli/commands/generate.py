@@ -1,0 +1,42 @@
+"""lolcats generate"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from lolcats_cli.commands import _options as o
+
+
+def generate(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A teacher, a transfer or LoRA artifact, a merged folder, or - to read its path from stdin."
+        ),
+    ],
+    prompt: Annotated[str, typer.Option(help="The text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to generate.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token every time.")] = 0.0,
+    teacher: o.Teacher = None,
+    trust_remote_code: o.TrustRemoteCode = False,
+    dtype: o.Dtype = "auto",
+    device: o.Device = "auto",
+    seed: o.Seed = 0,
+) -> None:
+    """Continue a prompt; the text streams to stdout."""
+    given = o.artifact_path(model)
+
+    from lolcats_cli.stages.generate import generate as run
+    from lolcats_cli.stages.models import load_any
+    from lolcats_cli.teacher.load import LoadOptions
+
+    def write(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    loaded = load_any(given, LoadOptions(dtype, device, trust_remote_code), teacher=teacher)
+    run(loaded, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, write=write)
+    write("\n")

@@ -1,0 +1,57 @@
+"""lolcats inspect"""
+
+from __future__ import annotations
+
+import json as json_module
+from typing import Annotated
+
+import typer
+
+from lolcats_cli.commands import _options as o
+
+
+def inspect(
+    artifact: o.ArtifactIn,
+    layer: Annotated[int | None, typer.Option(min=0, help="Show this layer's tensors and figures.")] = None,
+    json: o.Json = False,
+) -> None:
+    """Show what an artifact is: kind, lineage, layers, shapes, bytes, figures. Reads no weights."""
+    from lolcats_formats import Artifact
+
+    from lolcats_cli.stages.inspect import describe, describe_layer
+
+    opened = Artifact.open(o.artifact_path(artifact))
+    found = describe(opened) if layer is None else describe_layer(opened, layer)
+    print(json_module.dumps(found) if json else "\n".join(_lines(found)))
+
+
+def _lines(value: dict, indent: str = "") -> list[str]:
+    """A nested dict as indented text; lists of records as tables."""
+    lines = []
+    width = max(map(len, value), default=0)
+    for key, item in value.items():
+        if isinstance(item, dict) and item:
+            lines += [f"{indent}{key}", *_lines(item, indent + "  ")]
+        elif isinstance(item, list) and item and isinstance(item[0], dict):
+            lines += [f"{indent}{key}", *_table(item, indent + "  ")]
+        else:
+            lines.append(f"{indent}{key:<{width}}  {_cell(item)}")
+    return lines
+
+
+def _table(rows: list[dict], indent: str) -> list[str]:
+    header = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [header, *([_cell(row.get(key)) for key in header] for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    return [
+        indent + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in cells
+    ]
+
+
+def _cell(item: object) -> str:
+    if isinstance(item, float):
+        return f"{item:.4g}"
+    if isinstance(item, list):
+        return ", ".join(map(str, item)) or "-"
+    return "-" if item is None else str(item)

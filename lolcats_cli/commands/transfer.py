@@ -1,0 +1,81 @@
+"""lolcats transfer"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+from lolcats_cli.commands import _options as o
+
+
+def transfer(
+    capture: o.ArtifactIn,
+    output: o.Output,
+    feature_map: Annotated[Literal["hedgehog", "t2r", "elu"], typer.Option(help="The feature map.")] = "hedgehog",
+    feature_dim: Annotated[int, typer.Option(min=1, help="Its size; Hedgehog gives twice as many features.")] = 64,
+    window: Annotated[int, typer.Option(min=0, help="Keys seen by softmax; 0 is pure linear attention.")] = 64,
+    layout: Annotated[Literal["sliding", "terraced"], typer.Option(help="How the window moves.")] = "sliding",
+    linear_factor: Annotated[
+        Literal["one", "affine"], typer.Option(help="Weight of the linear term: 1, or 1 - gamma.")
+    ] = "one",
+    gamma: Annotated[float, typer.Option(help="Initial weight of the window, between 0 and 1.")] = 0.5,
+    mse_factor: Annotated[float, typer.Option(min=0, help="Weight of the outputs' squared error.")] = 1000.0,
+    xent_factor: Annotated[
+        float,
+        typer.Option(min=0, help="Weight of the attention weights' cross-entropy (memory quadratic in --seq-len)."),
+    ] = 0.0,
+    layers: Annotated[str | None, typer.Option(help="Train these layers only, such as 0-3,7.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 1,
+    grad_accum: Annotated[int, typer.Option(min=1, help="Forward passes per optimizer step.")] = 8,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the rows.")] = 2,
+    steps: Annotated[
+        int | None, typer.Option(min=0, help="Optimizer steps, instead of --epochs; 0 trains nothing.")
+    ] = None,
+    lr: Annotated[float, typer.Option(min=0, help="AdamW's learning rate, reduced on plateau.")] = 1e-2,
+    eval_steps: Annotated[int, typer.Option(min=1, help="Optimizer steps between validations.")] = 100,
+    patience: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Validations without improvement before --lr falls; a layer stops after twice as many."
+        ),
+    ] = 10,
+    device: o.Device = "auto",
+    seed: o.Seed = 0,
+    json: o.Json = False,
+) -> None:
+    """Train feature maps and mixing factors, layer by layer, from a capture; the teacher is not needed."""
+    given, parts = o.artifact_path(capture), o.parse_layers(layers)
+
+    from lolcats_kernels import HybridConfig
+
+    from lolcats_cli.errors import UsageError
+    from lolcats_cli.stages.layer_training import TransferOptions
+    from lolcats_cli.stages.transfer import transfer as run
+
+    if not 0 < gamma < 1:
+        raise UsageError(f"--gamma {gamma} must lie between 0 and 1.")
+    if not mse_factor and not xent_factor:
+        raise UsageError("--mse-factor and --xent-factor are both 0: there is nothing to train on.")
+    artifact = run(
+        given,
+        output,
+        options=TransferOptions(
+            hybrid=HybridConfig(feature_map, feature_dim, window, layout, linear_factor),
+            gamma=gamma,
+            mse_factor=mse_factor,
+            xent_factor=xent_factor,
+            batch_size=batch_size,
+            grad_accum=grad_accum,
+            epochs=epochs,
+            steps=steps,
+            lr=lr,
+            eval_steps=eval_steps,
+            patience=patience,
+            seed=seed,
+        ),
+        layers=parts,
+        device=device,
+        progress=o.progress(),
+    )
+    o.print_result(output, {"id": artifact.id, **artifact.summary}, json)

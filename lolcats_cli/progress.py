@@ -1,0 +1,62 @@
+"""How a stage tells what it is doing: nothing by default, bars or plain lines on stderr from the command line."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+
+class Advance(Protocol):
+    def __call__(self, done: int = 1, **figures: float) -> None: ...
+
+
+class Progress:
+    """Silent progress, for stages called from Python."""
+
+    def note(self, message: str) -> None:
+        """Say one thing."""
+
+    @contextmanager
+    def task(self, name: str, total: int, unit: str = "it") -> Iterator[Advance]:
+        """A piece of work of `total` units; call what it yields as they are done, with figures worth showing."""
+        yield lambda done=1, **figures: None
+
+
+class StderrProgress(Progress):
+    """tqdm bars on a terminal, a plain line every `interval` seconds otherwise."""
+
+    def __init__(self, interval: float = 10.0) -> None:
+        self.interval = interval
+
+    def note(self, message: str) -> None:
+        print(message, file=sys.stderr, flush=True)
+
+    @contextmanager
+    def task(self, name: str, total: int, unit: str = "it") -> Iterator[Advance]:
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            with tqdm(total=total, desc=name, unit=unit, dynamic_ncols=True, leave=False, file=sys.stderr) as bar:
+
+                def advance(done: int = 1, **figures: float) -> None:
+                    if figures:
+                        bar.set_postfix({key: f"{value:.4g}" for key, value in figures.items()}, refresh=False)
+                    bar.update(done)
+
+                yield advance
+            return
+        finished, spoken = 0, time.monotonic()
+
+        def speak(done: int = 1, **figures: float) -> None:
+            nonlocal finished, spoken
+            finished += done
+            if time.monotonic() - spoken >= self.interval:
+                spoken = time.monotonic()
+                self.note(
+                    " ".join([f"{name}: {finished}/{total} {unit}", *(f"{k}={v:.4g}" for k, v in figures.items())])
+                )
+
+        yield speak

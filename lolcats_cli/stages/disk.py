@@ -1,0 +1,28 @@
+"""Whether what a stage will write fits on the disk."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from lolcats_cli.errors import NotEnoughSpace
+
+
+def check_space(needed: int, output: Path | str, advice: str) -> str:
+    """Raise `NotEnoughSpace`, ending in `advice`, if the disk of `output` lacks `needed` bytes; else both as text."""
+    place = Path(output).absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise NotEnoughSpace(f"{output} takes {human(needed)} and its disk has {human(free)} free. {advice}")
+    return f"{human(needed)} to {output} ({human(free)} free)"
+
+
+def human(size: float) -> str:
+    """Bytes for people: 512 B, 3.4 MB, 1.2 TB (powers of 1000)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.4g} TB"

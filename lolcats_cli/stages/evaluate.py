@@ -1,0 +1,137 @@
+"""eval: how good a model is on held-out text, and which part of a student's attention does the work.
+
+Shapes: N rows, B batch, T time, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+
+from lolcats_cli.errors import BadInput
+from lolcats_cli.progress import Progress
+from lolcats_cli.stages.models import Loaded
+from lolcats_cli.stages.recall import recall_accuracy, recall_rows
+from lolcats_cli.student.build import hybrid_modules, set_terms
+from lolcats_cli.teacher.attention import AttentionSpec, softmax_attention
+from lolcats_cli.teacher.data import DataOptions, Rows, read_rows
+from lolcats_cli.teacher.load import model_limit
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DISTANCES = (128, 512, 900)
+ALL_TERMS = ("both", "window", "linear")
+
+
+def evaluate(
+    loaded: Loaded,
+    data: str,
+    *,
+    options: DataOptions = DataOptions(),
+    terms: Sequence[str] = ALL_TERMS,
+    batch_size: int = 4,
+    recall_count: int = 64,
+    seed: int = 0,
+    progress: Progress = Progress(),
+) -> dict:
+    """Perplexity, recall and, for a student, the attention's error, with all its terms and with each alone.
+
+    Args:
+        terms: what to measure of a student: "both" terms of its attention, the "window" or the "linear" one alone.
+        batch_size: rows per forward pass.
+        recall_count: rows per recall distance; 0 leaves recall out.
+
+    Returns:
+        {"rows", "tokens", "seq_len", "results": {term: figures}}, where a teacher has the term "both" alone and the
+        figures are `nats_per_token`, its `standard_error` over rows, `perplexity`, `attention_mse`,
+        `relative_attention_mse` (to the softmax output's power) and `recall` by distance in tokens.
+
+    Raises:
+        BadInput: the data cannot be read or is too short.
+    """
+    limit = model_limit(loaded.model.config)
+    if limit is not None and options.seq_len > limit:
+        raise BadInput(f"--seq-len {options.seq_len} is over the {limit} tokens that the model was made for.")
+    rows = read_rows(data, loaded.tokenizer, options)
+    is_student = loaded.kind != "teacher"
+    chosen = terms if is_student else ("both",)
+    filler = rows.input_ids.flatten() if rows.valid is None else rows.input_ids[rows.valid]
+    questions = {}
+    for distance in DISTANCES if recall_count else ():
+        try:
+            made = recall_rows(loaded.tokenizer, filler.long(), distance=distance, count=recall_count, seed=seed)
+        except ValueError as error:
+            progress.note(f"recall at {distance} tokens is left out: {error}")
+            continue
+        if limit is None or made.input_ids.shape[1] <= limit:
+            questions[distance] = made
+    results = {}
+    with progress.task("eval", len(chosen) * (len(rows) + len(questions)), "rows") as advance:
+        for term in chosen:
+            if is_student:
+                set_terms(loaded.model, term)
+            figures = _text_figures(loaded.model, rows, loaded.layers, batch_size, advance)
+            figures["recall"] = {}
+            for distance, made in questions.items():
+                figures["recall"][str(distance)] = recall_accuracy(loaded.model, made, batch_size)
+                advance(1)
+            results[term] = figures
+    if is_student:
+        set_terms(loaded.model, "both")
+    return {"rows": len(rows), "tokens": rows.tokens, "seq_len": options.seq_len, "results": results}
+
+
+@torch.no_grad()
+def _text_figures(
+    model: PreTrainedModel, rows: Rows, layers: list[AttentionSpec] | None, batch_size: int, advance
+) -> dict:
+    losses, counts = [], []
+    with _attention_error(model, layers) as error:
+        for start in range(0, len(rows), batch_size):
+            batch = rows.select(torch.arange(start, min(start + batch_size, len(rows))))
+            ids = batch.input_ids.long().to(model.device)
+            valid = torch.ones_like(ids) if batch.valid is None else batch.valid.long().to(model.device)
+            mask = None if batch.valid is None else valid
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
+            nats = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none") * valid[:, 1:]
+            losses += nats.sum(1).double().tolist()
+            counts += valid[:, 1:].sum(1).tolist()
+            advance(len(ids))
+    mean = sum(losses) / sum(counts)
+    # Rows are independent, tokens within one are not: the standard error of a ratio over rows.
+    spread = sum((loss - mean * count) ** 2 for loss, count in zip(losses, counts, strict=True))
+    n = len(losses)
+    return {
+        "nats_per_token": mean,
+        "standard_error": math.sqrt(spread * n / (n - 1)) / sum(counts) if n > 1 else None,
+        "perplexity": math.exp(mean) if mean < 700 else None,
+        "attention_mse": error["squared"] / max(error["count"], 1),
+        "relative_attention_mse": error["squared"] / max(error["power"], 1e-30),
+    }
+
+
+@contextmanager
+def _attention_error(model: PreTrainedModel, layers: list[AttentionSpec] | None) -> Iterator[dict[str, float]]:
+    """While open, sums the difference between each hybrid attention and softmax attention over the same q, k and v."""
+    total = {"squared": 0.0, "power": 0.0, "count": 0.0}
+
+    def add(module, args, out) -> None:
+        query, key, value, valid, scaling = args
+        spec = layers[module.layer_idx] if layers else AttentionSpec(scaling)
+        target = softmax_attention(query, key, value, spec, valid).transpose(1, 2).float()
+        total["squared"] += (out.float() - target).square().sum(dtype=torch.float64).item()
+        total["power"] += target.square().sum(dtype=torch.float64).item()
+        total["count"] += target.numel() if valid is None else int(valid.sum()) * target[0, 0].numel()
+
+    handles = [] if layers is None else [hybrid.register_forward_hook(add) for hybrid in hybrid_modules(model)]
+    try:
+        yield total
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,69 @@
+"""inspect: what an artifact's manifest and headers say, without torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lolcats_formats import Artifact
+
+from lolcats_cli.errors import UsageError
+
+
+def describe(artifact: Artifact) -> dict[str, Any]:
+    """The artifact as one document: identity, lineage, settings, and one record per layer."""
+    teacher = artifact.teacher
+    sizes = {name: entry["size"] for name, entry in artifact.files.items()}
+    return {
+        "path": str(artifact.path),
+        "kind": artifact.kind,
+        "id": artifact.id,
+        "created": artifact.manifest["created"]["time"],
+        "files": len(sizes),
+        "bytes": sum(sizes.values()),
+        "teacher": {
+            key: teacher[key] for key in ("path", "revision", "architecture", "num_hidden_layers") if key in teacher
+        },
+        "data": artifact.data,
+        "config": artifact.config,
+        "parents": [{"kind": p["kind"], "id": p["id"], "path": p["path"]} for p in artifact.parents],
+        "summary": {key: value for key, value in artifact.summary.items() if key != "layers"},
+        "layers": [_layer(artifact, index, layer) for index, layer in enumerate(teacher.get("layers", []))],
+    }
+
+
+def describe_layer(artifact: Artifact, layer: int) -> dict[str, Any]:
+    """One layer: its attention, its tensors by file, its figures. Raises `UsageError` if there is no such layer."""
+    layers = artifact.teacher.get("layers", [])
+    if layer >= len(layers):
+        raise UsageError(f"{artifact.path} has no layer {layer}; its layers are 0 to {len(layers) - 1}.")
+    tensors = [
+        {"file": name, "tensor": tensor, "dtype": info.dtype, "shape": list(info.shape)}
+        for name in _files(artifact, layer)
+        for tensor, info in artifact.header(name).items()
+        if artifact.kind != "student" or f".{layer}." in tensor
+    ]
+    events = [event for event in artifact.metrics() if event.get("layer") == layer and event["event"] == "validation"]
+    return {**_layer(artifact, layer, layers[layer]), "tensors": tensors, "validation": events}
+
+
+def _layer(artifact: Artifact, index: int, layer: dict) -> dict[str, Any]:
+    figures = artifact.summary.get("layers", {}).get(str(index), {})
+    return {
+        "layer": index,
+        "heads": layer["num_heads"],
+        "key_heads": layer["num_key_value_heads"],
+        "head_dim": layer["head_dim"],
+        "scaling": layer["scaling"],
+        "bytes": None
+        if artifact.kind == "student"
+        else sum(artifact.files[name]["size"] for name in _files(artifact, index)),
+        **{key: figures[key] for key in ("mse", "relative_mse", "relative_window_mse") if key in figures},
+        **({"gamma": figures["gamma"]["mean"]} if "gamma" in figures else {}),
+    }
+
+
+def _files(artifact: Artifact, layer: int) -> list[str]:
+    if artifact.kind == "student":
+        return [name for name in sorted(artifact.files) if name.endswith(".safetensors")]
+    prefixes = (f"layers/{layer:03d}/", f"maps/layer-{layer:03d}.")
+    return [name for name in sorted(artifact.files) if name.startswith(prefixes)]

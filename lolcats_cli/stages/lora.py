@@ -1,0 +1,283 @@
+"""lora: low-rank linearizing (LoLCATs, arXiv 2410.10254, section 3.2). The student with its trained maps, and PEFT LoRA
+on the attention projections, trained on next-token cross-entropy.
+
+The artifact holds `adapter/`, a plain PEFT folder, and `maps/`, the feature maps that go with it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from lolcats_formats import Artifact, ArtifactWriter
+
+from lolcats_cli import __version__
+from lolcats_cli.errors import BadInput, IdentityMismatch, UsageError
+from lolcats_cli.progress import Advance, Progress
+from lolcats_cli.stages.capture import SPLITS
+from lolcats_cli.stages.models import load_student, teacher_folder
+from lolcats_cli.stages.transfer import maps_file
+from lolcats_cli.student.build import hybrid_modules
+from lolcats_cli.teacher.data import DataOptions, Rows, read_rows, split_rows
+from lolcats_cli.teacher.load import LoadOptions, load_tokenizer, model_limit
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """How the adapter is trained; the defaults are the paper's for 8B models.
+
+    Attributes:
+        rank, alpha, dropout, targets: PEFT's `r`, `lora_alpha`, `lora_dropout` and `target_modules`.
+        train_maps: train the feature maps and γ too.
+        batch_size, grad_accum: rows per forward pass, and passes per optimizer step.
+        epochs, steps: length of the training; `steps` wins.
+        lr, clip: AdamW's learning rate, reduced on plateau; the largest gradient norm.
+        eval_steps: optimizer steps between validations.
+        seed: initial adapter, dropout, and the order of the rows.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    train_maps: bool = False
+    batch_size: int = 1
+    grad_accum: int = 8
+    epochs: int = 2
+    steps: int | None = None
+    lr: float = 1e-4
+    clip: float = 1.0
+    eval_steps: int = 100
+    seed: int = 0
+
+
+def lora(
+    transfer: Path | str,
+    output: Path | str,
+    *,
+    options: LoraOptions = LoraOptions(),
+    data: str | None = None,
+    data_options: DataOptions = DataOptions(),
+    teacher: str | None = None,
+    load: LoadOptions = LoadOptions(),
+    progress: Progress = Progress(),
+) -> Artifact:
+    """Train the adapter. Running it again on a finished artifact returns it.
+
+    Args:
+        transfer: a transfer artifact with every layer.
+        data: other data than the capture's tokens: a capture artifact, a file, "-" or a hub dataset id.
+        teacher: the teacher's folder, if it is not where it was captured.
+
+    Raises:
+        FormatError, BadInput, IdentityMismatch, UsageError: what cannot be used, before any training.
+    """
+    parent = Artifact.open(transfer, "transfer")
+    folder = teacher_folder(parent, teacher)
+    splits, source = _rows(parent, data, data_options, folder, load, options.seed)
+    student = load_student(parent, folder, load)
+    limit, seq_len = model_limit(student.config), splits["train"].input_ids.shape[1]
+    if limit is not None and seq_len > limit:
+        raise BadInput(f"--seq-len {seq_len} is over the {limit} tokens that the teacher was made for.")
+    layers = range(len(hybrid_modules(student)))
+    model = _with_adapter(student, options, parent)
+
+    config = {key: value for key, value in asdict(options).items() if value is not None}
+    with ArtifactWriter.create(
+        output,
+        "lora",
+        config={
+            **config,
+            "targets": list(options.targets),
+            "hybrid": parent.config["hybrid"],
+            "dtype": str(student.dtype).removeprefix("torch."),
+        },
+        teacher=parent.teacher,
+        data={
+            "path": source,
+            "rows": {split: len(splits[split]) for split in SPLITS},
+            "tokens": {split: splits[split].tokens for split in SPLITS},
+            "seq_len": seq_len,
+            "tokens_sha256": {split: splits[split].sha256() for split in SPLITS},
+        },
+        parents=[parent],
+        tool=f"lolcats {__version__}",
+    ) as writer:
+        if writer.finished:
+            progress.note(f"{output} is finished already")
+            return writer.finished
+        writer.restart()  # an interrupted training begins anew
+        summary = _train(model, splits, options, load, writer, progress)
+        for layer, hybrid in zip(layers, hybrid_modules(student), strict=True):
+            writer.save(maps_file(layer), {name: tensor.cpu() for name, tensor in hybrid.state_dict().items()})
+        _save_adapter(model, writer)
+        return writer.finish({**summary, "layers": parent.summary["layers"]})
+
+
+def _rows(
+    parent: Artifact, data: str | None, options: DataOptions, folder: Path, load: LoadOptions, seed: int
+) -> tuple[dict[str, Rows], str]:
+    """Training and validation rows, and where they came from."""
+    if data is None:
+        capture = parent.ancestor("capture")
+        data = str(capture.path)
+    elif (Path(data) / "manifest.json").is_file():
+        capture = Artifact.open(data, "capture")
+        if capture.teacher["tokenizer_sha256"] != parent.teacher["tokenizer_sha256"]:
+            raise IdentityMismatch(f"{data} holds tokens of another tokenizer than the teacher's. Pass text instead.")
+    else:
+        rows = read_rows(data, load_tokenizer(folder, load.trust_remote_code), options)
+        return dict(zip(SPLITS, split_rows(rows, 0.05, seed), strict=True)), data
+    return {split: Rows.from_tensors(capture.load(f"tokens/{split}.safetensors")) for split in SPLITS}, data
+
+
+def _with_adapter(student: PreTrainedModel, options: LoraOptions, parent: Artifact) -> PeftModel:
+    from peft import LoraConfig, get_peft_model
+    from transformers import set_seed
+
+    names = {name.rsplit(".", 1)[-1] for name, module in student.named_modules() if isinstance(module, torch.nn.Module)}
+    missing = [target for target in options.targets if target not in names]
+    if missing:
+        raise UsageError(
+            f"{type(student).__name__} has no modules named {', '.join(missing)}. "
+            "Name its attention projections with --targets."
+        )
+    set_seed(options.seed)
+    model = get_peft_model(
+        student,
+        LoraConfig(
+            r=options.rank,
+            lora_alpha=options.alpha,  # type: ignore[arg-type]  # PEFT divides it by r; any number will do
+            lora_dropout=options.dropout,
+            target_modules=list(options.targets),
+            task_type="CAUSAL_LM",
+        ),
+        revision=parent.teacher["revision"],
+    )
+    for hybrid in hybrid_modules(student):
+        hybrid.requires_grad_(options.train_maps)
+    return model
+
+
+class _TokenRows(torch.utils.data.Dataset):
+    """Rows as the Trainer takes them: labels are the tokens themselves, padding is not predicted."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        ids = self.rows.input_ids[index].long()
+        if self.rows.valid is None:
+            return {"input_ids": ids, "labels": ids}
+        valid = self.rows.valid[index]
+        return {"input_ids": ids, "attention_mask": valid.long(), "labels": ids.masked_fill(~valid, -100)}
+
+
+def _train(
+    model: PeftModel,
+    splits: dict[str, Rows],
+    options: LoraOptions,
+    load: LoadOptions,
+    writer: ArtifactWriter,
+    progress: Progress,
+) -> dict:
+    from transformers import Trainer, TrainingArguments
+
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(writer.scratch),
+            per_device_train_batch_size=options.batch_size,
+            per_device_eval_batch_size=options.batch_size,
+            gradient_accumulation_steps=options.grad_accum,
+            num_train_epochs=options.epochs,
+            max_steps=-1 if options.steps is None else options.steps,
+            learning_rate=options.lr,
+            lr_scheduler_type="reduce_lr_on_plateau",
+            weight_decay=0.0,
+            max_grad_norm=options.clip,
+            eval_strategy="steps",
+            eval_steps=options.eval_steps,
+            logging_steps=options.eval_steps,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            seed=options.seed,
+            use_cpu=load.resolved_device().type == "cpu",
+            dataloader_pin_memory=False,
+            prediction_loss_only=True,
+        ),
+        train_dataset=_TokenRows(splits["train"]),
+        eval_dataset=_TokenRows(splits["validation"]),
+    )
+    trainer.remove_callback(_printer())
+    # A run that was stopped between its last files left its whole log, and this one would only repeat it.
+    log = (lambda **event: None) if writer.has(maps_file(0)) else writer.log
+    reporter = _reporter(log)
+    trainer.add_callback(reporter)
+    before = trainer.evaluate()["eval_loss"]
+    total = trainer.args.max_steps if trainer.args.max_steps > 0 else _steps(len(splits["train"]), options)
+    with progress.task("lora", total, "steps") as advance:
+        reporter.advance = advance
+        trainer.train()
+    if reporter.evaluated != trainer.state.global_step:
+        trainer.evaluate()
+    after = reporter.loss
+    progress.note(f"validation loss {before:.3f} -> {after:.3f} nats per token")
+    return {"initial_loss": before, "loss": after, "steps": trainer.state.global_step}
+
+
+def _steps(rows: int, options: LoraOptions) -> int:
+    batches = -(-rows // options.batch_size)
+    return options.epochs * -(-batches // options.grad_accum)
+
+
+def _printer() -> type:
+    from transformers import PrinterCallback
+
+    return PrinterCallback
+
+
+def _reporter(log: Callable[..., None]):
+    from transformers import TrainerCallback
+
+    class Reporter(TrainerCallback):
+        """Trainer's events, into our metrics and progress; `loss` is the last validation's, after `evaluated` steps."""
+
+        advance: Advance
+        evaluated, loss = -1, math.nan
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.advance(1)
+
+        def on_evaluate(self, args, state, control, **kwargs):
+            self.evaluated, self.loss = state.global_step, kwargs["metrics"]["eval_loss"]
+            log(event="validation", step=self.evaluated, loss=self.loss)
+
+        def on_log(self, args, state, control, **kwargs):
+            logs = kwargs["logs"]
+            if "loss" in logs:
+                self.advance(0, loss=logs["loss"])
+                log(event="train", step=state.global_step, loss=logs["loss"], lr=logs["learning_rate"])
+
+    return Reporter()
+
+
+def _save_adapter(model: PeftModel, writer: ArtifactWriter) -> None:
+    """Write PEFT's own folder. The maps are in ours, so the adapter is LoRA alone."""
+    adapter = writer.path / "adapter"
+    model.save_pretrained(str(adapter), save_embedding_layers=False)
+    (adapter / "README.md").unlink(missing_ok=True)  # PEFT's template of a model card says nothing
+    for file in sorted(adapter.iterdir()):
+        writer.adopt(f"adapter/{file.name}")

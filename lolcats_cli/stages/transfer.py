@@ -1,0 +1,91 @@
+"""transfer: feature maps and mixing factors, trained layer by layer from a capture, without the teacher.
+
+The artifact holds `maps/layer-LLL.safetensors` per layer: a `HybridMaps` state dict.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from lolcats_formats import Artifact, ArtifactWriter
+from safetensors import safe_open
+
+from lolcats_cli import __version__
+from lolcats_cli.errors import UsageError
+from lolcats_cli.progress import Progress
+from lolcats_cli.stages.activations import StoredActivations
+from lolcats_cli.stages.layer_training import TransferOptions, train_layer
+from lolcats_cli.teacher.load import LoadOptions
+
+MAX_SIZE = 256  # of heads and feature maps, in the kernels
+
+
+def maps_file(layer: int) -> str:
+    """Where an artifact keeps a layer's maps."""
+    return f"maps/layer-{layer:03d}.safetensors"
+
+
+def transfer(
+    capture: Path | str,
+    output: Path | str,
+    *,
+    options: TransferOptions = TransferOptions(),
+    layers: list[int] | None = None,
+    device: str = "auto",
+    progress: Progress = Progress(),
+) -> Artifact:
+    """Train every layer's maps, or those of `layers` alone. Running it again resumes after the last whole layer.
+
+    Raises:
+        FormatError: `capture` is not a finished capture, or `output` holds something else.
+        UsageError: options that this capture cannot serve.
+    """
+    parent = Artifact.open(capture, "capture")
+    source = StoredActivations(parent)
+    chosen = sorted(set(range(len(source.layers)) if layers is None else layers))
+    if not chosen or chosen[0] < 0 or chosen[-1] >= len(source.layers):
+        raise UsageError(f"--layers must be between 0 and {len(source.layers) - 1}, the layers of {capture}.")
+    head_dim = max(info.head_dim for info in source.layers)
+    if max(head_dim, options.hybrid.feature_dim) > MAX_SIZE:
+        raise UsageError(
+            f"Heads of {head_dim} with --feature-dim {options.hybrid.feature_dim} cannot be served: "
+            f"head and feature sizes go up to {MAX_SIZE}."
+        )
+    target = LoadOptions(device=device).resolved_device()
+
+    config = {key: value for key, value in asdict(options).items() if value is not None}
+    with ArtifactWriter.create(
+        output,
+        "transfer",
+        config={**config, "layers": chosen},
+        teacher=parent.teacher,
+        data=parent.data,
+        parents=[parent],
+        tool=f"lolcats {__version__}",
+    ) as writer:
+        if writer.finished:
+            progress.note(f"{output} is finished already")
+            return writer.finished
+        steps = options.total_steps(source.rows["train"])
+        with progress.task("transfer", len(chosen) * steps, "steps") as advance:
+            for layer in chosen:
+                if writer.has(maps_file(layer)):
+                    advance(steps)
+                    continue
+                tensors, figures = train_layer(source, layer, options, device=target, log=writer.log, advance=advance)
+                writer.log(event="layer", layer=layer, **figures)
+                writer.save(maps_file(layer), tensors, {"figures": json.dumps(figures, sort_keys=True)})
+                progress.note(
+                    f"layer {layer}: mse {figures['initial_mse']:.3g} -> {figures['mse']:.3g} "
+                    f"({figures['relative_mse']:.1%} of the output's power; window alone "
+                    f"{figures['relative_window_mse']:.1%})"
+                )
+        return writer.finish({"layers": {str(layer): _figures(writer, layer) for layer in chosen}})
+
+
+def _figures(writer: ArtifactWriter, layer: int) -> dict:
+    """The figures that were saved with the layer's maps, maybe by an earlier run."""
+    with safe_open(writer.path / maps_file(layer), framework="pt") as file:
+        return json.loads(file.metadata()["figures"])

@@ -1,0 +1,114 @@
+"""Hybrid attention as transformers calls it: registered once, served by each layer's own maps.
+
+Travels inside merged model folders: imports nothing of lolcats_cli outside the files that travel with it.
+
+Shapes: B batch, H query heads, K key heads, T time (new tokens), D head.
+"""
+
+from __future__ import annotations
+
+import torch
+from lolcats_kernels.hybrid import hybrid_attention
+from lolcats_kernels.maps import HybridConfig, HybridMaps
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from .cache import LolcatsCacheLayer
+
+NAME = "lolcats"
+
+
+class HybridAttention(HybridMaps):
+    """The maps of one attention layer, with what its calls need: lives at `self_attn.hybrid`.
+
+    terms: which terms of eq. 7 (arXiv 2410.10254) are summed: both, window or linear; the last two are ablations.
+    cache_layer: this layer's cache during one call of the attention module, else None.
+    """
+
+    def __init__(self, config: HybridConfig, num_heads: int, head_dim: int, layer_idx: int) -> None:
+        super().__init__(config, num_heads, head_dim)
+        self.layer_idx = layer_idx
+        self.terms = "both"
+        self.cache_layer: LolcatsCacheLayer | None = None
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scaling: float) -> Tensor:
+        """query [B, H, T, D], key and value [B, K, T, D] (new tokens only), valid [B, T] bool or None
+        -> [B, T, H, D]. Continues from, and advances, the cache layer when there is one."""
+        if self.cache_layer is None:
+            out = hybrid_attention(query, key, value, self, scaling=scaling, valid=valid, terms=self.terms)
+        else:
+            out, state = hybrid_attention(
+                query,
+                key,
+                value,
+                self,
+                scaling=scaling,
+                valid=valid,
+                state=self.cache_layer.state,
+                return_state=True,
+                terms=self.terms,
+            )
+            self.cache_layer.advance(state, query.shape[2])
+        return out.transpose(1, 2).contiguous()
+
+
+def lolcats_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """The function behind the attention implementation "lolcats" -> ([B, T, H, D], None).
+
+    The work is done by `module.hybrid`, so that students of different versions live in one process. A sliding
+    window of the teacher is not applied: the maps were trained to imitate it. Attention dropout is not applied.
+    Raises ValueError for what would silently give something else: a layer without maps, a custom 4-D mask, a soft
+    cap on the scores, sinks.
+    """
+    hybrid = getattr(module, "hybrid", None)
+    where = f"layer {getattr(module, 'layer_idx', '?')} ({type(module).__name__})"
+    if hybrid is None:
+        raise ValueError(f"{where} has no feature maps: the attention implementation {NAME!r} is for students only.")
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise ValueError(
+            f"{where} got a custom attention mask of shape {tuple(attention_mask.shape)}; linear attention is causal "
+            "and takes a padding mask [batch, tokens] only."
+        )
+    for name in ("softcap", "s_aux"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{where} uses {name}, which hybrid attention does not serve.")
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
+    return hybrid(query, key, value, attention_mask, scaling), None
+
+
+def lolcats_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    *args: object,
+    attention_mask: Tensor | None = None,
+    **kwargs: object,
+) -> Tensor | None:
+    """Which of the new tokens are real, [B, T] bool; None if all are. Causality is the attention's own matter.
+
+    attention_mask [B, tokens seen + T]: what transformers hands to mask functions.
+    """
+    if attention_mask is None:
+        return None
+    if attention_mask.shape[1] < q_length:
+        raise ValueError(f"The attention mask covers {attention_mask.shape[1]} tokens; the input has {q_length}.")
+    mask = attention_mask[:, -q_length:].bool()
+    # Looking into the mask costs a synchronisation on GPUs: worth it for a long input, not for each decoded token.
+    if q_length > 1 and not torch.compiler.is_compiling() and bool(mask.all()):
+        return None
+    return mask
+
+
+def register() -> None:
+    """Make "lolcats" known to transformers. Idempotent."""
+    AttentionInterface.register(NAME, lolcats_attention)
+    AttentionMaskInterface.register(NAME, lolcats_mask)

@@ -1,0 +1,123 @@
+"""A student in memory: a loaded teacher whose attentions are replaced, to be trained, evaluated or sampled from.
+
+Shapes: H query heads, D head, F features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, cast
+
+from lolcats_kernels.hybrid import TERMS
+from lolcats_kernels.maps import HybridConfig, HybridMaps
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lolcats_cli.errors import BadInput, IdentityMismatch
+from lolcats_cli.student.attention import HybridAttention
+from lolcats_cli.student.mixin import LolcatsMixin, attach, attention_modules, layer_index
+
+__all__ = ["attention_modules", "check_servable", "hybrid_modules", "linearize", "model_heads", "set_terms"]
+
+
+def linearize(
+    model: PreTrainedModel, config: HybridConfig, maps: Mapping[int, HybridMaps | Mapping[str, Tensor]]
+) -> PreTrainedModel:
+    """Replace the attentions of a loaded teacher, in place, by hybrid attention with trained maps; -> the model.
+
+    maps: per layer index, a `HybridMaps` or its state dict; the values are copied, to the layer's device, in fp32.
+    The new parameters do not require gradients. Cached generation works; `save_pretrained` is refused.
+
+    Raises IdentityMismatch if layers or shapes do not fit the model, BadInput if its attention cannot be replaced.
+    """
+    check_servable(model)
+    modules = attention_modules(model)
+    indices = [layer_index(module) for module in modules]
+    if isinstance(model, LolcatsMixin):
+        raise BadInput(f"{type(model).__name__} is a student already; linearize takes a teacher.")
+    if sorted(maps) != indices:
+        missing, extra = sorted(set(indices) - set(maps)), sorted(set(maps) - set(indices))
+        parts = [f"none for layers {_spans(missing)}"] * bool(missing)
+        parts += [f"some for layers {_spans(extra)} that it does not have"] * bool(extra)
+        raise IdentityMismatch(
+            f"The feature maps do not fit {type(model).__name__}: there are {' and '.join(parts)}. "
+            "Transfer the missing layers, or use the teacher that was captured."
+        )
+    states = {
+        index: layer.state_dict() if isinstance(layer, nn.Module) else dict(layer) for index, layer in maps.items()
+    }
+    num_heads, head_dim = model_heads(model)
+    for index, state in states.items():
+        _check_shapes(index, state, HybridMaps(config, num_heads, head_dim).state_dict())
+    for hybrid in attach(model, config, indices, num_heads=num_heads, head_dim=head_dim):
+        hybrid.load_state_dict(states[hybrid.layer_idx])
+    # generate() and transformers ask the model's class, so the instance gets one with the student's behaviour in front.
+    model.__class__ = _student_class(cast(Any, type(model)))
+    return model
+
+
+def check_servable(model: PreTrainedModel) -> None:
+    """Raise BadInput, naming the model and the reason, unless a student of this teacher can be built."""
+    name = type(model).__name__
+    try:
+        modules = attention_modules(model)
+    except ValueError as error:
+        raise BadInput(f"{error} lolcats serves decoders that use transformers' attention interface.") from error
+    if not model._can_set_attn_implementation():
+        raise BadInput(f"{name} does not use transformers' attention interface; lolcats cannot convert it.")
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
+        raise BadInput(f"{name} caps its attention scores (attn_logit_softcapping), which lolcats does not serve yet.")
+    if any(getattr(module, "sinks", None) is not None for module in modules):
+        raise BadInput(f"{name} has attention sinks, which lolcats does not serve yet.")
+
+
+def hybrid_modules(model: nn.Module) -> list[HybridAttention]:
+    """The maps of a student, in memory or loaded from a merged folder, in layer order.
+
+    Raises BadInput if the model is not a student.
+    """
+    hybrids = [getattr(module, "hybrid", None) for module in attention_modules(model)]
+    if any(hybrid is None for hybrid in hybrids):
+        raise BadInput(f"{type(model).__name__} is not a student: its attentions have no feature maps.")
+    return hybrids  # type: ignore[return-value]
+
+
+def set_terms(model: nn.Module, terms: str) -> None:
+    """Which terms a student's attention sums: both, window or linear (ablations). Stays until set again."""
+    if terms not in TERMS:
+        raise ValueError(f"terms is {terms!r}; choose one of {', '.join(TERMS)}.")
+    for hybrid in hybrid_modules(model):
+        hybrid.terms = terms
+
+
+def model_heads(model: PreTrainedModel) -> tuple[int, int]:
+    """(query heads, head size) of a model's attentions, as its configuration and modules state them."""
+    config = model.config.get_text_config()
+    module = attention_modules(model)[0]
+    heads = config.num_attention_heads
+    sizes = [getattr(module, name, None) for name in ("qk_head_dim", "head_dim", "head_size")]
+    sizes.append(getattr(config, "head_dim", None))
+    return heads, next((size for size in sizes if isinstance(size, int)), config.hidden_size // heads)
+
+
+class _InMemory(LolcatsMixin):
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: the folder would carry the teacher's model type and load as a plain softmax model."""
+        raise BadInput("A student in memory is not saved as a model folder; write one with `lolcats merge`.")
+
+
+@cache
+def _student_class(base: type) -> type:
+    return type(f"Lolcats{base.__name__}", (_InMemory, base), {"__module__": base.__module__})
+
+
+def _check_shapes(layer: int, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    if found != wanted:
+        raise IdentityMismatch(f"The feature maps of layer {layer} are {found}; this model and options need {wanted}.")
+
+
+def _spans(indices: list[int]) -> str:
+    return ", ".join(map(str, indices[:8])) + (" …" if len(indices) > 8 else "")

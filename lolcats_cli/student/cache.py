@@ -1,0 +1,97 @@
+"""The student's cache: one recurrent state per layer, of a size that does not grow with the context.
+
+Travels inside merged model folders.
+
+Shapes: B batch, H query heads, K key heads, T time, D head.
+"""
+
+from __future__ import annotations
+
+import torch
+from lolcats_kernels.state import KVState
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+class LolcatsCacheLayer(CacheLayerMixin):
+    """One layer's state. `update` passes new keys and values through; the attention function advances the state."""
+
+    is_compileable = False
+    is_croppable = False
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reset()
+
+    def reset(self) -> None:
+        self.state: KVState | None = None
+        self.tokens = 0
+
+    def advance(self, state: KVState, tokens: int) -> None:
+        """Replace the state by one that has seen `tokens` more tokens, padding included."""
+        self.state = state
+        self.tokens += tokens
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        pass
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.tokens + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.tokens
+
+    def get_max_length(self) -> int:
+        return -1
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.state is None else self.state.nbytes
+
+    def _select(self, index: Tensor) -> None:
+        if self.state is not None:
+            self.state = self.state.select_batch(index)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.state is not None and indices.dtype == torch.bool:
+            indices = indices.nonzero()[:, 0]
+        self._select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.state is not None:
+            rows = torch.arange(self.state.batch_size, device=self.state.length.device)
+            self._select(rows.repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove != 0:
+            raise NotImplementedError(
+                "A linear-attention state cannot forget its last tokens, so this cache cannot be cropped. Methods that "
+                "roll back (assisted generation, prompt lookup) do not work with this model; use plain generation."
+            )
+
+    def offload(self) -> None:
+        raise NotImplementedError("This cache has a small constant size and is not offloaded; leave offloading off.")
+
+    prefetch = offload
+
+
+class LolcatsCache(Cache):
+    """The cache of a whole student. `nbytes` depends on the batch, never on the tokens seen."""
+
+    def __init__(self, num_layers: int) -> None:
+        super().__init__(layers=[LolcatsCacheLayer() for _ in range(num_layers)])
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.nbytes for layer in self.layers if isinstance(layer, LolcatsCacheLayer))

@@ -1,0 +1,205 @@
+"""What a merged folder holds besides weights: the code that travels, the configuration, the model card."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from typing import Any
+
+from lolcats_kernels.maps import HybridConfig
+
+from lolcats_cli.errors import BadInput
+
+MODEL_FILE = "modeling_lolcats.py"
+AUTO_MAP = {
+    "AutoConfig": "configuration_lolcats.LolcatsConfig",
+    "AutoModelForCausalLM": "modeling_lolcats.LolcatsForCausalLM",
+}
+_IMPORT = re.compile(r"^(\s*from )(?:lolcats_kernels)?(\.\w+ import )", re.MULTILINE)
+_OURS = re.compile(r"^\s*(?:from|import) +lolcats_", re.MULTILINE)
+
+
+def code_files(config_class: str, model_class: str, model_type: str) -> dict[str, str]:
+    """The code of a merged folder: file name -> text; `modeling_lolcats.py` and all it imports from us, laid flat.
+
+    config_class, model_class: the teacher's classes, importable from transformers. model_type: the teacher's.
+    """
+    files: dict[str, str] = {}
+    todo = [MODEL_FILE]
+    while todo:
+        name = todo.pop()
+        source = _read(name)
+        text = _IMPORT.sub(r"\1\2", source)
+        if _OURS.search(text):
+            raise AssertionError(f"{name} travels with merged models but imports what does not")
+        files[name] = text
+        imported = {f"{match[2].split()[0][1:]}.py" for match in _IMPORT.finditer(source)}
+        todo += sorted(imported - set(files) - set(todo))
+    _substitute(files, "configuration_lolcats.py", "LlamaConfig as TeacherConfig", f"{config_class} as TeacherConfig")
+    _substitute(files, "configuration_lolcats.py", '"lolcats_llama"', json.dumps(student_type(model_type)))
+    _substitute(files, MODEL_FILE, "LlamaForCausalLM as TeacherForCausalLM", f"{model_class} as TeacherForCausalLM")
+    return dict(sorted(files.items()))
+
+
+def student_type(model_type: str) -> str:
+    """A model type of its own: without trust_remote_code a student must fail to load, not load as its teacher."""
+    return f"lolcats_{model_type}"
+
+
+def teacher_classes(config: Mapping[str, Any], where: str) -> tuple[str, str]:
+    """(configuration class, causal-LM class) of a teacher's config.json, both importable from transformers.
+
+    Raises BadInput for a model that transformers' own causal-LM classes do not serve, or a quantised one.
+    """
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    model_type = str(config.get("model_type"))
+    config_class, model_class = (
+        names.get(model_type) for names in (CONFIG_MAPPING_NAMES, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    )
+    if config.get("auto_map"):
+        raise BadInput(f"{where} brings code of its own (auto_map), which a merged folder cannot carry yet.")
+    if config.get("quantization_config"):
+        raise BadInput(f"{where} is quantised; merge the unquantised model.")
+    plain = isinstance(model_class, str) and model_class.endswith(("ForCausalLM", "LMHeadModel"))
+    if not (
+        isinstance(config_class, str) and isinstance(model_class, str) and plain and hasattr(transformers, model_class)
+    ):
+        raise BadInput(f"{where} has model_type {model_type!r}, for which transformers has no causal language model.")
+    return config_class, model_class
+
+
+def student_config(
+    teacher: Mapping[str, Any], hybrid: Mapping[str, Any], *, layers: int, num_heads: int, head_dim: int, dtype: str
+) -> dict[str, Any]:
+    """config.json of the student. dtype: of the weights, for teachers whose configuration does not say."""
+    config = {key: value for key, value in teacher.items() if key not in ("_name_or_path", "torch_dtype")}
+    config["dtype"] = teacher.get("dtype") or teacher.get("torch_dtype") or dtype
+    config["model_type"] = student_type(teacher["model_type"])
+    config["architectures"] = ["LolcatsForCausalLM"]
+    config["auto_map"] = AUTO_MAP
+    config["lolcats"] = {
+        "hybrid": dict(hybrid),
+        "layers": list(range(layers)),
+        "num_heads": num_heads,
+        "head_dim": head_dim,
+    }
+    return config
+
+
+def generation_config(teacher: Mapping[str, Any]) -> dict[str, Any]:
+    """generation_config.json of the student: the teacher's, without its choice of a growing cache."""
+    return {key: value for key, value in teacher.items() if key not in ("cache_implementation", "cache_config")}
+
+
+def model_card(
+    *, teacher: Mapping[str, Any], hybrid: HybridConfig, lineage: Iterable[Mapping[str, Any]], has_tokenizer: bool
+) -> str:
+    """README.md of a merged folder.
+
+    lineage: of each artifact from the source backwards: kind, id and summary (numbers worth showing), if known.
+    """
+    base = teacher.get("name") or teacher.get("architecture", "the teacher")
+    window = f"{hybrid.window} ({hybrid.layout})" if hybrid.window else "none (pure linear attention)"
+    lineage = list(lineage)
+    steps = [f"- {step['kind']}: `{step['id']}`" for step in lineage]
+    metrics = _metrics(lineage)
+    load = [
+        "```python",
+        "from transformers import AutoModelForCausalLM" + (", AutoTokenizer" if has_tokenizer else ""),
+        'model = AutoModelForCausalLM.from_pretrained("this folder", trust_remote_code=True)',
+        *(
+            ['tokenizer = AutoTokenizer.from_pretrained("this folder", trust_remote_code=True)']
+            if has_tokenizer
+            else []
+        ),
+        "```",
+    ]
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [lolcats, linear-attention]",
+        "---",
+        f"# {base}, linearized with LoLCATs",
+        "",
+        "A causal language model whose softmax attentions were replaced by hybrid linear attention: its memory while",
+        "generating does not grow with the context. Made with `lolcats`.",
+        "",
+        "## Load",
+        "",
+        *load,
+        "",
+        "## What it is",
+        "",
+        f"- teacher: {teacher.get('architecture')}, weights SHA-256 `{teacher.get('weights_sha256')}`",
+        f"- feature map: {hybrid.feature_map}, size {hybrid.feature_dim}",
+        f"- softmax window: {window}; linear factor: {hybrid.linear_factor}",
+        "- cached generation equals recomputation; padding is honoured; the cache cannot be rolled back, so assisted",
+        "  generation is not possible",
+        "",
+        "## Lineage",
+        "",
+        *steps,
+        *metrics,
+        "",
+        "## Licence",
+        "",
+        "The weights derive from the teacher's and stay under its licence; read it before use. The code files in this",
+        "folder are under Apache-2.0.",
+        "",
+        "## Citation",
+        "",
+        "Zhang, Arora, Chalamala, Wu, Spector, Singhal, Ramesh, Ré: LoLCATs: On Low-Rank Linearizing of Large Language",
+        "Models. 2024, arXiv:2410.10254.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _read(name: str) -> str:
+    for package in ("lolcats_cli.student", "lolcats_kernels"):
+        file = resources.files(package) / name
+        if file.is_file():
+            return file.read_text(encoding="utf-8")
+    raise AssertionError(f"{name} is imported by code that travels and does not exist")
+
+
+def _substitute(files: dict[str, str], name: str, old: str, new: str) -> None:
+    assert files[name].count(old) == 1, f"{name} has to hold {old!r} once"
+    files[name] = files[name].replace(old, new)
+
+
+def _metrics(lineage: list[Mapping[str, Any]]) -> list[str]:
+    """A table of each stage's figures, and one of the layers as the nearest stage tells them."""
+    figures = [
+        f"| {step['kind']} | {name} | {value:.6g} |"
+        for step in lineage
+        for name, value in _numbers({**step.get("summary", {}), "layers": None}).items()
+    ]
+    lines = ["", "## Metrics", "", "| stage | figure | value |", "| --- | --- | --- |", *figures] if figures else []
+    layers: Any = next((step["summary"]["layers"] for step in lineage if step.get("summary", {}).get("layers")), {})
+    rows = {layer: _numbers(values) for layer, values in layers.items()} if isinstance(layers, Mapping) else {}
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    if names:
+        lines += ["", "| layer | " + " | ".join(names) + " |", "| --- " * (len(names) + 1) + "|"]
+        lines += [
+            f"| {layer} | " + " | ".join(f"{row[name]:.4g}" if name in row else "" for name in names) + " |"
+            for layer, row in sorted(rows.items(), key=lambda item: int(item[0]))
+        ]
+    return lines
+
+
+def _numbers(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """The numbers among some values, nested names joined by dots; lists are left out."""
+    found: dict[str, float] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found |= _numbers(value, f"{prefix}{name}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            found[f"{prefix}{name}"] = value
+    return found

@@ -1,0 +1,32 @@
+"""Loading a merged folder with the installed code: nothing that the folder brings along is run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import PreTrainedModel
+
+from lolcats_cli.errors import BadInput
+from lolcats_cli.student.export import student_type, teacher_classes
+from lolcats_cli.student.mixin import MergedStudent, share_layout
+from lolcats_cli.teacher import identity
+from lolcats_cli.teacher.load import LoadOptions, load_model
+
+
+def load_merged(folder: Path, load: LoadOptions) -> PreTrainedModel:
+    """The student in a merged folder. Raises `BadInput` if its configuration is not one that merge writes."""
+    config = identity.read_config(folder)
+    model_type = str(config.get("model_type")).removeprefix(student_type(""))
+    if "lolcats" not in config or config["model_type"] != student_type(model_type):
+        raise BadInput(f"{folder}/config.json does not describe a merged student. Merge it again.")
+    teacher = {key: value for key, value in config.items() if key != "auto_map"} | {"model_type": model_type}
+    names = teacher_classes(teacher, str(folder))
+    config_class, model_class = (getattr(transformers, name) for name in names)
+    # The classes that the folder's own code defines; transformers makes a dataclass of a configuration.
+    own_config = type("LolcatsConfig", (config_class,), {"model_type": config["model_type"], "lolcats": None})
+    body: dict[str, Any] = {"config_class": own_config, "__module__": model_class.__module__}
+    own_model = type("LolcatsForCausalLM", (MergedStudent, model_class), body)
+    share_layout(config["model_type"], model_class, model_type)
+    return load_model(folder, load, loader=own_model)

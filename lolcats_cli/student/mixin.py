@@ -1,0 +1,233 @@
+"""What makes a causal language model of transformers a student: its attention, cache and refusals.
+
+Works over any model whose attentions go through transformers' attention interface, by hooks on two kinds of
+modules: each attention (which is handed its layer of the cache) and the base model (which makes the cache).
+Travels inside merged model folders.
+
+Shapes: B batch, T time.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from functools import cache
+from typing import Any, cast
+
+import torch
+from lolcats_kernels.maps import HybridConfig
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.utils import logging
+
+from .attention import NAME, HybridAttention, register
+from .cache import LolcatsCache, LolcatsCacheLayer
+
+logger = logging.get_logger(__name__)
+
+# Where modules take the cache: most models and GPT-NeoX.
+CACHE_ARGUMENTS = ("past_key_values", "layer_past")
+
+
+class LolcatsMixin:
+    """Behaviour of a student, to stand before a causal-LM class among the bases of a class."""
+
+    def new_cache(self) -> LolcatsCache:
+        """An empty cache, for `generate(past_key_values=…)` or a loop of one's own."""
+        return LolcatsCache(len(attention_modules(cast(nn.Module, self))))
+
+    def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
+        """Only "lolcats": with softmax attention the weights of a student would be another model."""
+        if attn_implementation != NAME:
+            raise ValueError(f"A student computes {NAME!r} attention; it cannot be set to {attn_implementation!r}.")
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict, generation_mode: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        kind = generation_config.cache_implementation
+        if kind not in (None, "dynamic", "static"):
+            raise ValueError(
+                f"cache_implementation={kind!r} is for growing caches; leave it out: this model has its own."
+            )
+        if getattr(generation_config, "is_assistant", False) or "assisted" in str(
+            getattr(generation_mode, "value", "")
+        ):
+            raise ValueError(
+                "Assisted generation and prompt lookup roll the cache back, which a linear-attention state cannot do. "
+                "Generate without assistant_model and prompt_lookup_num_tokens."
+            )
+        if model_kwargs.get("past_key_values") is not None:
+            _check_cache(model_kwargs["past_key_values"])
+        elif generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = self.new_cache()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, HybridAttention):
+            fresh = HybridAttention(module.config, module.num_heads, module.head_dim, module.layer_idx)
+            module.load_state_dict(fresh.state_dict())
+        else:
+            super()._init_weights(module)  # type: ignore[misc]
+
+
+class MergedStudent(LolcatsMixin):
+    """A student that is loaded as such, from a folder whose configuration has a `lolcats` entry:
+    {"hybrid": HybridConfig as a dict, "layers": indices, "num_heads", "head_dim"}."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        spec = getattr(config, "lolcats", None)
+        if not spec:
+            raise ValueError("config.json has no `lolcats` entry: this is not a merged student.")
+        sizes = {name: spec[name] for name in ("num_heads", "head_dim")}
+        attach(cast(PreTrainedModel, self), HybridConfig(**spec["hybrid"]), spec["layers"], **sizes)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As in transformers, but weights that the folder lacks are an error: fresh ones would give another model."""
+        load: Any = super().from_pretrained  # type: ignore[misc]
+        model, info = load(*args, output_loading_info=True, **kwargs)
+        if info["missing_keys"]:
+            raise ValueError(f"The folder lacks weights of this model: {', '.join(sorted(info['missing_keys'])[:4])}.")
+        return (model, info) if output_loading_info else model
+
+
+def share_layout(model_type: str, teacher: type[PreTrainedModel], teacher_type: str) -> None:
+    """Read and write the weights of `model_type` as the teacher's.
+
+    transformers looks up by class or model type how names and layouts on disk (of GPT-NeoX, of mixtures of experts)
+    become the modules'.
+    """
+    conversion = get_checkpoint_conversion_mapping(teacher.__name__) or get_checkpoint_conversion_mapping(teacher_type)
+    if conversion:
+        register_checkpoint_conversion_mapping(model_type, conversion, overwrite=True)
+
+
+def attention_modules(model: nn.Module) -> list[nn.Module]:
+    """The self-attention modules of a decoder (wrapped by PEFT or not), ordered by their `layer_idx`.
+
+    Raises ValueError if there are none, or two of the same index.
+    """
+    found: dict[int, nn.Module] = {}
+    for name, module in model.named_modules():
+        index = getattr(module, "layer_idx", None)
+        if isinstance(index, int) and "attention" in type(module).__name__.lower() and "hybrid" not in name.split("."):
+            if index in found:
+                raise ValueError(
+                    f"{name} and another attention both call themselves layer {index}: not a plain decoder."
+                )
+            found[index] = module
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no attention modules with a layer_idx: it cannot be converted.")
+    return [found[index] for index in sorted(found)]
+
+
+def layer_index(module: nn.Module) -> int:
+    """The index of an attention module's layer."""
+    return cast(int, module.layer_idx)
+
+
+def attach(
+    model: PreTrainedModel, config: HybridConfig, layers: Iterable[int], *, num_heads: int, head_dim: int
+) -> list[HybridAttention]:
+    """Give `layers` of a model untrained maps and hybrid attention, in place; -> the new modules, in order."""
+    modules = attention_modules(model)
+    wanted = list(layers)
+    if wanted != list(range(len(modules))):
+        raise ValueError(
+            f"The maps are for layers {wanted}; the model has {len(modules)} attentions, all to be converted."
+        )
+    hybrids = []
+    for module in modules:
+        hybrid = HybridAttention(config, num_heads, head_dim, layer_index(module))
+        weight = next(module.parameters())
+        module.hybrid = hybrid.to(device=weight.device, dtype=torch.float32).requires_grad_(False)
+        module.register_forward_pre_hook(_hand_cache_over, with_kwargs=True)
+        module.register_forward_hook(_take_cache_back, always_call=True)
+        hybrids.append(module.hybrid)
+    _decoder(model, modules).register_forward_pre_hook(_prepare_inputs, with_kwargs=True)
+    # Loaded maps stay in fp32 whatever dtype the model is loaded in: features are computed in fp32.
+    model._keep_in_fp32_modules_strict = set(model._keep_in_fp32_modules_strict or ()) | {"hybrid"}
+    register()
+    model.config._attn_implementation = NAME
+    return hybrids
+
+
+def _decoder(model: PreTrainedModel, attentions: list[nn.Module]) -> PreTrainedModel:
+    """The innermost model that holds all attentions: where transformers would make its cache and positions."""
+    wanted = set(map(id, attentions))
+    holders = [m for m in model.modules() if isinstance(m, PreTrainedModel) and wanted <= set(map(id, m.modules()))]
+    return holders[-1]
+
+
+def _check_cache(cache: object) -> LolcatsCache:
+    if not isinstance(cache, LolcatsCache):
+        raise ValueError(
+            f"This model keeps a recurrent state and cannot use a {type(cache).__name__}. Pass no past_key_values "
+            "(the model makes its own), what it returned, or model.new_cache()."
+        )
+    return cache
+
+
+def _hand_cache_over(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    given = [*(kwargs.get(name) for name in CACHE_ARGUMENTS), *(value for value in args if isinstance(value, Cache))]
+    for past in given:
+        if past is not None:
+            layer = _check_cache(past).layers[layer_index(module)]
+            cast(HybridAttention, module.hybrid).cache_layer = cast(LolcatsCacheLayer, layer)
+
+
+def _take_cache_back(module: nn.Module, args: tuple, output: object) -> None:
+    cast(HybridAttention, module.hybrid).cache_layer = None
+
+
+def _prepare_inputs(base: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Before the base model runs: make the cache that it would make itself, as ours, and positions from padding."""
+    parameters = _forward_parameters(cast(Any, type(base)))
+    kwargs = {**dict(zip(parameters, args, strict=False)), **kwargs}
+    use_cache = kwargs.get("use_cache")
+    use_cache = getattr(base.config, "use_cache", False) if use_cache is None else use_cache
+    past, mask, positions = (kwargs.get(name) for name in ("past_key_values", "attention_mask", "position_ids"))
+    if past is not None:
+        _check_cache(past)
+    elif use_cache and not _is_checkpointing(base):
+        kwargs["past_key_values"] = LolcatsCache(len(attention_modules(base)))
+    if positions is None and "position_ids" in parameters and isinstance(mask, Tensor) and mask.ndim == 2:
+        kwargs["position_ids"] = _positions(mask, _num_tokens(kwargs))
+    elif positions is not None and mask is None and past is None and not torch.compiler.is_compiling():
+        _refuse_packed(positions)
+    return (), kwargs
+
+
+@cache
+def _forward_parameters(model_class: Any) -> list[str]:
+    return list(inspect.signature(model_class.forward).parameters)[1:]
+
+
+def _refuse_packed(positions: Tensor) -> None:
+    """Positions that do not count up by one are transformers' sign of several sequences in a row."""
+    if positions.ndim == 2 and bool((positions.diff(dim=-1) != 1).any()):
+        raise ValueError(
+            "position_ids that restart mean packed sequences, which a recurrent state would mix. Give one sequence per "
+            "row, with an attention_mask where rows are padded."
+        )
+
+
+def _is_checkpointing(base: nn.Module) -> bool:
+    """Whether layers will be run again in the backward pass: transformers then uses no cache."""
+    return base.training and any(getattr(module, "gradient_checkpointing", False) for module in base.modules())
+
+
+def _num_tokens(kwargs: dict) -> int:
+    inputs = kwargs.get("input_ids")
+    return (kwargs["inputs_embeds"] if inputs is None else inputs).shape[1]
+
+
+def _positions(mask: Tensor, tokens: int) -> Tensor:
+    """Positions [B, T] of the last `tokens` columns of a padding mask, counted from each row's first real token.
+
+    Feature maps act after RoPE, so unlike softmax attention they see absolute positions: left padding must not shift
+    them.
+    """
+    return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]

@@ -1,0 +1,116 @@
+"""Loading a teacher from a local folder or the Hugging Face hub."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lolcats_cli.errors import BadInput, UsageError, is_out_of_memory
+from lolcats_cli.teacher import identity
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py")
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How to load a model: `dtype` is a name of `DTYPES` or "auto" (the checkpoint's own)."""
+
+    dtype: str = "auto"
+    device: str = "auto"
+    trust_remote_code: bool = False
+
+    def resolved_device(self) -> torch.device:
+        """The device; "auto" is CUDA where there is one. Raises `UsageError` for one that is not there."""
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            device = torch.device(self.device)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise UsageError(f"--device {self.device} cannot be used here: {str(error).splitlines()[0]}") from error
+        return device
+
+
+def resolve_folder(teacher: str, revision: str | None = None) -> Path:
+    """The local folder of `teacher`: itself, or the hub snapshot of that id and revision.
+
+    Raises `BadInput` if it is neither a folder with weights nor to be had from the hub.
+    """
+    folder = Path(teacher).expanduser()
+    if folder.is_dir():
+        identity.read_config(folder)
+        identity.weight_files(folder)
+        return folder.resolve()
+    if teacher.startswith((".", "/", "~")) or teacher.count("/") > 1 or folder.exists():
+        raise BadInput(f"The teacher {teacher} is not a folder. Pass a model folder, or a hub id such as org/name.")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        snapshot = snapshot_download(teacher, revision=revision, allow_patterns=list(HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise BadInput(
+            f"The teacher {teacher} is neither a local folder nor could it be fetched from the hub "
+            f"({type(error).__name__}). Check the name, --revision, your access, and the network."
+        ) from error
+    identity.weight_files(Path(snapshot))
+    return Path(snapshot)
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The folder's tokenizer. Raises `BadInput` if it cannot be loaded."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise BadInput(f"{folder} has no tokenizer that transformers can load: {_first_line(error)}") from error
+
+
+def load_model(folder: Path, options: LoadOptions, loader: Any = None) -> PreTrainedModel:
+    """The folder's causal language model in evaluation mode, on its device. Raises `BadInput` if it cannot be loaded.
+
+    `loader` is the class that loads it, AutoModelForCausalLM unless given.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    if options.dtype != "auto" and options.dtype not in DTYPES:
+        raise UsageError(f"--dtype {options.dtype} is not known; choose auto, {', '.join(DTYPES)}.")
+    device = options.resolved_device()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    disable_progress_bar()
+    source: Any = loader or AutoModelForCausalLM
+    try:
+        model, report = source.from_pretrained(
+            folder,
+            dtype=DTYPES.get(options.dtype, "auto"),
+            trust_remote_code=options.trust_remote_code,
+            output_loading_info=True,
+        )
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise BadInput(f"{folder} could not be loaded as a causal language model: {_first_line(error)}") from error
+    if report["missing_keys"]:
+        raise BadInput(
+            f"The weights in {folder} lack {sorted(report['missing_keys'])[:3]} …: download or save it again."
+        )
+    return model.to(device).eval()
+
+
+def model_limit(config) -> int | None:
+    """The longest sequence the model's configuration allows, in tokens, or None if it states none."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

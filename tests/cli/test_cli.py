@@ -1,0 +1,440 @@
+"""The commands as people and scripts meet them: exit codes, one clear sentence, stdout for the result alone."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from lolcats_formats import Artifact, ArtifactWriter, ConfigMismatch, Damaged, FormatError, NotAnArtifact
+
+from lolcats_cli import __version__, errors
+from lolcats_cli.main import EXIT_CODES, exit_code
+
+CAPTURE = ("--seq-len", "64", "--samples", "20")
+TRANSFER = ("--window", "8", "--feature-dim", "16", "--steps", "6", "--grad-accum", "4", "--eval-steps", "3")
+LORA = ("--steps", "6", "--grad-accum", "2", "--eval-steps", "3", "--lr", "1e-2")
+
+
+# --- results ---------------------------------------------------------------------------------------------------------
+
+
+def stage_commands(made: SimpleNamespace) -> dict[str, tuple]:
+    """What the fixture `pipeline` did from Python, as commands."""
+    return {
+        "capture": ("capture", made.teacher, made.text, "-o", made.capture, *CAPTURE),
+        "transfer": ("transfer", made.capture, "-o", made.transfer, *TRANSFER),
+        "lora": ("lora", made.transfer, "-o", made.lora, *LORA),
+        "merge": ("merge", made.lora, "-o", made.student),
+    }
+
+
+@pytest.mark.parametrize("stage", ["capture", "transfer", "lora", "merge"])
+def test_a_finished_stage_says_so_and_prints_its_path(pipeline: SimpleNamespace, invoke, stage: str) -> None:
+    command = stage_commands(pipeline)[stage]
+    path = command[command.index("-o") + 1]
+    before = {file: file.stat().st_mtime_ns for file in path.rglob("*")}
+    result = invoke(*command)
+    assert (result.code, result.out) == (0, f"{path}\n")
+    assert "finished" in result.err
+    assert {file: file.stat().st_mtime_ns for file in path.rglob("*")} == before
+    document = json.loads(invoke(*command, "--json").out)
+    assert (document["path"], document["id"]) == (str(path), Artifact.open(path).id)
+
+
+def test_a_stage_that_runs_prints_its_path_alone(pipeline: SimpleNamespace, invoke, tmp_path: Path) -> None:
+    result = invoke(
+        "transfer", "-", "-o", tmp_path / "t", "--steps", "0", "--layers", "0-1", stdin=f"{pipeline.capture}\n"
+    )
+    assert (result.code, result.out) == (0, f"{tmp_path / 't'}\n")
+    assert "layer 1: mse" in result.err
+
+
+def test_verify_and_inspect(pipeline: SimpleNamespace, invoke) -> None:
+    assert invoke("verify", pipeline.student).out == f"{pipeline.student}\n"
+    assert json.loads(invoke("verify", pipeline.lora, "--json").out)["kind"] == "lora"
+    for path in (pipeline.capture, pipeline.transfer, pipeline.lora, pipeline.student):
+        document = json.loads(invoke("inspect", path, "--json").out)
+        artifact = Artifact.open(path)
+        assert (document["kind"], document["id"], document["config"]) == (artifact.kind, artifact.id, artifact.config)
+        assert [layer["layer"] for layer in document["layers"]] == [0, 1]
+        assert [parent["id"] for parent in document["parents"]] == [parent["id"] for parent in artifact.parents]
+        assert artifact.id in invoke("inspect", path).out
+        layer = json.loads(invoke("inspect", path, "--layer", "1", "--json").out)
+        assert layer["layer"] == 1
+        listed = {(t["file"], t["tensor"]): t["shape"] for t in layer["tensors"]}
+        assert listed
+        for (file, tensor), shape in listed.items():
+            assert list(artifact.header(file)[tensor].shape) == shape
+    assert invoke("inspect", "-", stdin=f"{pipeline.lora}\n").out == invoke("inspect", pipeline.lora).out
+
+
+def test_eval_as_table_and_as_json(pipeline: SimpleNamespace, invoke) -> None:
+    command = ("eval", pipeline.student, "--data", pipeline.text, "--seq-len", "64", "--samples", "4")
+    lines = invoke(*command).out.splitlines()
+    assert lines[0].split() == ["perplexity", "nats/token", "attention", "MSE", "relative"]
+    assert [line.split()[0] for line in lines[1:]] == ["both", "window", "linear"]
+    document = json.loads(invoke(*command, "--json").out)
+    assert document["path"] == str(pipeline.student)
+    assert f"{document['results']['both']['perplexity']:.4g}" == lines[1].split()[1]
+    teacher = json.loads(invoke("eval", pipeline.teacher, *command[2:], "--json").out)
+    assert list(teacher["results"]) == ["both"]
+
+
+def test_generate_writes_text_alone(pipeline: SimpleNamespace, invoke) -> None:
+    result = invoke("generate", pipeline.lora, "--prompt", "the sea", "--max-new-tokens", "4")
+    assert (result.code, result.err) == (0, "")
+    assert result.out.endswith("\n")
+    assert "the sea" not in result.out
+
+
+def test_version(invoke) -> None:
+    assert invoke("--version") == (0, f"lolcats {__version__}\n", "")
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+def edit_manifest(folder: Path, **fields: object) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def newer(made: SimpleNamespace, root: Path) -> Path:
+    folder = Path(shutil.copytree(made.transfer, root / "newer"))
+    edit_manifest(folder, version="2.0")
+    return folder
+
+
+def unfinished(made: SimpleNamespace, root: Path) -> Path:
+    settings = {"config": {}, "teacher": None, "data": None, "tool": "test"}
+    artifact = Artifact.open(made.capture)
+    settings |= {"config": artifact.config, "teacher": artifact.teacher, "data": artifact.data}
+    ArtifactWriter.create(root / "unfinished", "capture", **settings).close()
+    return root / "unfinished"
+
+
+def damaged(made: SimpleNamespace, root: Path, flip: bool = True) -> Path:
+    folder = Path(shutil.copytree(made.transfer, root / "damaged"))
+    path = folder / "maps" / "layer-001.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data if flip else data[:-1])
+    return folder
+
+
+def file(root: Path, name: str, content: bytes) -> Path:
+    (root / name).write_bytes(content)
+    return root / name
+
+
+def other_teacher(made: SimpleNamespace, root: Path) -> Path:
+    folder = Path(shutil.copytree(made.teacher, root / "other"))
+    path = folder / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-2] ^= 1
+    path.write_bytes(data)
+    return folder
+
+
+Case = Callable[[SimpleNamespace, Path], tuple]
+# name -> (arguments, exit code, what the message says); OUT is where nothing may look finished
+BAD: dict[str, tuple[Case, int, str]] = {
+    "missing teacher": (lambda m, t: ("capture", t / "no", m.text, "-o", t / "OUT"), 3, "is not a folder"),
+    "teacher without model": (lambda m, t: ("capture", t, m.text, "-o", t / "OUT"), 3, "has no config.json"),
+    "missing data": (lambda m, t: ("capture", m.teacher, t / "no.txt", "-o", t / "OUT", *CAPTURE), 3, "is not a file"),
+    "empty data": (
+        lambda m, t: ("capture", m.teacher, file(t, "e.txt", b""), "-o", t / "OUT", *CAPTURE),
+        3,
+        "fewer than",
+    ),
+    "empty JSON lines": (
+        lambda m, t: ("capture", m.teacher, file(t, "e.jsonl", b""), "-o", t / "OUT", *CAPTURE),
+        3,
+        "fewer than the 64 tokens",
+    ),
+    "unreadable data": (
+        lambda m, t: ("capture", m.teacher, file(t, "e.txt", b"\xff\xfe"), "-o", t / "OUT", *CAPTURE),
+        3,
+        "is not UTF-8 text",
+    ),
+    "empty stdin as data": (lambda m, t: ("capture", m.teacher, "-", "-o", t / "OUT", *CAPTURE), 3, "stdin holds"),
+    "sequence over the limit": (
+        lambda m, t: ("capture", m.teacher, m.text, "-o", t / "OUT", "--seq-len", "129"),
+        3,
+        "over the 128 tokens",
+    ),
+    "missing artifact": (lambda m, t: ("transfer", t / "no", "-o", t / "OUT"), 3, "does not exist"),
+    "no artifact": (lambda m, t: ("transfer", t, "-o", t / "OUT"), 3, "is not an artifact: it has no manifest.json"),
+    "model folder": (lambda m, t: ("transfer", m.teacher, "-o", t / "OUT"), 3, "is a model folder but no artifact"),
+    "file": (lambda m, t: ("transfer", m.text, "-o", t / "OUT"), 3, "an artifact is a directory"),
+    "wrong kind for transfer": (lambda m, t: ("transfer", m.lora, "-o", t / "OUT"), 3, "`lolcats capture` makes one"),
+    "wrong kind for lora": (lambda m, t: ("lora", m.capture, "-o", t / "OUT"), 3, "`lolcats transfer` makes one"),
+    "wrong kind for merge": (lambda m, t: ("merge", m.capture, "-o", t / "OUT"), 3, "is a capture artifact"),
+    "wrong kind for eval": (lambda m, t: ("eval", m.capture, "--data", m.text), 3, "is a capture artifact"),
+    "wrong kind for generate": (lambda m, t: ("generate", m.capture, "--prompt", "x"), 3, "is a capture artifact"),
+    "newer format": (lambda m, t: ("lora", newer(m, t), "-o", t / "OUT"), 3, "version"),
+    "unfinished": (lambda m, t: ("transfer", unfinished(m, t), "-o", t / "OUT"), 3, "is not finished"),
+    "unfinished for eval": (lambda m, t: ("eval", unfinished(m, t), "--data", m.text), 3, "is not finished"),
+    "missing model": (lambda m, t: ("eval", t / "no", "--data", m.text), 3, "is not a folder"),
+    "empty prompt": (lambda m, t: ("generate", m.teacher, "--prompt", ""), 2, "--prompt is empty"),
+    "stdin twice": (lambda m, t: ("lora", "-", "-o", t / "OUT", "--data", "-"), 2, "cannot both come from stdin"),
+    "flipped bit": (lambda m, t: ("lora", damaged(m, t), "-o", t / "OUT"), 3, "layer-001.safetensors is damaged"),
+    "cut file": (lambda m, t: ("merge", damaged(m, t, False), "-o", t / "OUT"), 3, "layer-001.safetensors is damaged"),
+    "verify finds it": (lambda m, t: ("verify", damaged(m, t)), 3, "layer-001.safetensors is damaged"),
+    "other weights": (
+        lambda m, t: ("lora", m.transfer, "-o", t / "OUT", "--teacher", other_teacher(m, t)),
+        4,
+        "is not the teacher that was captured: weights_sha256 differs",
+    ),
+    "other weights for merge": (
+        lambda m, t: ("merge", m.lora, "-o", t / "OUT", "--teacher", other_teacher(m, t)),
+        4,
+        "weights_sha256 differs",
+    ),
+    "other settings": (
+        lambda m, t: ("transfer", m.capture, "-o", m.transfer, *TRANSFER, "--lr", "1"),
+        4,
+        "config.lr is",
+    ),
+    "output is a file": (lambda m, t: ("transfer", m.capture, "-o", m.text, *TRANSFER), 3, "is a file"),
+    "output holds other things": (lambda m, t: ("transfer", m.capture, "-o", m.teacher, *TRANSFER), 3, "other files"),
+    "output cannot be made": (lambda m, t: ("transfer", m.capture, "-o", m.text / "x", *TRANSFER), 3, "text.txt"),
+    "feature size": (lambda m, t: ("transfer", m.capture, "-o", t / "OUT", "--feature-dim", "257"), 2, "up to 256"),
+    "gamma": (lambda m, t: ("transfer", m.capture, "-o", t / "OUT", "--gamma", "1"), 2, "--gamma 1.0 must lie between"),
+    "no loss": (lambda m, t: ("transfer", m.capture, "-o", t / "OUT", "--mse-factor", "0"), 2, "nothing to train on"),
+    "layers": (lambda m, t: ("transfer", m.capture, "-o", t / "OUT", "--layers", "1-x"), 2, "is not a list like 0-3,7"),
+    "layers that are not there": (lambda m, t: ("transfer", m.capture, "-o", t / "OUT", "--layers", "2"), 2, "0 and 1"),
+    "a layer that is not there": (lambda m, t: ("inspect", m.capture, "--layer", "2"), 2, "has no layer 2"),
+    "nothing on stdin": (lambda m, t: ("transfer", "-", "-o", t / "OUT"), 2, "did the command before this one fail"),
+    "targets": (
+        lambda m, t: ("lora", m.transfer, "-o", t / "OUT", "--targets", "c_attn"),
+        2,
+        "no modules named c_attn",
+    ),
+    "dtype": (lambda m, t: ("capture", m.teacher, m.text, "-o", t / "OUT", *CAPTURE, "--dtype", "fp8"), 2, "fp8"),
+    "device": (
+        lambda m, t: ("transfer", m.capture, "-o", t / "OUT", "--device", "tpu"),
+        2,
+        "--device tpu cannot be used",
+    ),
+    "unknown option": (lambda m, t: ("transfer", m.capture, "-o", t / "OUT", "--windows", "3"), 2, "--windows"),
+    "missing option": (lambda m, t: ("transfer", m.capture), 2, "-o"),
+    "not a number": (lambda m, t: ("transfer", m.capture, "-o", t / "OUT", "--window", "many"), 2, "--window"),
+    "unknown choice": (lambda m, t: ("transfer", m.capture, "-o", t / "OUT", "--feature-map", "exp"), 2, "hedgehog"),
+    "unknown command": (lambda m, t: ("distill",), 2, "distill"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(pipeline: SimpleNamespace, invoke, tmp_path: Path, name: str) -> None:
+    case, code, message = BAD[name]
+    result = invoke(*case(pipeline, tmp_path))
+    assert (result.code, result.out) == (code, "")
+    assert "Traceback" not in result.err
+    errors_said = [line for line in result.err.splitlines() if line.startswith("Error: ")]
+    assert len(errors_said) == 1
+    assert result.err.splitlines()[-1] == errors_said[0]  # one sentence, and the last word
+    assert message in errors_said[0]
+    assert "bug" not in errors_said[0]
+    assert not (tmp_path / "OUT" / "manifest.json").exists()
+
+
+def test_disk_is_too_small(pipeline: SimpleNamespace, invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = type(shutil.disk_usage("/"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1, 1, 1))
+    result = invoke("capture", pipeline.teacher, pipeline.text, "-o", tmp_path / "c", *CAPTURE)
+    assert (result.code, result.out) == (5, "")
+    assert "its disk has 1 B free" in result.err
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(
+    ("stage", "kind"),
+    [
+        *(
+            (stage, kind)
+            for stage in ("capture", "transfer", "merge")
+            for kind in (errno.ENOSPC, errno.EDQUOT, "memory")
+        ),
+        ("lora", errno.ENOSPC),
+    ],
+)
+def test_disk_or_memory_is_full_on_the_way(
+    pipeline: SimpleNamespace, invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, kind: object
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise MemoryError if kind == "memory" else OSError(kind, os.strerror(int(str(kind))), "somewhere")
+
+    command = list(stage_commands(pipeline)[stage])
+    command[command.index("-o") + 1] = tmp_path / "OUT"
+    monkeypatch.setattr(ArtifactWriter, "save", full)
+    result = invoke(*command)
+    assert (result.code, result.out) == (5, "")
+    assert "Traceback" not in result.err
+    assert result.err.splitlines()[-1].startswith("Error: ")
+    assert not (tmp_path / "OUT" / "manifest.json").exists()
+
+
+# --- exit codes ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.LolcatsError("x"), 1),
+        (errors.UsageError("x"), 2),
+        (errors.BadInput("x"), 3),
+        (errors.IdentityMismatch("x"), 4),
+        (errors.NotEnoughSpace("x"), 5),
+        (FormatError("x"), 3),
+        (NotAnArtifact("x"), 3),
+        (Damaged("x"), 3),
+        (ConfigMismatch("x", ["config.lr"]), 4),
+        (OSError(errno.ENOSPC, "x"), 5),
+        (OSError(errno.EDQUOT, "x"), 5),
+        (MemoryError(), 5),
+        (FileNotFoundError("x"), 3),
+        (PermissionError("x"), 3),
+        (KeyError("x"), 1),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else str(value),
+)
+def test_exit_code(error: Exception, code: int) -> None:
+    assert exit_code(error) == code
+    assert f"{code} " in EXIT_CODES
+
+
+def test_memory_of_torch_is_memory() -> None:
+    import torch
+
+    assert exit_code(torch.cuda.OutOfMemoryError("x")) == 5
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert exit_code(caught.value) == 5
+    assert exit_code(RuntimeError("x")) == 1
+
+
+def test_memory_that_ends_while_loading(
+    pipeline: SimpleNamespace, invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    def full(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", full)
+    assert invoke("capture", pipeline.teacher, pipeline.text, "-o", tmp_path / "OUT", *CAPTURE).code == 5
+
+
+def test_the_codes_are_documented(invoke) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    section = readme.split("## Exit codes", 1)[1]
+    shown = " ".join(invoke("--help").out.split())
+    for code in (0, 1, 2, 3, 4, 5, 75):
+        assert f"{code}" in section.split("\n## ", 1)[0]
+        assert f"{code} " in shown
+    assert errors.Stopped.exit_code == 75
+
+
+def test_a_bug_says_so_and_debug_shows_where(
+    pipeline: SimpleNamespace, invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise KeyError("weights")
+
+    monkeypatch.setattr("lolcats_cli.stages.inspect.describe", broken)
+    result = invoke("inspect", pipeline.lora)
+    assert (result.code, result.out) == (1, "")
+    assert "bug in lolcats" in result.err
+    assert "Traceback" not in result.err
+    with pytest.raises(KeyError):
+        invoke("--debug", "inspect", pipeline.lora)
+
+
+# --- signals ---------------------------------------------------------------------------------------------------------
+
+STOPPABLE = {
+    "capture": "lolcats_cli.stages.capture._record",
+    "transfer": "lolcats_cli.stages.layer_training._loss",
+    "lora": "lolcats_cli.stages.lora._TokenRows.__getitem__",
+    "merge": "lolcats_cli.stages.merge._Plan.load",
+}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("stage", STOPPABLE)
+def test_stopped_in_the_middle_and_resumed(
+    pipeline: SimpleNamespace,
+    invoke,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stage: str,
+    number: signal.Signals,
+) -> None:
+    command = list(stage_commands(pipeline)[stage])
+    whole = command[command.index("-o") + 1]
+    command[command.index("-o") + 1] = tmp_path / "OUT"
+    with monkeypatch.context() as patch:
+        patch.setattr(STOPPABLE[stage], lambda *_: signal.raise_signal(number))
+        result = invoke(*command)
+    assert (result.code, result.out) == (75, "")
+    assert result.err.splitlines()[-1] == f"Stopped by {number.name}. The same command resumes."
+    assert "Traceback" not in result.err
+    assert not (tmp_path / "OUT" / "manifest.json").exists()
+    if number == signal.SIGTERM:
+        assert invoke(*command)[:2] == (0, f"{tmp_path / 'OUT'}\n")
+        assert Artifact.open(tmp_path / "OUT").id == Artifact.open(whole).id
+
+
+# --- configuration file ----------------------------------------------------------------------------------------------
+
+
+def write_config(root: Path, content: object) -> Path:
+    path = root / "lolcats.yaml"
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return path
+
+
+def test_command_line_wins_over_file_wins_over_defaults(pipeline: SimpleNamespace, invoke, tmp_path: Path) -> None:
+    config = write_config(tmp_path, {"transfer": {"window": 5, "feature-dim": 7, "steps": 0}, "lora": {"rank": 3}})
+    result = invoke("--config", config, "transfer", pipeline.capture, "-o", tmp_path / "t", "--window", "9")
+    assert result.code == 0
+    found = Artifact.open(tmp_path / "t").config
+    assert (found["hybrid"]["window"], found["hybrid"]["feature_dim"], found["steps"]) == (9, 7, 0)
+    assert found["grad_accum"] == 8
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"transfer": {"windows": 5}}, "transfer.windows is not a command's option"),
+        ({"distill": {"window": 5}}, "distill is not a command's option"),
+        ({"transfer": {"capture": "x"}}, "transfer.capture is not a command's option"),
+        ({"transfer": {"window": "many"}}, "'--window'"),
+        ({"transfer": {"window": -1}}, "'--window'"),
+        ({"transfer": 5}, "must hold options by command"),
+        ("[1, 2]", "must hold options by command"),
+        ("a: [", "cannot be read"),
+    ],
+)
+def test_bad_configuration(pipeline: SimpleNamespace, invoke, tmp_path: Path, content: object, message: str) -> None:
+    config = write_config(tmp_path, content)
+    result = invoke("--config", config, "transfer", pipeline.capture, "-o", tmp_path / "OUT")
+    assert (result.code, result.out) == (2, "")
+    assert message in " ".join(result.err.split())
+    assert "Traceback" not in result.err
+    assert not (tmp_path / "OUT").exists()
+
+
+def test_missing_configuration(pipeline: SimpleNamespace, invoke, tmp_path: Path) -> None:
+    result = invoke("--config", tmp_path / "no.yaml", "transfer", pipeline.capture, "-o", tmp_path / "OUT")
+    assert result.code == 2
+    assert "no.yaml" in result.err

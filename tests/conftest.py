@@ -1,0 +1,108 @@
+"""A tiny GQA Llama with random weights and a byte-level tokenizer, made from a seed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+WORDS = "the whale and a ship at sea saw one white sail then two men sang of home".split()  # noqa: SIM905
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_files_left_behind(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Libraries' caches go to a temporary folder."""
+    for name in ("HF_HOME", "HF_MODULES_CACHE", "HF_DATASETS_CACHE"):
+        os.environ[name] = str(tmp_path_factory.mktemp(name.lower()))
+
+
+def make_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate(["<s>", "</s>", "<pad>", *letters])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    ).save_pretrained(folder)
+
+
+def make_teacher(folder: Path, *, seed: int = 0, **overrides: object) -> Path:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = {
+        "vocab_size": 260,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 2,
+        "initializer_range": 0.2,
+    }
+    LlamaForCausalLM(LlamaConfig(**(config | overrides))).save_pretrained(folder)
+    make_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder: 2 layers, 4 query and 2 key heads of 16, context 128, fp32."""
+    return make_teacher(tmp_path_factory.mktemp("tiny") / "teacher")
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """About 3,000 tokens of text for the tiny teacher."""
+    generator = torch.Generator().manual_seed(0)
+    picks = torch.randint(0, len(WORDS), (750,), generator=generator)
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(" ".join(WORDS[i] for i in picks))
+    return path
+
+
+@pytest.fixture(scope="session")
+def new_teacher() -> Callable[..., Path]:
+    """`make_teacher`, as test modules cannot import a conftest."""
+    return make_teacher
+
+
+@pytest.fixture(scope="session")
+def pipeline(tiny_teacher: Path, tiny_text: Path, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """The four stages run once, small: paths `teacher`, `text`, `capture`, `transfer`, `lora`, `student`. Read only."""
+    from lolcats_kernels import HybridConfig
+
+    from lolcats_cli.stages.capture import capture
+    from lolcats_cli.stages.layer_training import TransferOptions
+    from lolcats_cli.stages.lora import LoraOptions, lora
+    from lolcats_cli.stages.merge import merge
+    from lolcats_cli.stages.transfer import transfer
+    from lolcats_cli.teacher.data import DataOptions
+
+    root = tmp_path_factory.mktemp("pipeline")
+    made = SimpleNamespace(teacher=tiny_teacher, text=tiny_text)
+    for name in ("capture", "transfer", "lora", "student"):
+        setattr(made, name, root / name)
+    capture(str(tiny_teacher), str(tiny_text), made.capture, options=DataOptions(seq_len=64, samples=20))
+    hybrid = HybridConfig(window=8, feature_dim=16)
+    transfer(made.capture, made.transfer, options=TransferOptions(hybrid, steps=6, grad_accum=4, eval_steps=3))
+    lora(made.transfer, made.lora, options=LoraOptions(steps=6, grad_accum=2, eval_steps=3, lr=1e-2))
+    merge(made.lora, made.student)
+    return made

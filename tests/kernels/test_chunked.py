@@ -1,0 +1,143 @@
+"""The chunked path is the definition: outputs and gradients, over shapes and options."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lolcats_kernels import FEATURE_MAPS, LAYOUTS, LINEAR_FACTORS
+from lolcats_kernels.blocks import BlockAttention, make_plan
+from lolcats_kernels.maps import repeat_heads
+
+
+@settings(max_examples=240, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_output_is_the_references(cases, data):
+    case = data.draw(cases)
+    with torch.no_grad():
+        torch.testing.assert_close(case.run("chunked"), case.run("reference"), rtol=1e-10, atol=1e-10)
+
+
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_gradients_are_the_references(cases, data):
+    case = data.draw(cases)
+    for chunked, reference in zip(case.gradients("chunked"), case.gradients("reference"), strict=True):
+        # t2r's denominators can be small: an error counts beside the gradient's own size.
+        torch.testing.assert_close(chunked, reference, rtol=1e-9, atol=1e-10 * (1 + reference.abs().max().item()))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("window", [0, 3, 70])
+def test_gradcheck(make_case, layout, window):
+    case = make_case(
+        batch=1, key_heads=1, time=150 if window == 3 else 75, head_dim=2, value_dim=1, feature_dim=2,
+        window=window, layout=layout, linear_factor="affine",
+    )  # fmt: skip
+    names = [name for name, _ in case.maps.named_parameters()]
+
+    def call(q, k, v, *parameters):
+        values = dict(zip(names, parameters, strict=True))
+        return torch.func.functional_call(_Call(case), {f"maps.{n}": p for n, p in values.items()}, (q, k, v))
+
+    leaves = [x.detach().requires_grad_() for x in case.leaves]
+    assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
+
+
+class _Call(torch.nn.Module):
+    def __init__(self, case):
+        super().__init__()
+        self.case, self.maps = case, case.maps
+
+    def forward(self, q, k, v):
+        return replace(self.case, q=q, k=k, v=v).run("chunked")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("wanted", [("q",), ("k",), ("v",), ("window_logit",), ("q_weight", "k_weight")])
+def test_only_the_gradients_asked_for(make_case, layout, wanted):
+    case = make_case(time=150, layout=layout, linear_factor="affine")
+    named = {"q": case.q, "k": case.k, "v": case.v, **dict(case.maps.named_parameters())}
+    everything = dict(zip(named, case.gradients("reference"), strict=True))
+    for name, leaf in named.items():
+        leaf.requires_grad_(name in wanted)
+    out = case.run("chunked")
+    weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape).cos()
+    (out * weight).sum().backward()
+    for name, leaf in named.items():
+        if name in wanted:
+            torch.testing.assert_close(leaf.grad, everything[name], rtol=1e-9, atol=1e-10)
+        else:
+            assert leaf.grad is None
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+def test_fp32_is_as_exact_as_the_reference_in_fp32(make_case, layout, feature_map):
+    sizes = {"time": 300, "head_dim": 32, "feature_dim": 32, "window": 16}
+    case = make_case(layout=layout, feature_map=feature_map, dtype=torch.float32, **sizes)
+    double = make_case(layout=layout, feature_map=feature_map, **sizes)
+    with torch.no_grad():
+        for a, b in zip(double.leaves, case.leaves, strict=True):
+            a.copy_(b)
+        exact = double.run("reference")
+        error = {name: (case.run(name) - exact).square().mean().sqrt() for name in ("reference", "chunked")}
+    assert error["reference"] < 1e-6
+    assert error["chunked"] < 1.5 * error["reference"]
+
+
+@pytest.mark.parametrize("terms", ["both", "linear"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("factor", LINEAR_FACTORS)
+@pytest.mark.parametrize("tiles", [(1, 1), (1, 2), (6, 4)])
+def test_tiling_changes_nothing(make_case, terms, layout, factor, tiles):
+    """CPU computes a row at a time, other devices all rows at once."""
+    case = make_case(batch=3, key_heads=1, time=250, layout=layout, linear_factor=factor, value_dim=4)
+    maps = case.maps
+
+    def run(tile_rows=None, tile_blocks=None):
+        leaves = [x.detach().requires_grad_() for x in (case.q, repeat_heads(case.k, 2), repeat_heads(case.v, 2))]
+        gamma, share = (x.detach().repeat(3).requires_grad_() for x in maps.factors(torch.float64))
+        q, k, v = (x.flatten(0, 1) for x in leaves)
+        phi_q, phi_k = (f(x).detach().flatten(0, 1).requires_grad_() for f, x in
+                        ((maps.q_features, leaves[0]), (maps.k_features, leaves[1])))  # fmt: skip
+        start = torch.rand(6, maps.num_features, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        start.requires_grad_()
+        plan = make_plan(q, 1, maps.config, scaling=0.4, terms=terms, has_state=True)
+        if tile_rows:
+            plan = replace(plan, tile_rows=tile_rows, tile_blocks=tile_blocks)
+        out = BlockAttention.apply(q, k, v, phi_q, phi_k, gamma, share, start, plan)
+        grads = torch.autograd.grad(out.sin().sum(), [*leaves, phi_q, phi_k, gamma, share, start], allow_unused=True)
+        return [out, *(g for g in grads if g is not None)]
+
+    for got, expected in zip(run(*tiles), run(), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("window", [0, 64])
+def test_memory_kept_for_backward_grows_linearly(make_case, layout, window):
+    def kept(time):
+        case = make_case(batch=1, time=time, window=window, layout=layout, dtype=torch.float32)
+        storages = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x: storages.setdefault(x.untyped_storage().data_ptr(), x), lambda x: x
+        ):
+            case.run("chunked")
+        return sum(x.untyped_storage().nbytes() for x in storages.values())
+
+    assert kept(2048) < 2.2 * kept(1024)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_large_inputs(make_case, layout):
+    """Features at their floor, and scores so far below the largest that their terms vanish."""
+    case = make_case(time=150, layout=layout)
+    with torch.no_grad():
+        case.q *= 50
+        case.k *= 50
+    assert (case.maps.q_features(case.q) == 1e-12).any()
+    torch.testing.assert_close(case.run("chunked"), case.run("reference"), rtol=1e-10, atol=1e-10)
+    for chunked, reference in zip(case.gradients("chunked"), case.gradients("reference"), strict=True):
+        torch.testing.assert_close(chunked, reference, rtol=1e-8, atol=1e-9 * (1 + reference.abs().max().item()))

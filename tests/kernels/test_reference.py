@@ -1,0 +1,129 @@
+"""The definition, against the equation written once more token by token, and against torch's softmax attention."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lolcats_kernels import FEATURE_MAPS, LAYOUTS, LINEAR_FACTORS, TERMS, hybrid_attention_weights
+from torch.nn import functional
+
+
+def features(x, maps, side, head):
+    """phi(x) for one vector, as METHOD and paper write it."""
+    if maps.config.feature_map == "elu":
+        return [1 + (a if a > 0 else math.exp(a) - 1) for a in x.tolist()]
+    y = (x @ getattr(maps, f"{side}_weight")[head]).tolist()
+    if maps.config.feature_map == "t2r":
+        bias = getattr(maps, f"{side}_bias")[head].tolist()
+        return [max(a + b, 0.0) for a, b in zip(y, bias, strict=True)]
+    total, negative = sum(math.exp(a) for a in y), sum(math.exp(-a) for a in y)
+    both = [math.exp(a) / total for a in y] + [math.exp(-a) / negative for a in y]
+    return [max(a, 1e-12) for a in both]
+
+
+def token_by_token(case, scaling):
+    """Eq. 7 with loops over everything."""
+    q, k, v, maps, config = case.q, case.k, case.v, case.maps, case.maps.config
+    batch, heads, time, _ = q.shape
+    out = torch.zeros(batch, heads, time, v.shape[3], dtype=torch.float64)
+    for b in range(batch):
+        tokens = [t for t in range(time) if case.valid is None or case.valid[b, t]]
+        for h in range(heads):
+            key_head = h * k.shape[1] // heads
+            gamma = 1 / (1 + math.exp(-maps.window_logit[h].item()))
+            factor = 1 - gamma if config.linear_factor == "affine" and config.window else 1.0
+            for n, t in enumerate(tokens):
+                window, older = [], []
+                for i, s in enumerate(tokens[: n + 1]):
+                    if config.window == 0:
+                        near = False
+                    elif config.layout == "sliding":
+                        near = n - i < config.window
+                    else:
+                        near = n // config.window - i // config.window <= 1
+                    (window if near else older).append(s)
+                window = [] if case.terms == "linear" else window
+                older = [] if case.terms == "window" else older
+                weights = {}
+                scores = {s: (q[b, h, t] @ k[b, key_head, s]).item() * scaling for s in window}
+                for s in window:
+                    weights[s] = gamma * math.exp(scores[s] - max(scores.values()))
+                phi_q = features(q[b, h, t], maps, "q", h)
+                for s in older:
+                    phi_k = features(k[b, key_head, s], maps, "k", h)
+                    weights[s] = factor * sum(x * y for x, y in zip(phi_q, phi_k, strict=True))
+                total = sum(weights.values())
+                if total > 0:
+                    out[b, h, t] = sum(w * v[b, key_head, s] for s, w in weights.items()) / total
+    return out
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_reference_is_the_equation(make_case, data):
+    case = make_case(
+        seed=data.draw(st.integers(0, 999)),
+        batch=2,
+        key_heads=data.draw(st.integers(1, 2)),
+        time=data.draw(st.integers(1, 13)),
+        head_dim=3,
+        value_dim=2,
+        feature_dim=2,
+        padding=data.draw(st.sampled_from(("none", "left", "right", "holes", "empty"))),
+        terms=data.draw(st.sampled_from(TERMS)),
+        feature_map=data.draw(st.sampled_from(FEATURE_MAPS)),
+        window=data.draw(st.sampled_from((0, 1, 2, 3, 5, 40))),
+        layout=data.draw(st.sampled_from(LAYOUTS)),
+        linear_factor=data.draw(st.sampled_from(LINEAR_FACTORS)),
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(case.run("reference"), token_by_token(case, 0.4), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("terms", ["both", "window"])
+def test_window_over_all_is_softmax_attention(make_case, layout, terms):
+    case = make_case(time=19, window=19, layout=layout, terms=terms)
+    expected = functional.scaled_dot_product_attention(
+        case.q, case.k, case.v, is_causal=True, scale=0.4, enable_gqa=True
+    )
+    torch.testing.assert_close(case.run("reference"), expected, rtol=1e-12, atol=1e-13)
+
+
+def test_window_alone_is_softmax_over_the_last_keys(make_case):
+    case = make_case(time=19, window=5, terms="window")
+    i = torch.arange(19)
+    mask = (i[:, None] >= i) & (i[:, None] - i < 5)
+    expected = functional.scaled_dot_product_attention(
+        case.q, case.k, case.v, attn_mask=mask, scale=0.4, enable_gqa=True
+    )
+    torch.testing.assert_close(case.run("reference"), expected, rtol=1e-12, atol=1e-13)
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_weights_sum_to_one_and_give_the_output(cases, data):
+    case = data.draw(cases)
+    weights = hybrid_attention_weights(case.q, case.k, case.maps, scaling=0.4, valid=case.valid, terms=case.terms)
+    group = case.q.shape[1] // case.k.shape[1]
+    valid = torch.ones(case.q.shape[0], case.q.shape[2]) if case.valid is None else case.valid
+    torch.testing.assert_close(
+        weights @ case.v.repeat_interleave(group, 1), case.run("reference"), rtol=1e-11, atol=1e-12
+    )
+    assert (weights.triu(1) == 0).all()
+    sums = weights.sum(-1)
+    if case.terms == "both" and case.maps.config.feature_map != "t2r":
+        torch.testing.assert_close(sums, valid[:, None].expand_as(sums).double(), rtol=1e-12, atol=1e-12)
+    else:  # a query for which nothing is left to sum
+        assert ((sums - 1).abs().minimum(sums.abs()) < 1e-12).all()
+
+
+def test_query_with_nothing_to_sum_gets_zero_and_no_nan(make_case):
+    case = make_case(time=6, window=4, terms="linear")
+    for backend in ("reference", "chunked"):
+        out = case.run(backend)
+        assert (out[:, :, :4] == 0).all()
+        assert (out[:, :, 4:] != 0).all()
+        assert all(torch.isfinite(g).all() for g in case.gradients(backend))

@@ -1,0 +1,221 @@
+"""lora: a plain PEFT adapter that lowers the loss, on top of maps that stay as they are unless asked."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lolcats_formats import Artifact, ConfigMismatch, WrongKind
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import lolcats_cli.stages.lora as module
+from lolcats_cli.errors import BadInput, IdentityMismatch, Stopped, UsageError
+from lolcats_cli.stages.capture import capture
+from lolcats_cli.stages.layer_training import TransferOptions
+from lolcats_cli.stages.lora import LoraOptions, lora
+from lolcats_cli.stages.models import load_any, load_student
+from lolcats_cli.stages.transfer import maps_file, transfer
+from lolcats_cli.teacher.data import DataOptions
+from lolcats_cli.teacher.load import LoadOptions
+
+CPU = LoadOptions(device="cpu")
+QUICK = LoraOptions(steps=2, grad_accum=2, eval_steps=2, lr=1e-2)
+IDS = torch.randint(3, 259, (2, 40), generator=torch.Generator().manual_seed(5))
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return model.eval()(input_ids=IDS, use_cache=False).logits
+
+
+def test_the_adapter_is_a_plain_peft_folder(pipeline: SimpleNamespace) -> None:
+    adapter = pipeline.lora / "adapter"
+    assert sorted(file.name for file in adapter.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    assert len(tensors) == 2 * 2 * 4
+    assert all(name.startswith("base_model.model.model.layers.") for name in tensors)
+    assert {name.split(".")[-2] for name in tensors} == {"lora_A", "lora_B"}
+    # It goes onto the unchanged teacher too.
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(pipeline.teacher), adapter)
+
+
+def test_what_eval_loads_is_the_adapter_on_the_student(pipeline: SimpleNamespace) -> None:
+    artifact = Artifact.open(pipeline.lora)
+    student = load_student(artifact, pipeline.teacher, CPU)
+    bare = logits(student)
+    adapted = logits(PeftModel.from_pretrained(student, pipeline.lora / "adapter"))
+    torch.testing.assert_close(logits(load_any(str(pipeline.lora), CPU).model), adapted, rtol=1e-4, atol=1e-4)
+    assert (adapted - bare).abs().max() > 0.1
+
+
+def test_the_merged_folder_is_that_too(pipeline: SimpleNamespace) -> None:
+    torch.testing.assert_close(
+        logits(load_any(str(pipeline.student), CPU).model), logits(load_any(str(pipeline.lora), CPU).model)
+    )
+
+
+def test_the_loss_falls(pipeline: SimpleNamespace) -> None:
+    artifact = Artifact.open(pipeline.lora)
+    assert artifact.summary["loss"] < artifact.summary["initial_loss"]
+    validations = [event for event in artifact.metrics() if event["event"] == "validation"]
+    assert [event["step"] for event in validations] == [0, 3, 6]
+    assert validations[0]["loss"] == artifact.summary["initial_loss"]
+    assert validations[-1]["loss"] == pytest.approx(artifact.summary["loss"], rel=1e-6)
+
+
+def test_maps_stay_as_they_are_unless_asked(pipeline: SimpleNamespace, tmp_path: Path) -> None:
+    before, frozen = Artifact.open(pipeline.transfer), Artifact.open(pipeline.lora)
+    trained = lora(pipeline.transfer, tmp_path / "l", options=replace(QUICK, train_maps=True), load=CPU)
+    for layer in range(2):
+        start, kept, moved = (a.load(maps_file(layer)) for a in (before, frozen, trained))
+        assert all(torch.equal(start[name], kept[name]) for name in start)
+        assert all(not torch.equal(start[name], moved[name]) for name in start)
+    # The trained maps are those that eval loads.
+    loaded = load_any(str(trained.path), CPU).model
+    assert torch.equal(loaded.model.layers[1].self_attn.hybrid.q_weight, trained.load(maps_file(1))["q_weight"])
+
+
+def test_same_seed_same_artifact(pipeline: SimpleNamespace, tmp_path: Path) -> None:
+    torch.randn(5)
+    options = LoraOptions(steps=6, grad_accum=2, eval_steps=3, lr=1e-2)
+    assert lora(pipeline.transfer, tmp_path / "l", options=options, load=CPU).id == Artifact.open(pipeline.lora).id
+
+
+def test_stopped_and_run_again(pipeline: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = LoraOptions(steps=6, grad_accum=2, eval_steps=3, lr=1e-2)
+
+    def stopped(*_: object) -> None:
+        raise Stopped("SIGTERM")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_save_adapter", stopped)
+        with pytest.raises(Stopped):
+            lora(pipeline.transfer, tmp_path / "l", options=options, load=CPU)
+    assert not (tmp_path / "l" / "manifest.json").exists()
+    again = lora(pipeline.transfer, tmp_path / "l", options=options, load=CPU)
+    again.verify()
+    assert again.id == Artifact.open(pipeline.lora).id
+
+
+def test_rank_alpha_and_targets(pipeline: SimpleNamespace, tmp_path: Path) -> None:
+    options = replace(QUICK, rank=3, alpha=7.0, targets=("q_proj", "o_proj"), dropout=0.1)
+    artifact = lora(pipeline.transfer, tmp_path / "l", options=options, load=CPU)
+    config = artifact.read_json("adapter/adapter_config.json")
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (3, 7.0, 0.1)
+    assert sorted(config["target_modules"]) == ["o_proj", "q_proj"]
+    tensors = artifact.load("adapter/adapter_model.safetensors")
+    assert {tuple(t.shape) for name, t in tensors.items() if "lora_A" in name} == {(3, 64)}
+    assert artifact.config["targets"] == ["q_proj", "o_proj"]
+
+
+def test_unknown_targets(pipeline: SimpleNamespace, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="has no modules named c_attn"):
+        lora(pipeline.transfer, tmp_path / "l", options=replace(QUICK, targets=("q_proj", "c_attn")), load=CPU)
+    assert not (tmp_path / "l").exists()
+
+
+def test_other_data(pipeline: SimpleNamespace, tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"text": f"one ship and {i} men at sea"}) + "\n" for i in range(30)))
+    options = DataOptions(seq_len=32, pack=False)
+    artifact = lora(pipeline.transfer, tmp_path / "l", options=QUICK, data=str(data), data_options=options, load=CPU)
+    assert artifact.data["path"] == str(data)
+    assert artifact.data["rows"] == {"train": 28, "validation": 2}
+    assert artifact.data["seq_len"] == 32
+    from_capture = lora(pipeline.transfer, tmp_path / "c", options=QUICK, data=str(pipeline.capture), load=CPU)
+    default = lora(pipeline.transfer, tmp_path / "d", options=QUICK, load=CPU)
+    assert from_capture.id == default.id
+    foreign = capture_of_other_tokenizer(pipeline, tmp_path)
+    with pytest.raises(IdentityMismatch, match="tokens of another tokenizer"):
+        lora(pipeline.transfer, tmp_path / "n", options=QUICK, data=str(foreign), load=CPU)
+    with pytest.raises(BadInput, match="is not a file"):
+        lora(pipeline.transfer, tmp_path / "n", options=QUICK, data=str(tmp_path / "missing.txt"), load=CPU)
+    assert not (tmp_path / "n").exists()
+
+
+def capture_of_other_tokenizer(pipeline: SimpleNamespace, root: Path) -> Path:
+    other = Path(shutil.copytree(pipeline.teacher, root / "other"))
+    (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text() + "\n")
+    options = DataOptions(seq_len=64, samples=3)
+    return capture(str(other), str(pipeline.text), root / "foreign", options=options, load=CPU).path
+
+
+def test_longer_rows_than_the_model_takes(pipeline: SimpleNamespace, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="--seq-len 129 is over the 128 tokens"):
+        lora(
+            pipeline.transfer,
+            tmp_path / "l",
+            options=QUICK,
+            data=str(pipeline.text),
+            data_options=DataOptions(seq_len=129),
+            load=CPU,
+        )
+    assert not (tmp_path / "l").exists()
+
+
+@pytest.fixture
+def moved(pipeline: SimpleNamespace, tmp_path: Path) -> SimpleNamespace:
+    """Copies of capture and transfer of a teacher that is elsewhere now (`teacher`)."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    shutil.copytree(pipeline.teacher, old)
+    capture(str(old), str(pipeline.text), tmp_path / "capture", options=DataOptions(seq_len=64, samples=6), load=CPU)
+    options = TransferOptions(steps=0)
+    transfer(tmp_path / "capture", tmp_path / "transfer", options=options, device="cpu")
+    old.rename(new)
+    return SimpleNamespace(transfer=tmp_path / "transfer", teacher=new, old=old)
+
+
+def test_a_moved_teacher_is_asked_for(moved: SimpleNamespace, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=f"no longer at {moved.old}. Pass its folder with --teacher"):
+        lora(moved.transfer, tmp_path / "l", options=QUICK, load=CPU)
+    assert not (tmp_path / "l").exists()
+    artifact = lora(moved.transfer, tmp_path / "l", options=QUICK, teacher=str(moved.teacher), load=CPU)
+    with pytest.raises(BadInput, match="--teacher"):
+        load_any(str(artifact.path), CPU)
+    assert load_any(str(artifact.path), CPU, teacher=str(moved.teacher)).kind == "lora"
+
+
+def test_another_teacher_is_refused(moved: SimpleNamespace, tmp_path: Path, new_teacher) -> None:
+    other = new_teacher(tmp_path / "other", seed=1)
+    with pytest.raises(IdentityMismatch, match="is not the teacher that was captured: weights_sha256 differs"):
+        lora(moved.transfer, tmp_path / "l", options=QUICK, teacher=str(other), load=CPU)
+    assert not (tmp_path / "l").exists()
+    shutil.copytree(other, moved.old)  # also where the captured one was
+    with pytest.raises(IdentityMismatch, match="weights_sha256"):
+        lora(moved.transfer, tmp_path / "l", options=QUICK, load=CPU)
+    with pytest.raises(IdentityMismatch, match="weights_sha256"):
+        load_any(str(moved.transfer), CPU)
+
+
+def test_a_part_of_the_layers_is_not_a_student(pipeline: SimpleNamespace, tmp_path: Path) -> None:
+    transfer(pipeline.capture, tmp_path / "part", options=TransferOptions(steps=0), layers=[1], device="cpu")
+    with pytest.raises(IdentityMismatch, match="none for layers 0"):
+        lora(tmp_path / "part", tmp_path / "l", options=QUICK, load=CPU)
+    assert not (tmp_path / "l").exists()
+
+
+def test_wrong_kind_and_other_settings(pipeline: SimpleNamespace, tmp_path: Path) -> None:
+    with pytest.raises(WrongKind, match="is a capture artifact, but a transfer artifact"):
+        lora(pipeline.capture, tmp_path / "l", options=QUICK, load=CPU)
+    with pytest.raises(ConfigMismatch) as caught:
+        lora(pipeline.transfer, pipeline.lora, options=replace(QUICK, steps=6, eval_steps=3, rank=4), load=CPU)
+    assert caught.value.fields == ["config.rank"]
+
+
+def test_a_damaged_adapter_is_not_loaded(pipeline: SimpleNamespace, tmp_path: Path) -> None:
+    from lolcats_formats import Damaged
+
+    copy = Path(shutil.copytree(pipeline.lora, tmp_path / "l"))
+    weights = copy / "adapter" / "adapter_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(Damaged, match=r"adapter_model\.safetensors is damaged"):
+        load_any(str(copy), CPU)

@@ -1,0 +1,294 @@
+"""transfer: layers are independent, runs are repeatable and resumable, and every kind of attention learns."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lolcats_formats import Artifact, ConfigMismatch, NotAnArtifact, WrongKind
+from lolcats_kernels import HybridConfig, HybridMaps
+
+import lolcats_cli.stages.transfer as module
+from lolcats_cli.errors import Stopped, UsageError
+from lolcats_cli.stages.activations import StoredActivations
+from lolcats_cli.stages.capture import capture
+from lolcats_cli.stages.layer_training import TransferOptions, measure, train_layer
+from lolcats_cli.stages.transfer import maps_file, transfer
+from lolcats_cli.teacher.attention import softmax_attention
+from lolcats_cli.teacher.data import DataOptions
+
+CPU = torch.device("cpu")
+HYBRID = HybridConfig(window=8, feature_dim=16)
+OPTIONS = TransferOptions(HYBRID, steps=6, grad_accum=4, eval_steps=3)
+
+
+@pytest.fixture(scope="module")
+def padded(pipeline: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A capture of rows that are padded at the end."""
+    root = tmp_path_factory.mktemp("padded")
+    words = pipeline.text.read_text().split()
+    texts = [" ".join(words[i : i + 4 + i % 7]) for i in range(16)]
+    (root / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    options = DataOptions(seq_len=40, pack=False)
+    return capture(str(pipeline.teacher), str(root / "data.jsonl"), root / "capture", options=options).path
+
+
+def layer_bytes(artifact: Artifact, layer: int) -> bytes:
+    return artifact.file(maps_file(layer)).read_bytes()
+
+
+def events(artifact: Artifact, layer: int) -> list[dict]:
+    return [event for event in artifact.metrics() if event["layer"] == layer]
+
+
+def test_a_layer_does_not_depend_on_the_layers_beside_it(pipeline: SimpleNamespace, tmp_path: Path) -> None:
+    whole = Artifact.open(pipeline.transfer)
+    for layer in range(2):
+        alone = transfer(pipeline.capture, tmp_path / str(layer), options=OPTIONS, layers=[layer])
+        assert [name for name in alone.files if name.startswith("maps/")] == [maps_file(layer)]
+        assert layer_bytes(alone, layer) == layer_bytes(whole, layer)
+        assert events(alone, layer) == events(whole, layer)
+        assert alone.summary["layers"] == {str(layer): whole.summary["layers"][str(layer)]}
+
+
+def test_same_seed_same_artifact_other_seed_other_maps(pipeline: SimpleNamespace, tmp_path: Path) -> None:
+    torch.randn(3)  # whatever the process drew before must not count
+    again = transfer(pipeline.capture, tmp_path / "again", options=OPTIONS)
+    first = Artifact.open(pipeline.transfer)
+    assert again.id == first.id
+    other = transfer(pipeline.capture, tmp_path / "other", options=replace(OPTIONS, seed=1))
+    assert layer_bytes(other, 0) != layer_bytes(first, 0)
+
+
+@pytest.mark.parametrize("moment", ["between layers", "within a layer"])
+def test_resumed_is_the_same_to_the_byte(
+    pipeline: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    def stopped(source, layer, options, *, log, **rest):
+        if layer == 1:
+            if moment == "within a layer":
+                log(event="validation", layer=1, step=0, mse=1.0, lr=1.0)
+            raise Stopped("SIGINT")
+        return train_layer(source, layer, options, log=log, **rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "train_layer", stopped)
+        with pytest.raises(Stopped):
+            transfer(pipeline.capture, tmp_path / "t", options=OPTIONS)
+    with pytest.raises(NotAnArtifact, match="is not finished"):
+        Artifact.open(tmp_path / "t")
+    made = (tmp_path / "t" / maps_file(0)).stat().st_mtime_ns
+    resumed = transfer(pipeline.capture, tmp_path / "t", options=OPTIONS)
+    assert (tmp_path / "t" / maps_file(0)).stat().st_mtime_ns == made
+    whole = Artifact.open(pipeline.transfer)
+    assert resumed.id == whole.id
+    assert resumed.metrics() == whole.metrics()
+    resumed.verify()
+
+
+KINDS = {
+    "sliding hedgehog": {},
+    "terraced": {"layout": "terraced"},
+    "affine": {"linear_factor": "affine"},
+    "pure linear": {"window": 0},
+    "t2r": {"feature_map": "t2r"},
+    "elu": {"feature_map": "elu"},
+    "more features than the head": {"feature_dim": 24},
+    "fewer features than the head": {"feature_dim": 5},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_lowers_the_validation_error(pipeline: SimpleNamespace, kind: str) -> None:
+    source = StoredActivations(Artifact.open(pipeline.capture))
+    hybrid = HybridConfig(**({"window": 8, "feature_dim": 16} | KINDS[kind]))
+    options = TransferOptions(hybrid, steps=10, grad_accum=2, eval_steps=5)
+    maps, figures = train_layer(source, 0, options, device=CPU)
+    least = 1.0 if kind == "elu" else 0.97  # elu has nothing to train but gamma
+    assert figures["mse"] < least * figures["initial_mse"]
+    assert all(torch.isfinite(tensor).all() for tensor in maps.values())
+    assert 0 < figures["gamma"]["min"] <= figures["gamma"]["mean"] <= figures["gamma"]["max"] < 1
+
+
+def cross_entropy(source: StoredActivations, maps: HybridMaps) -> float:
+    """Of the attention weights on the validation rows, by hand from features and scores (window 0)."""
+    batch = next(source.batches(0, "validation", 8))
+    k = batch.k.repeat_interleave(2, dim=1)
+    causal = torch.ones(k.shape[2], k.shape[2], dtype=torch.bool).tril()
+    wanted = (
+        (batch.q @ k.transpose(-1, -2) * source.layers[0].spec.scaling).masked_fill(~causal, -torch.inf).softmax(-1)
+    )
+    given = (maps.q_features(batch.q) @ maps.k_features(batch.k).transpose(-1, -2)) * causal
+    given = given / given.sum(-1, keepdim=True)
+    return -(wanted * given.clamp_min(1e-12).log()).sum(-1).mean().item()
+
+
+def test_cross_entropy_loss_lowers_the_cross_entropy(pipeline: SimpleNamespace) -> None:
+    source = StoredActivations(Artifact.open(pipeline.capture))
+    hybrid = HybridConfig(window=0, feature_dim=16)
+    options = TransferOptions(hybrid, mse_factor=0, xent_factor=1, steps=15, grad_accum=2, eval_steps=15)
+    states, _ = train_layer(source, 0, options, device=CPU)
+    before, after = HybridMaps(hybrid, 4, 16), HybridMaps(hybrid, 4, 16)
+    after.load_state_dict(states)
+    with torch.no_grad():
+        assert cross_entropy(source, after) < 0.97 * cross_entropy(source, before)
+
+
+def test_no_steps_keep_the_initial_maps(pipeline: SimpleNamespace, tmp_path: Path) -> None:
+    artifact = transfer(pipeline.capture, tmp_path / "t", options=replace(OPTIONS, steps=0, gamma=0.3))
+    initial = HybridMaps(HYBRID, 4, 16, window_factor=0.3).state_dict()
+    for layer in range(2):
+        found = artifact.load(maps_file(layer))
+        assert found.keys() == initial.keys()
+        assert all(torch.equal(found[name], initial[name]) for name in initial)
+        figures = artifact.summary["layers"][str(layer)]
+        assert figures["steps"] == figures["best_step"] == 0
+        assert figures["mse"] == figures["initial_mse"]
+
+
+@pytest.mark.parametrize("lr", [1e-2, 5.0])
+def test_the_best_state_is_kept(pipeline: SimpleNamespace, lr: float) -> None:
+    """At the second learning rate training does harm, and what comes out is no worse than what went in."""
+    source = StoredActivations(Artifact.open(pipeline.capture))
+    seen: list[dict] = []
+    options = replace(OPTIONS, lr=lr, steps=8, eval_steps=1)
+    maps, figures = train_layer(source, 1, options, device=CPU, log=lambda **event: seen.append(event))
+    assert [event["step"] for event in seen] == list(range(9))
+    best = min(seen, key=lambda event: event["mse"])
+    assert (figures["best_step"], figures["mse"]) == (best["step"], pytest.approx(best["mse"], rel=1e-6))
+    assert figures["mse"] <= figures["initial_mse"] == seen[0]["mse"]
+    if lr > 1:
+        assert seen[-1]["mse"] > seen[0]["mse"]
+    kept = HybridMaps(HYBRID, 4, 16)
+    kept.load_state_dict(maps)
+    assert measure(source, 1, kept, 1, device=CPU)["mse"] == figures["mse"]
+
+
+def test_a_layer_that_no_longer_improves_stops(pipeline: SimpleNamespace) -> None:
+    source = StoredActivations(Artifact.open(pipeline.capture))
+    done: list[int] = []
+    options = replace(OPTIONS, lr=0.0, steps=50, eval_steps=2, patience=1)
+    _, figures = train_layer(source, 0, options, device=CPU, advance=lambda n=1, **_: done.append(n))
+    assert figures["steps"] == 6  # the third validation without improvement: after twice the patience
+    assert sum(done) == 50  # the progress bar still comes to its end
+
+
+def test_plateau_lowers_the_learning_rate(pipeline: SimpleNamespace) -> None:
+    source = StoredActivations(Artifact.open(pipeline.capture))
+    seen: list[float] = []
+    options = replace(OPTIONS, lr=5.0, steps=8, eval_steps=1, patience=2)
+    train_layer(source, 0, options, device=CPU, log=lambda **event: seen.append(event["lr"]))
+    assert seen[0] == 5.0
+    assert seen[-1] < 1.0
+
+
+def test_batches_and_accumulation_give_the_same_maps(pipeline: SimpleNamespace) -> None:
+    source = StoredActivations(Artifact.open(pipeline.capture))
+    one, _ = train_layer(source, 0, replace(OPTIONS, steps=4, batch_size=1, grad_accum=4), device=CPU)
+    two, _ = train_layer(source, 0, replace(OPTIONS, steps=4, batch_size=4, grad_accum=1), device=CPU)
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=2e-3, atol=2e-4)
+
+
+def test_epochs_count_every_row() -> None:
+    assert TransferOptions(HYBRID, epochs=3, batch_size=2, grad_accum=2).total_steps(9) == 9
+    assert TransferOptions(HYBRID, epochs=3, steps=5).total_steps(9) == 5
+
+
+def test_every_epoch_sees_every_row_once_in_another_order(pipeline: SimpleNamespace) -> None:
+    source = StoredActivations(Artifact.open(pipeline.capture))
+    plain = torch.cat([batch.q[:, 0, 3] for batch in source.batches(0, "train", 4)])
+    orders = []
+    for seed in (0, 1, 0):
+        generator = torch.Generator().manual_seed(seed)
+        shuffled = torch.cat([batch.q[:, 0, 3] for batch in source.batches(0, "train", 4, generator)])
+        assert sorted(shuffled.tolist()) == sorted(plain.tolist())
+        orders.append(shuffled.tolist())
+    assert orders[0] == orders[2] != orders[1]
+
+
+def test_padding_does_not_count(padded: Path) -> None:
+    source = StoredActivations(Artifact.open(padded))
+    maps = HybridMaps(HYBRID, 4, 16)
+    squared = power = count = 0.0
+    for batch in source.batches(0, "validation", 1):
+        n = int(batch.valid.sum())
+        assert 0 < n < 40
+        q, k, v = (x[:, :, :n] for x in (batch.q, batch.k, batch.v))
+        target = softmax_attention(q, k, v, source.layers[0].spec)
+        with torch.no_grad():
+            error = module_hybrid(q, k, v, maps, source.layers[0].spec.scaling) - target
+        squared, power, count = squared + error.square().sum(), power + target.square().sum(), count + error.numel()
+    figures = measure(source, 0, maps, 4, device=CPU)
+    assert figures["mse"] == pytest.approx(float(squared / count), rel=1e-4)
+    assert figures["relative_mse"] == pytest.approx(float(squared / power), rel=1e-4)
+
+
+def module_hybrid(q, k, v, maps, scaling):
+    from lolcats_kernels import hybrid_attention
+
+    return hybrid_attention(q, k, v, maps, scaling=scaling, backend="reference")
+
+
+def test_padded_rows_train(padded: Path, tmp_path: Path) -> None:
+    artifact = transfer(padded, tmp_path / "t", options=replace(OPTIONS, xent_factor=1.0, steps=8))
+    for figures in artifact.summary["layers"].values():
+        assert figures["mse"] < figures["initial_mse"]
+
+
+def test_a_window_over_the_whole_row_is_softmax_attention(pipeline: SimpleNamespace) -> None:
+    source = StoredActivations(Artifact.open(pipeline.capture))
+    figures = measure(source, 0, HybridMaps(HybridConfig(window=64, feature_dim=16), 4, 16), 4, device=CPU)
+    assert figures["relative_mse"] < 1e-10
+    assert figures["relative_window_mse"] < 1e-10
+
+
+def test_manifest_holds_what_was_resolved(pipeline: SimpleNamespace) -> None:
+    artifact = Artifact.open(pipeline.transfer)
+    assert artifact.config["hybrid"] == asdict(HYBRID)
+    assert (artifact.config["layers"], artifact.config["steps"], artifact.config["seed"]) == ([0, 1], 6, 0)
+    assert artifact.parents[0]["id"] == Artifact.open(pipeline.capture).id
+    for figures in artifact.summary["layers"].values():
+        assert {"mse", "relative_mse", "window_mse", "relative_window_mse", "gamma", "initial_mse"} <= figures.keys()
+    assert {event["event"] for event in artifact.metrics()} == {"validation", "layer"}
+
+
+@pytest.mark.parametrize("layers", [[2], [0, 5], [-1], []])
+def test_layers_that_are_not_there(pipeline: SimpleNamespace, tmp_path: Path, layers: list[int]) -> None:
+    with pytest.raises(UsageError, match="--layers must be between 0 and 1"):
+        transfer(pipeline.capture, tmp_path / "t", options=OPTIONS, layers=layers)
+    assert not (tmp_path / "t").exists()
+
+
+def test_sizes_that_cannot_be_served(pipeline: SimpleNamespace, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="go up to 256"):
+        transfer(pipeline.capture, tmp_path / "t", options=TransferOptions(HybridConfig(feature_dim=257)))
+    assert not (tmp_path / "t").exists()
+
+
+def test_heads_that_cannot_be_served(
+    pipeline: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MAX_SIZE", 15)
+    with pytest.raises(UsageError, match="Heads of 16 with --feature-dim 8 cannot be served"):
+        transfer(pipeline.capture, tmp_path / "t", options=TransferOptions(HybridConfig(feature_dim=8)))
+    assert not (tmp_path / "t").exists()
+
+
+def test_other_kinds_and_other_settings_are_refused(pipeline: SimpleNamespace, tmp_path: Path) -> None:
+    with pytest.raises(WrongKind, match="is a lora artifact, but a capture artifact"):
+        transfer(pipeline.lora, tmp_path / "t", options=OPTIONS)
+    with pytest.raises(ConfigMismatch) as caught:
+        transfer(pipeline.capture, pipeline.transfer, options=replace(OPTIONS, lr=1e-3))
+    assert caught.value.fields == ["config.lr"]
+    assert not (tmp_path / "t").exists()
+
+
+def test_a_learning_rate_that_explodes_is_a_usage_error(pipeline: SimpleNamespace) -> None:
+    source = StoredActivations(Artifact.open(pipeline.capture))
+    with pytest.raises(UsageError, match=r"gradient of layer 0 is nan.* Lower --lr"):
+        train_layer(source, 0, replace(OPTIONS, lr=float("inf"), steps=3), device=CPU)

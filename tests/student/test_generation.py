@@ -1,0 +1,188 @@
+"""Cached generation equals recomputation; padding is as if it were not there."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lolcats_kernels.maps import HybridConfig
+from transformers import DynamicCache
+
+from lolcats_cli.student.attention import lolcats_mask
+from lolcats_cli.student.cache import LolcatsCache
+
+CONFIGS = [
+    HybridConfig(window=6, feature_dim=8),
+    HybridConfig(window=4, feature_dim=8, layout="terraced", linear_factor="affine"),
+    HybridConfig(window=0, feature_map="t2r"),
+    HybridConfig(window=3, feature_map="elu"),
+]
+
+
+@pytest.fixture(params=CONFIGS, ids=lambda c: f"{c.feature_map}-{c.layout}-{c.window}", scope="module")
+def any_student(request, make_student):
+    return make_student(request.param)
+
+
+def pad(tokens: torch.Tensor, left: list[int], right: list[int]) -> tuple[torch.Tensor, torch.Tensor, list[slice]]:
+    """Rows with that much padding on each side, as wide as the widest; -> (tokens, mask, where each row's are)."""
+    length = tokens.shape[1]
+    width = max(a + length + b for a, b in zip(left, right, strict=True))
+    out = torch.zeros(len(tokens), width, dtype=torch.long)
+    mask = torch.zeros_like(out)
+    places = [
+        slice(a if b else width - length, (a if b else width - length) + length)
+        for a, b in zip(left, right, strict=True)
+    ]
+    for i, place in enumerate(places):
+        out[i, place], mask[i, place] = tokens[i], 1
+    return out, mask, places
+
+
+@pytest.mark.parametrize("left, right", [([7, 0], [0, 7]), ([3, 9], [0, 0]), ([0, 0], [2, 5]), ([1, 2], [4, 3])])
+def test_padding_changes_nothing(any_student, tokens, left, right):
+    padded, mask, places = pad(tokens, left, right)
+    logits = any_student(padded, attention_mask=mask).logits
+    expected = any_student(tokens).logits
+    for row, place in enumerate(places):
+        torch.testing.assert_close(logits[row, place], expected[row], atol=1e-4, rtol=1e-4)
+
+
+def test_what_stands_in_padding_does_not_matter(any_student, tokens):
+    padded, mask, _ = pad(tokens, [5, 0], [0, 5])
+    other = torch.where(mask.bool(), padded, 77)
+    real = mask.bool()
+    assert torch.equal(
+        any_student(padded, attention_mask=mask).logits[real], any_student(other, attention_mask=mask).logits[real]
+    )
+
+
+@settings(max_examples=12, deadline=None)
+@given(length=st.integers(1, 22))
+def test_a_prefix_gives_what_the_whole_gives(student, length):
+    tokens = torch.randint(3, 128, (2, 23), generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(
+        student(tokens[:, :length]).logits, student(tokens).logits[:, :length], atol=1e-4, rtol=1e-4
+    )
+
+
+@settings(max_examples=12, deadline=None)
+@given(cuts=st.lists(st.integers(1, 22), max_size=6))
+def test_any_chunking_of_the_input_gives_the_same_logits(student, cuts):
+    tokens = torch.randint(3, 128, (2, 23), generator=torch.Generator().manual_seed(2))
+    cache = student.new_cache()
+    bounds = [0, *sorted(set(cuts)), 23]
+    parts = [student(tokens[:, a:b], past_key_values=cache).logits for a, b in itertools.pairwise(bounds)]
+    torch.testing.assert_close(torch.cat(parts, 1), student(tokens, use_cache=False).logits, atol=1e-4, rtol=1e-4)
+    assert cache.get_seq_length() == 23
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}], ids=str)
+def test_cached_generation_equals_recomputation(any_student, tokens, options):
+    padded, mask, _ = pad(tokens, [0, 4], [0, 0])
+    for ids, attention_mask in ((tokens, None), (padded, mask)):
+        common = {"attention_mask": attention_mask, "max_new_tokens": 12, "do_sample": False, **options}
+        cached = any_student.generate(ids, **common)
+        assert torch.equal(cached, any_student.generate(ids, use_cache=False, **common))
+
+
+def test_a_left_padded_batch_generates_what_its_rows_do(any_student, tokens):
+    padded, mask, _ = pad(tokens, [4, 4], [0, 0])
+    short, short_mask = padded.clone(), mask.clone()
+    short[0, :10], short_mask[0, :10] = 0, 0
+    batch = any_student.generate(short, attention_mask=short_mask, max_new_tokens=10, do_sample=False)
+    alone = any_student.generate(short[:1, 10:], max_new_tokens=10, do_sample=False)
+    assert torch.equal(batch[0, -10:], alone[0, -10:])
+
+
+def test_sampling_and_chunked_prefill(student, tokens):
+    def sample(**options: object) -> torch.Tensor:
+        torch.manual_seed(3)
+        return student.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            do_sample=True,
+            max_new_tokens=12,
+            num_return_sequences=2,
+            **options,
+        )
+
+    assert torch.equal(sample(), sample(use_cache=False))
+    assert torch.equal(sample(), sample(prefill_chunk_size=5))
+
+
+def test_continuing_from_a_returned_cache(student, tokens):
+    first = student.generate(tokens, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
+    assert isinstance(first.past_key_values, LolcatsCache)
+    longer = torch.cat([first.sequences, tokens[:, :4]], 1)
+    common = {"attention_mask": torch.ones_like(longer), "max_new_tokens": 5, "do_sample": False}
+    expected = student.generate(longer, **common)
+    for cache in (copy.deepcopy(first.past_key_values), first.past_key_values):
+        assert torch.equal(student.generate(longer, past_key_values=cache, **common), expected)
+
+
+def test_the_cache_does_not_grow(any_student, tokens):
+    cache = any_student.new_cache()
+    sizes = []
+    for _ in range(3):
+        any_student(tokens, past_key_values=cache)
+        sizes.append(cache.nbytes)
+    assert sizes[0] == sizes[1] == sizes[2] > 0
+    assert cache.get_seq_length() == 69
+    cache.reset()
+    assert cache.get_seq_length() == cache.nbytes == 0
+
+
+def test_cache_rows_can_be_selected_and_repeated(student, tokens):
+    whole = student(tokens).logits
+    for change, rows in (
+        (lambda c: c.reorder_cache(torch.tensor([1, 1])), [1, 1]),
+        (lambda c: c.batch_repeat_interleave(2), [0, 0, 1, 1]),
+        (lambda c: c.batch_select_indices(torch.tensor([1])), [1]),
+        (lambda c: c.batch_select_indices(torch.tensor([False, True])), [1]),
+    ):
+        cache = student.new_cache()
+        change(cache)  # harmless on an empty cache
+        student(tokens[:, :20], past_key_values=cache)
+        change(cache)
+        torch.testing.assert_close(
+            student(tokens[rows, 20:], past_key_values=cache).logits, whole[rows, 20:], atol=1e-4, rtol=1e-4
+        )
+
+
+def test_what_a_recurrent_state_cannot_do_is_refused(student, tokens):
+    with pytest.raises(ValueError, match="DynamicCache"):
+        student(tokens, past_key_values=DynamicCache())
+    with pytest.raises(ValueError, match="DynamicCache"):
+        student.generate(tokens, past_key_values=DynamicCache(), max_new_tokens=2)
+    with pytest.raises(ValueError, match="roll the cache back"):
+        student.generate(tokens[:1], prompt_lookup_num_tokens=2, max_new_tokens=2)
+    with pytest.raises(ValueError, match="quantized"):
+        student.generate(tokens, cache_implementation="quantized", max_new_tokens=2)
+    with pytest.raises(NotImplementedError, match="roll back"):
+        student.new_cache().crop(-1)
+    with pytest.raises(ValueError, match="custom attention mask"):
+        student(tokens, attention_mask=torch.zeros(2, 1, 23, 23))
+    with pytest.raises(ValueError, match="packed"):
+        student(tokens, position_ids=torch.cat([torch.arange(13), torch.arange(10)])[None], use_cache=False)
+
+
+def test_a_failed_call_leaves_no_cache_behind(make_student, tokens):
+    student = make_student()
+    expected = student(tokens).logits
+    with pytest.raises(ValueError):
+        student(tokens, attention_mask=torch.zeros(2, 1, 23, 23), past_key_values=student.new_cache())
+    assert torch.equal(student(tokens, use_cache=False).logits, expected)
+
+
+def test_the_mask_function():
+    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+    assert lolcats_mask(2, 4, 4, attention_mask=None) is None
+    assert lolcats_mask(2, 3, 4, attention_mask=mask) is None
+    assert lolcats_mask(2, 4, 4, attention_mask=mask).tolist() == mask.bool().tolist()
+    with pytest.raises(ValueError, match="covers 4 tokens"):
+        lolcats_mask(2, 5, 5, attention_mask=mask)
