@@ -79,7 +79,7 @@ def demo(
     print(f"\nThe student is in {student}. In Python:\n")
     print("  from transformers import AutoModelForCausalLM, AutoTokenizer")
     print(f"  model = AutoModelForCausalLM.from_pretrained({student!r}, trust_remote_code=True)")
-    print(f"  tokenizer = AutoTokenizer.from_pretrained({student!r})")
+    print(f"  tokenizer = AutoTokenizer.from_pretrained({student!r}, trust_remote_code=True)")
     print(f"\n{time.monotonic() - started:.0f} seconds in all.")
     if keep is None:
         for path in (capture, untrained, maps, lora):

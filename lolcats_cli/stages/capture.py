@@ -19,6 +19,7 @@ from lolcats_cli import __version__
 from lolcats_cli.errors import BadInput
 from lolcats_cli.progress import Progress
 from lolcats_cli.stages.disk import check_space
+from lolcats_cli.student.build import check_servable
 from lolcats_cli.teacher import identity
 from lolcats_cli.teacher.attention import AttentionSpec
 from lolcats_cli.teacher.data import DataOptions, Rows, read_rows, split_rows
@@ -69,6 +70,7 @@ def capture(
     rows = dict(zip(SPLITS, split_rows(read_rows(data, tokenizer, options), val_fraction, seed), strict=True))
     model = load_model(folder, load)
     layers = probe(model)
+    check_servable(model)
     progress.note(f"{teacher}: {len(layers)} attention layers, every one recorded and reproduced")
     per_row = options.seq_len * sum(layer.bytes_per_token(model.dtype) for layer in layers)
     total = sum(map(len, rows.values()))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections import Counter
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
@@ -23,8 +22,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lolcats_cli import __version__
-from lolcats_cli.errors import BadInput, IdentityMismatch, NotEnoughSpace, UsageError
+from lolcats_cli.errors import BadInput, IdentityMismatch, UsageError
 from lolcats_cli.progress import Progress
+from lolcats_cli.stages.disk import check_space, human
 from lolcats_cli.stages.models import teacher_folder
 from lolcats_cli.student import export
 from lolcats_cli.student.build import check_servable, model_heads
@@ -70,7 +70,7 @@ def merge(
         raise UsageError(f"--max-shard-size is {max_shard_bytes} bytes; it must be at least 1.")
     artifact = Artifact.open(source, kind=("lora", "transfer"))
     plan = _plan(artifact, teacher_folder(artifact, None if teacher is None else str(teacher)))
-    progress.note(f"merge: {len(plan.sizes)} tensors, {sum(plan.sizes.values()) / 1e9:.2f} GB, to {output}")
+    progress.note(f"merge will write {len(plan.sizes)} tensors, {human(sum(plan.sizes.values()))}, to {output}")
     with ArtifactWriter.create(
         output,
         "student",
@@ -84,9 +84,8 @@ def merge(
             progress.note(f"{output} is finished already")
             return writer.finished
         shards = plan_shards(plan.sizes, max_shard_bytes)
-        _check_space(
-            sum(plan.sizes[name] for file in shards if not writer.has(file) for name in shards[file]), Path(output)
-        )
+        needed = sum(plan.sizes[name] for file in shards if not writer.has(file) for name in shards[file])
+        check_space(needed, output, "Free some, or merge to another disk.")
         with progress.task("merge", len(shards), "files") as advance:
             for file, names in shards.items():
                 if not writer.has(file):
@@ -303,12 +302,3 @@ def _lineage(artifact: Artifact) -> list[dict[str, Any]]:
         steps.append(step)
         todo += parent["parents"]
     return steps
-
-
-def _check_space(needed: int, output: Path) -> None:
-    place = output.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if needed > free:
-        raise NotEnoughSpace(f"The merged model takes {needed / 1e9:.2f} GB and {place} has {free / 1e9:.2f} GB free.")
