@@ -27,7 +27,7 @@ try:
 except ImportError:
     pass
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, dtype="float32")
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
 ids = tokenizer(sys.argv[2], return_tensors="pt").input_ids
 print(json.dumps(model(ids).logits[0, -1].tolist()))
 """
