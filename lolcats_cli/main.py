@@ -74,7 +74,6 @@ def options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    ctx.obj = {"debug": debug}
     if config is not None:
         ctx.default_map = _read_config(config, {name: c.params for name, c in ctx.command.commands.items()})  # type: ignore[attr-defined]
 

@@ -22,7 +22,7 @@ from lolcats_cli.stages.disk import check_space
 from lolcats_cli.student.build import check_servable
 from lolcats_cli.teacher import identity
 from lolcats_cli.teacher.attention import AttentionSpec
-from lolcats_cli.teacher.data import DataOptions, Rows, read_rows, split_rows
+from lolcats_cli.teacher.data import DataOptions, Rows, describe_rows, read_rows, split_rows
 from lolcats_cli.teacher.load import LoadOptions, load_model, load_tokenizer, model_limit, resolve_folder
 from lolcats_cli.teacher.record import LayerInfo, probe, recording
 
@@ -87,13 +87,7 @@ def capture(
             "seed": seed,
         },
         teacher=_describe(model, folder, revision, layers),
-        data={
-            "path": data,
-            "rows": {split: len(rows[split]) for split in SPLITS},
-            "tokens": {split: rows[split].tokens for split in SPLITS},
-            "seq_len": options.seq_len,
-            "tokens_sha256": {split: rows[split].sha256() for split in SPLITS},
-        },
+        data=describe_rows(rows, data),
         tool=f"lolcats {__version__}",
     ) as writer:
         if writer.finished:

@@ -120,16 +120,16 @@ def _text_figures(
 def _attention_error(model: PreTrainedModel, layers: list[AttentionSpec] | None) -> Iterator[dict[str, float]]:
     """While open, sums the difference between each hybrid attention and softmax attention over the same q, k and v."""
     total = {"squared": 0.0, "power": 0.0, "count": 0.0}
+    specs = layers or []  # a teacher's attention is its own target
 
     def add(module, args, out) -> None:
-        query, key, value, valid, scaling = args
-        spec = layers[module.layer_idx] if layers else AttentionSpec(scaling)
-        target = softmax_attention(query, key, value, spec, valid).transpose(1, 2).float()
+        query, key, value, valid, _ = args
+        target = softmax_attention(query, key, value, specs[module.layer_idx], valid).transpose(1, 2).float()
         total["squared"] += (out.float() - target).square().sum(dtype=torch.float64).item()
         total["power"] += target.square().sum(dtype=torch.float64).item()
         total["count"] += target.numel() if valid is None else int(valid.sum()) * target[0, 0].numel()
 
-    handles = [] if layers is None else [hybrid.register_forward_hook(add) for hybrid in hybrid_modules(model)]
+    handles = [hybrid.register_forward_hook(add) for hybrid in hybrid_modules(model)] if specs else []
     try:
         yield total
     finally:

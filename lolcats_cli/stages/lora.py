@@ -22,7 +22,7 @@ from lolcats_cli.stages.capture import SPLITS
 from lolcats_cli.stages.models import load_student, teacher_folder
 from lolcats_cli.stages.transfer import maps_file
 from lolcats_cli.student.build import hybrid_modules
-from lolcats_cli.teacher.data import DataOptions, Rows, read_rows, split_rows
+from lolcats_cli.teacher.data import DataOptions, Rows, describe_rows, read_rows, split_rows
 from lolcats_cli.teacher.load import LoadOptions, load_tokenizer, model_limit
 
 if TYPE_CHECKING:
@@ -101,13 +101,7 @@ def lora(
             "dtype": str(student.dtype).removeprefix("torch."),
         },
         teacher=parent.teacher,
-        data={
-            "path": source,
-            "rows": {split: len(splits[split]) for split in SPLITS},
-            "tokens": {split: splits[split].tokens for split in SPLITS},
-            "seq_len": seq_len,
-            "tokens_sha256": {split: splits[split].sha256() for split in SPLITS},
-        },
+        data=describe_rows(splits, source),
         parents=[parent],
         tool=f"lolcats {__version__}",
     ) as writer:
@@ -143,7 +137,7 @@ def _with_adapter(student: PreTrainedModel, options: LoraOptions, parent: Artifa
     from peft import LoraConfig, get_peft_model
     from transformers import set_seed
 
-    names = {name.rsplit(".", 1)[-1] for name, module in student.named_modules() if isinstance(module, torch.nn.Module)}
+    names = {name.rsplit(".", 1)[-1] for name, _ in student.named_modules()}
     missing = [target for target in options.targets if target not in names]
     if missing:
         raise UsageError(
@@ -222,9 +216,7 @@ def _train(
         eval_dataset=_TokenRows(splits["validation"]),
     )
     trainer.remove_callback(_printer())
-    # A run that was stopped between its last files left its whole log, and this one would only repeat it.
-    log = (lambda **event: None) if writer.has(maps_file(0)) else writer.log
-    reporter = _reporter(log)
+    reporter = _reporter(writer.log)
     trainer.add_callback(reporter)
     before = trainer.evaluate()["eval_loss"]
     total = trainer.args.max_steps if trainer.args.max_steps > 0 else _steps(len(splits["train"]), options)

@@ -26,6 +26,7 @@ from lolcats_cli.errors import BadInput, IdentityMismatch, UsageError
 from lolcats_cli.progress import Progress
 from lolcats_cli.stages.disk import check_space, human
 from lolcats_cli.stages.models import teacher_folder
+from lolcats_cli.stages.transfer import maps_file
 from lolcats_cli.student import export
 from lolcats_cli.student.build import check_servable, model_heads
 from lolcats_cli.student.fold import Adapter
@@ -75,7 +76,7 @@ def merge(
         output,
         "student",
         config={"hybrid": asdict(plan.hybrid), "max_shard_bytes": max_shard_bytes},
-        teacher={**(artifact.teacher or {}), "path": str(plan.teacher)},
+        teacher={**artifact.teacher, "path": str(plan.teacher)},
         data=artifact.data,
         parents=[artifact],
         tool=f"lolcats {__version__}",
@@ -220,7 +221,7 @@ def _map_tensors(artifact: Artifact, modules: list[str], like: HybridMaps) -> di
     """Where every tensor of the maps comes from. Raises IdentityMismatch unless they are there for every layer."""
     found: dict[str, tuple[Artifact, str, str]] = {}
     for layer, module in enumerate(modules):
-        file = f"maps/layer-{layer:03d}.safetensors"
+        file = maps_file(layer)
         if file not in artifact.files:
             raise IdentityMismatch(
                 f"{artifact.path} has no maps for layer {layer} of {len(modules)}: transfer the missing layers."
@@ -230,7 +231,7 @@ def _map_tensors(artifact: Artifact, modules: list[str], like: HybridMaps) -> di
         if header != wanted:
             raise IdentityMismatch(f"The maps of layer {layer} are {header}; the teacher and options need {wanted}.")
         found |= {f"{module}.hybrid.{name}": (artifact, file, name) for name in wanted}
-    if f"maps/layer-{len(modules):03d}.safetensors" in artifact.files:
+    if maps_file(len(modules)) in artifact.files:
         raise IdentityMismatch(f"{artifact.path} has maps for more layers than the teacher's {len(modules)}.")
     return found
 
@@ -260,7 +261,7 @@ def _write_model_files(writer: ArtifactWriter, plan: _Plan, artifact: Artifact) 
         else:
             writer.copy(name, plan.teacher / name)
     card = export.model_card(
-        teacher=artifact.teacher or {},
+        teacher=artifact.teacher,
         hybrid=plan.hybrid,
         lineage=_lineage(artifact),
         has_tokenizer="tokenizer_config.json" in copied,

@@ -113,6 +113,17 @@ def split_rows(rows: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:
     return rows.select(order[held_out:].sort().values), rows.select(order[:held_out].sort().values)
 
 
+def describe_rows(splits: dict[str, Rows], source: str) -> dict[str, Any]:
+    """What a manifest says of its data: where it came from, and what makes it itself."""
+    return {
+        "path": source,
+        "rows": {split: len(rows) for split, rows in splits.items()},
+        "tokens": {split: rows.tokens for split, rows in splits.items()},
+        "seq_len": next(iter(splits.values())).input_ids.shape[1],
+        "tokens_sha256": {split: rows.sha256() for split, rows in splits.items()},
+    }
+
+
 def read_documents(source: str, options: DataOptions) -> Iterator[dict[str, Any]]:
     """The records of `source`; a text file is one record with the field `options.text_field`."""
     path = Path(source).expanduser()
