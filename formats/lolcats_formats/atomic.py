@@ -7,6 +7,8 @@ fsync of the directory. Tests that inject faults replace the functions of this m
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import hashlib
 import os
 from collections.abc import Iterable
@@ -65,6 +67,22 @@ def rename(source: Path, target: Path) -> None:
     """Renames within a directory and makes the new name durable."""
     os.replace(source, target)
     fsync_directory(target.parent)
+
+
+def exchange(first: Path, second: Path) -> None:
+    """Swaps the names of two directories in one: at once where the system can (Linux), else by three renames."""
+    swap = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    at_cwd, exchange_flag = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of linux/fcntl.h and linux/fs.h
+    if swap is not None and swap(at_cwd, os.fsencode(first), at_cwd, os.fsencode(second), exchange_flag) == 0:
+        fsync_directory(second.parent)
+        return
+    code = ctypes.get_errno() if swap is not None else errno.ENOSYS
+    if code not in (errno.ENOSYS, errno.EINVAL):  # not the file system's lack of it
+        raise OSError(code, os.strerror(code), str(second))
+    aside = temporary(second)
+    rename(second, aside)
+    rename(first, second)
+    rename(aside, first)
 
 
 def remove(path: Path) -> None:

@@ -25,6 +25,7 @@ README = "README.md"
 SCRATCH = "scratch"
 LOCK = ".lock"
 TEMPORARY_SUFFIX = ".lolcats-tmp"
+REPLACEMENT_SUFFIX = ".lolcats-new"
 
 MAX_JSON_BYTES = 32 * 2**20  # manifest.json, progress.json
 MAX_JSON_DEPTH = 32  # nested lists and objects

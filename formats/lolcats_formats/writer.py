@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -9,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from . import atomic, schema
 from .artifact import Artifact, check_names, hash_file, lineage, read_small, unlisted, walk
@@ -18,6 +19,7 @@ from .errors import ConfigMismatch, Damaged, FormatError, NotAnArtifact
 from .limits import (
     FORMAT,
     KINDS,
+    LOCK,
     MANIFEST,
     MAX_FILES,
     MAX_JSON_BYTES,
@@ -25,6 +27,7 @@ from .limits import (
     METRICS,
     PROGRESS,
     README,
+    REPLACEMENT_SUFFIX,
     SCRATCH,
     TEMPORARY_SUFFIX,
     VERSION,
@@ -35,6 +38,8 @@ from .tensors import CHUNK, serialize
 
 if TYPE_CHECKING:
     import torch
+
+Resume = Literal["auto", "required", "never"]
 
 _IDENTITY = (
     "kind",
@@ -63,6 +68,7 @@ class ArtifactWriter:
         self._tool = tool
         self._lock: DirectoryLock | None = None
         self._log: int | None = None
+        self._replaces: Path | None = None  # the directory whose place this one takes when it is finished
 
     @classmethod
     def create(
@@ -75,13 +81,18 @@ class ArtifactWriter:
         data: Mapping[str, Any],
         parents: Sequence[Artifact] = (),
         tool: str,
+        resume: Resume = "auto",
+        force: bool = False,
     ) -> Self:
         """Starts the artifact in `path`, or continues it, or finds it finished there (`.finished`).
 
         tool: name and version of the program, such as "lolcats 0.1.0"; recorded, but no part of the id.
+        resume: "required" wants an artifact of these settings there, "never" refuses an unfinished one.
+        force: what `path` holds of an artifact is replaced. A finished one stays until `finish`, and is exchanged at
+        once; until then the new one grows beside it, in `.NAME.lolcats-new`, and is continued there.
         Raises ConfigMismatch when the directory holds an artifact of other settings, NotAnArtifact when it
         holds other things, Locked when another process writes into it, FormatError for settings that JSON
-        cannot hold.
+        cannot hold and when `resume` forbids.
         """
         if kind not in KINDS:
             raise FormatError(f"the kind {kind!r} is none of {', '.join(KINDS)}")
@@ -101,22 +112,59 @@ class ArtifactWriter:
             schema.check(writer._manifest({}, {}), kind, f"the new {kind} artifact")
         except Damaged as error:
             raise FormatError(str(error)) from None
-        writer._start()
+        writer._start(resume, force)
         return writer
 
     def has(self, name: str) -> bool:
         """True when the file is complete: written in this run or in the one that is continued."""
         return name in (self.finished.files if self.finished else self._record["files"])
 
-    def restart(self) -> None:
-        """Forgets the files and events so far, for a stage that begins anew instead of continuing from them."""
+    def restart(self) -> Path | None:
+        """Goes back to the checkpoint, for a stage whose files all come after it: forgets the files so far and the
+        events since. Returns `checkpointed`."""
         self._assert_open()
+        folder = self.checkpointed
         if self._log is not None:
             os.close(self._log)
             self._log = None
-        self._record["files"], self._record["metrics"], self._by_lower = {}, 0, {}
+        self._record["files"], self._by_lower = {}, {}
+        self._record["metrics"] = self._record["checkpoint"]["metrics"] if folder else 0
         self._write_progress()  # first: were it last, a crash before it would leave recorded events missing
         self._cut_metrics()
+        return folder
+
+    def checkpoint(self, folder: Path) -> None:
+        """Records the files in `folder`, a folder in `scratch`, and the events so far, as the state to resume from.
+
+        The state before it is removed. The files must be complete.
+        """
+        self._assert_open()
+        files = {}
+        for name in sorted(walk(folder)):
+            _make_durable(folder / name)
+            files[name] = _entry(atomic.Written(*hash_file(folder / name)))
+        atomic.fsync_directory(folder)
+        atomic.fsync_directory(folder.parent)
+        self._mark_metrics()
+        self._record["checkpoint"] = {"folder": folder.name, "files": files, "metrics": self._record["metrics"]}
+        self._write_progress()
+        self._clear_scratch()
+
+    @property
+    def checkpointed(self) -> Path | None:
+        """The folder of the last checkpoint, its bytes checked; None when there was none. Raises Damaged."""
+        state = self._record.get("checkpoint")
+        if state is None:
+            return None
+        folder = self.path / SCRATCH / state["folder"]
+        found = (
+            {}
+            if not folder.is_dir()
+            else {name: _entry(atomic.Written(*hash_file(folder / name))) for name in walk(folder)}
+        )
+        if found != state["files"]:
+            raise Damaged(f"{folder} is not as it was saved, so {self.path} cannot be resumed; begin anew with --force")
+        return folder
 
     @property
     def scratch(self) -> Path:
@@ -175,11 +223,7 @@ class ArtifactWriter:
             raise FormatError(f"{path} cannot be added to the artifact: it is not a regular file")
         # Libraries leave other modes behind (safetensors 0600); progress.json got the umask's.
         os.chmod(path, os.stat(self.path / PROGRESS).st_mode & 0o777)
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            atomic.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _make_durable(path)
         for folder in path.relative_to(self.path).parents:
             atomic.fsync_directory(self.path / folder)
         self._add(name, atomic.Written(*hash_file(path)))
@@ -222,7 +266,7 @@ class ArtifactWriter:
         manifest = self._manifest(files, summary)
         schema.check(manifest, manifest["kind"], str(self.path / MANIFEST))
         self._write_document(MANIFEST, manifest)
-        atomic.remove(self.path / PROGRESS)
+        self._take_place()
         self.close()
         return Artifact.open(self.path)
 
@@ -243,25 +287,93 @@ class ArtifactWriter:
     ) -> None:
         self.close()
 
-    def _start(self) -> None:
-        path = self.path
-        if path.exists() and not path.is_dir():
-            raise NotAnArtifact(f"{path} is a file; give a directory to write the artifact into")
-        if self._find_finished():
+    def _start(self, resume: Resume, force: bool) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise NotAnArtifact(f"{self.path} is a file; give a directory to write the artifact into")
+        if force:
+            self._aim_beside()
+        if self._replaces is None and self._find_finished():
             return
-        if not path.is_dir():
-            atomic.make_directory(path)
-        elif not (path / PROGRESS).exists() and any(not n.startswith(".") for n in os.listdir(path)):
+        path = self.path
+        unfinished = (path / PROGRESS).exists()
+        if not unfinished and path.is_dir() and any(not n.startswith(".") for n in os.listdir(path)):
             raise NotAnArtifact(f"{path} holds other files and no artifact; choose another output directory")
+        if not unfinished and resume == "required" and not force:
+            raise NotAnArtifact(
+                f"{path} holds no artifact, so there is nothing to resume; leave --resume away to begin"
+            )
+        if unfinished and resume == "never" and not force:
+            raise FormatError(f"{path} is unfinished; leave --resume away to continue it, or begin anew with --force")
+        atomic.make_directory(path)
         self._lock = DirectoryLock(path)
         try:
+            if force and unfinished and (resume == "never" or not self._can_continue()):
+                self._clear()
             if not self._find_finished():  # its writer may have finished between our look and our lock
                 self._continue()
+            else:
+                self._take_place()
         except BaseException:
             self.close()
             raise
         if self.finished is not None:
             self.close()
+
+    def _aim_beside(self) -> None:
+        """Turns to the directory that will replace a finished artifact, if there is one to replace."""
+        target = Path(os.path.realpath(self.path))
+        beside = target.with_name(f".{target.name}{REPLACEMENT_SUFFIX}")
+        aside = atomic.temporary(target)  # of an exchange that the system could not do at once
+        replaced = [d for d in (aside, beside) if target.exists() and d.is_dir() and not (d / PROGRESS).exists()]
+        if replaced:  # by a run that died tidying up
+            for folder in replaced:
+                shutil.rmtree(folder)
+            if (target / PROGRESS).exists():
+                atomic.remove(target / PROGRESS)
+                with contextlib.suppress(ConfigMismatch):
+                    if self._find_finished():
+                        return
+        if os.path.lexists(target / MANIFEST):
+            where = str(target / MANIFEST)
+            if parse(read_small(target / MANIFEST), where).get("format") != FORMAT:
+                raise NotAnArtifact(f"{where} is not of a lolcats artifact; choose another output directory")
+        elif not beside.is_dir():
+            return
+        self.path, self._replaces = beside, target
+
+    def _take_place(self) -> None:
+        """Exchanges the finished directory with the one it replaces. Its progress.json says until then that it is
+        the newer of the two."""
+        if self._replaces is not None:
+            beside, self.path = self.path, self._replaces
+            if self.path.exists():
+                atomic.exchange(beside, self.path)
+            else:
+                atomic.rename(beside, self.path)
+            if self._lock is not None:
+                self._lock.path = self.path / LOCK
+            for folder in (beside, atomic.temporary(self.path)):
+                shutil.rmtree(folder, ignore_errors=True)
+        atomic.remove(self.path / PROGRESS)
+        if self.finished is not None:
+            self.finished = Artifact.open(self.path)
+
+    def _can_continue(self) -> bool:
+        try:
+            self._read_progress()
+        except FormatError:
+            return False
+        return True
+
+    def _clear(self) -> None:
+        """Removes an unfinished artifact, its progress last, so that a crash leaves it one."""
+        for entry in list(os.scandir(self.path)):
+            if not entry.name.startswith(".") and entry.name != PROGRESS:
+                if entry.is_dir(follow_symlinks=False):
+                    shutil.rmtree(entry.path)
+                else:
+                    os.unlink(entry.path)
+        atomic.remove(self.path / PROGRESS)
 
     def _find_finished(self) -> bool:
         if not os.path.lexists(self.path / MANIFEST):
@@ -274,18 +386,16 @@ class ArtifactWriter:
     def _continue(self) -> None:
         """Takes over what an earlier writer completed, removes what it had half done."""
         if (self.path / PROGRESS).exists():
-            where = str(self.path / PROGRESS)
-            found = parse(read_small(self.path / PROGRESS), where)
-            schema.check_version(found, where)
-            schema.check(found, "progress", where)
-            check_names(found["files"], where)
-            self._compare(found, "an unfinished")
+            found = self._read_progress()
             for name, entry in found["files"].items():
                 file = self.path / name
                 if not file.is_file() or file.stat().st_size != entry["size"]:
                     raise Damaged(f"{file} is not as it was completed; remove {self.path} and start again")
             self._record["files"], self._record["metrics"] = found["files"], found["metrics"]
+            if "checkpoint" in found:
+                self._record["checkpoint"] = found["checkpoint"]
             self._by_lower = {name.lower(): name for name in found["files"]}
+        self._clear_scratch()
         for name in list(walk(self.path)):
             if (self.path / name).is_symlink():
                 raise Damaged(f"{self.path / name} is a link, which could lead out of the artifact; remove it")
@@ -293,6 +403,24 @@ class ArtifactWriter:
                 os.unlink(self.path / name)
         self._cut_metrics()
         self._write_progress()
+
+    def _read_progress(self) -> dict[str, Any]:
+        where = str(self.path / PROGRESS)
+        found = parse(read_small(self.path / PROGRESS), where)
+        schema.check_version(found, where)
+        schema.check(found, "progress", where)
+        check_names(found["files"], where)
+        self._compare(found, "an unfinished")
+        return found
+
+    def _clear_scratch(self) -> None:
+        """Removes resume state but the recorded one."""
+        scratch, keep = self.path / SCRATCH, self._record.get("checkpoint", {}).get("folder")
+        for entry in os.scandir(scratch) if scratch.is_dir() else ():
+            if entry.name != keep and entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path)
+            elif entry.name != keep:
+                os.unlink(entry.path)
 
     def _cut_metrics(self) -> None:
         path, length = self.path / METRICS, self._record["metrics"]
@@ -313,7 +441,7 @@ class ArtifactWriter:
             more = f"; and {len(fields) - 5} more" if len(fields) > 5 else ""
             raise ConfigMismatch(
                 f"{self.path} holds {state} {found['kind']} artifact of other settings: {shown}{more}. "
-                f"Choose another output directory, or give the settings it was made with",
+                f"Choose another output directory, give the settings it was made with, or replace it with --force",
                 list(fields),
             )
 
@@ -373,6 +501,14 @@ class ArtifactWriter:
         if self.finished is not None:
             raise FormatError(f"{self.path} is a finished {self.finished.kind} artifact; nothing can be added to it")
         assert self._lock is not None, "the writer is closed"
+
+
+def _make_durable(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        atomic.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _entry(written: atomic.Written) -> dict[str, Any]:

@@ -42,12 +42,16 @@ def create(tmp_path: Path) -> Iterator[Create]:
         writer.close()
 
 
-def write_layers(writer: ArtifactWriter) -> Artifact:
-    """What a stage does: each layer that is not there yet, its metrics before it; then the end."""
+def write_layers_but_the_end(writer: ArtifactWriter) -> None:
     for i, name in enumerate(LAYERS):
         if not writer.has(name):
             writer.log(layer=i, loss=1 / (i + 1))
             writer.save(name, layer_tensors(i))
+
+
+def write_layers(writer: ArtifactWriter) -> Artifact:
+    """What a stage does: each layer that is not there yet, its metrics before it; then the end."""
+    write_layers_but_the_end(writer)
     return writer.finish({"layers": len(LAYERS)})
 
 
@@ -61,5 +65,10 @@ def artifact(create: Create) -> Artifact:
 def kit() -> SimpleNamespace:
     """This module's settings and functions, as test modules cannot import a conftest."""
     return SimpleNamespace(
-        CONFIG=CONFIG, TEACHER=TEACHER, LAYERS=LAYERS, layer_tensors=layer_tensors, write_layers=write_layers
+        CONFIG=CONFIG,
+        TEACHER=TEACHER,
+        LAYERS=LAYERS,
+        layer_tensors=layer_tensors,
+        write_layers=write_layers,
+        write_layers_but_the_end=write_layers_but_the_end,
     )

@@ -366,23 +366,6 @@ def test_stray_files_stop_the_end_and_not_more(create, kit, tmp_path):
         writer.finish({}).verify()
 
 
-def test_restart_forgets_files_and_events(artifact, create, kit, tmp_path):
-    path = tmp_path / "b"
-    with create(path) as writer:
-        writer.log(step="lost")
-        writer.save(kit.LAYERS[0], kit.layer_tensors(2))
-    for _ in range(2):  # also when it is itself interrupted
-        with create(path) as writer:
-            writer.restart()
-            assert not writer.has(kit.LAYERS[0])
-            writer.log(step="lost as well")
-    with create(path) as writer:
-        writer.log(step="lost, too")
-        writer.restart()
-        kit.write_layers(writer)
-    assert content(path) == content(artifact.path)
-
-
 def test_json_of_other_programs(create):
     with create() as writer:
         writer.write_json("tokenizer_config.json", {"model_max_length": 10**30})
@@ -392,15 +375,6 @@ def test_json_of_other_programs(create):
         assert b'"model_max_length": 1000000000000000000000000000000\n' in writer.finish({}).read(
             "tokenizer_config.json"
         )
-
-
-def test_scratch_survives_a_crash_and_is_gone_at_the_end(create, kit, tmp_path):
-    with create() as writer:
-        (writer.scratch / "checkpoint").write_text("step 10")
-    with create() as writer:
-        assert (writer.scratch / "checkpoint").read_text() == "step 10"
-        kit.write_layers(writer).verify()
-    assert not (tmp_path / "a" / "scratch").exists()
 
 
 def test_events_without_a_file_after_them_belong_to_the_end(create):
