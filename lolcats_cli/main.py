@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-import signal
+import shlex
 import sys
 import warnings
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from lolcats_cli import __version__
+from lolcats_cli import __version__, stopping
 from lolcats_cli.commands.capture import capture
 from lolcats_cli.commands.demo import demo
 from lolcats_cli.commands.eval import evaluate
@@ -116,8 +116,7 @@ def main() -> None:
 def run(args: list[str]) -> int:
     """Run one command; its exit code. With `--debug` errors keep their traceback."""
     debug = "--debug" in args
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
+    stopping.install()
     if not debug:  # what libraries would say is not for the user
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         warnings.filterwarnings("ignore", module=r"(transformers|peft|torch|accelerate|datasets)\b")
@@ -128,7 +127,7 @@ def run(args: list[str]) -> int:
             return BROKEN_PIPE
         return end.code if isinstance(end.code, int) else 0
     except Stopped as stop:
-        print(f"Stopped by {stop}. The same command resumes.", file=sys.stderr)
+        print(f"Stopped by {stop}. The same command resumes: {shlex.join(['lolcats', *args])}", file=sys.stderr)
         return Stopped.exit_code
     except Exception as error:
         if debug:
@@ -146,11 +145,6 @@ def _message(error: Exception) -> str:
         advice = " Free some, and run the same command again to resume." if exit_code(error) == 5 else ""
         return f"{where}{error.strerror}.{advice}"
     return str(error) or type(error).__name__
-
-
-def _stop(number: int, frame: object) -> None:
-    signal.signal(number, signal.SIG_DFL)  # the second one ends at once
-    raise Stopped(signal.Signals(number).name)
 
 
 def exit_code(error: Exception) -> int:

@@ -19,6 +19,13 @@ Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, 
 Teacher = Annotated[str | None, typer.Option(help="The teacher's folder, if it is not where it was captured.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the teacher brings along.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Resume = Annotated[
+    Literal["auto", "required", "never"],
+    typer.Option(help="required: there must be something to resume. never: there must be nothing unfinished."),
+]
+Force = Annotated[
+    bool, typer.Option("--force", help="Replace the artifact that --output holds; a finished one stays until the end.")
+]
 Template = Annotated[
     Literal["auto", "text", "alpaca", "chat"],
     typer.Option(help="How a record becomes text; auto goes by its columns (input_ids are taken as tokens)."),

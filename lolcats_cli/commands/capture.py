@@ -30,6 +30,8 @@ def capture(
     trust_remote_code: o.TrustRemoteCode = False,
     device: o.Device = "auto",
     seed: o.Seed = 0,
+    resume: o.Resume = "auto",
+    force: o.Force = False,
     json: o.Json = False,
 ) -> None:
     """Keep what the teacher's attentions see: queries, keys and values of every layer, and the tokens."""
@@ -47,6 +49,8 @@ def capture(
         val_fraction=val_fraction,
         batch_size=batch_size,
         seed=seed,
+        resume=resume,
+        force=force,
         progress=o.progress(),
     )
     o.print_result(output, {"id": artifact.id, **artifact.summary}, json)

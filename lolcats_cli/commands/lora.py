@@ -37,6 +37,8 @@ def lora(
     dtype: o.Dtype = "auto",
     device: o.Device = "auto",
     seed: o.Seed = 0,
+    resume: o.Resume = "auto",
+    force: o.Force = False,
     json: o.Json = False,
 ) -> None:
     """Train a LoRA adapter end to end on next-token loss, with the transferred attentions in place."""
@@ -68,6 +70,8 @@ def lora(
         data_options=DataOptions(seq_len, True, template, text_field, split, samples),
         teacher=teacher,
         load=LoadOptions(dtype, device, trust_remote_code),
+        resume=resume,
+        force=force,
         progress=o.progress(),
     )
     o.print_result(output, {"id": artifact.id, **artifact.summary}, json)

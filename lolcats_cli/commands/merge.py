@@ -14,6 +14,8 @@ def merge(
     output: o.Output,
     teacher: o.Teacher = None,
     max_shard_size: Annotated[float, typer.Option(min=0.001, help="Largest weights file, in GB.")] = 5.0,
+    resume: o.Resume = "auto",
+    force: o.Force = False,
     json: o.Json = False,
 ) -> None:
     """Fold a LoRA (or a bare transfer) into the weights: a Hugging Face model folder that loads anywhere."""
@@ -21,5 +23,13 @@ def merge(
 
     from lolcats_cli.stages.merge import merge as run
 
-    artifact = run(given, output, teacher=teacher, max_shard_bytes=int(max_shard_size * 1e9), progress=o.progress())
+    artifact = run(
+        given,
+        output,
+        teacher=teacher,
+        max_shard_bytes=int(max_shard_size * 1e9),
+        resume=resume,
+        force=force,
+        progress=o.progress(),
+    )
     o.print_result(output, {"id": artifact.id, **artifact.summary}, json)

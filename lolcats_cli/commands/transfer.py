@@ -42,6 +42,8 @@ def transfer(
     ] = 10,
     device: o.Device = "auto",
     seed: o.Seed = 0,
+    resume: o.Resume = "auto",
+    force: o.Force = False,
     json: o.Json = False,
 ) -> None:
     """Train feature maps and mixing factors, layer by layer, from a capture; the teacher is not needed."""
@@ -76,6 +78,8 @@ def transfer(
         ),
         layers=parts,
         device=device,
+        resume=resume,
+        force=force,
         progress=o.progress(),
     )
     o.print_result(output, {"id": artifact.id, **artifact.summary}, json)

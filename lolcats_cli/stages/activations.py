@@ -42,21 +42,28 @@ class StoredActivations:
         self.rows: dict[str, int] = capture.data["rows"]
         self._tokens = {split: Rows.from_tensors(capture.load(f"tokens/{split}.safetensors")) for split in SPLITS}
 
-    def batches(self, layer: int, split: str, size: int, shuffle: torch.Generator | None = None) -> Iterator[Batch]:
-        """All rows of a split once, in batches of `size`; with `shuffle`, shards and the rows in them are shuffled."""
+    def batches(
+        self, layer: int, split: str, size: int, shuffle: torch.Generator | None = None, skip: int = 0
+    ) -> Iterator[Batch]:
+        """All rows of a split once, in batches of `size`; with `shuffle`, shards and the rows in them are shuffled.
+        The first `skip` batches are left out, and shards that hold no others are not read."""
         prefix = f"layers/{layer:03d}/{split}-"
         shards = sorted(name for name in self.capture.files if name.startswith(prefix))
-        starts, start = {}, 0
+        starts, counts, start = {}, {}, 0
         for name in shards:
-            starts[name] = start
-            start += self.capture.header(name)["q"].shape[0]
+            starts[name], counts[name] = start, self.capture.header(name)["q"].shape[0]
+            start += counts[name]
         order = range(len(shards)) if shuffle is None else torch.randperm(len(shards), generator=shuffle).tolist()
         valid = self._tokens[split].valid
         rest: list[tuple[Tensor, ...]] = []
+        left_out = skip * size  # rows
         for name in (shards[i] for i in order):
-            tensors = self.capture.load(name)
-            count = tensors["q"].shape[0]
+            count = counts[name]
             index = torch.arange(count) if shuffle is None else torch.randperm(count, generator=shuffle)
+            index, left_out = index[left_out:], max(0, left_out - count)
+            if len(index) == 0:
+                continue
+            tensors = self.capture.load(name)
             where = starts[name] + index
             for part, rows in zip(index.split(1), where.split(1), strict=True):
                 mask = () if valid is None else (valid[rows],)

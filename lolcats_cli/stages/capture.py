@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from lolcats_formats import Artifact, ArtifactWriter
+from lolcats_formats.writer import Resume
 from torch import Tensor
 
-from lolcats_cli import __version__
+from lolcats_cli import __version__, stopping
 from lolcats_cli.errors import BadInput
 from lolcats_cli.progress import Progress
 from lolcats_cli.stages.disk import check_space
@@ -46,6 +47,8 @@ def capture(
     val_fraction: float = 0.05,
     batch_size: int = 8,
     seed: int = 0,
+    resume: Resume = "auto",
+    force: bool = False,
     progress: Progress = Progress(),
 ) -> Artifact:
     """Run the teacher over the data and keep tokens, q, k and v. Running it again resumes.
@@ -57,6 +60,7 @@ def capture(
         val_fraction: the part of the rows kept for validation, at least one row.
         batch_size: rows per forward pass.
         seed: draws the validation rows.
+        resume, force: what to do with an artifact that `output` holds, see `ArtifactWriter.create`.
 
     Raises:
         BadInput: a teacher or data that cannot be used, including attentions that cannot be recorded.
@@ -89,6 +93,8 @@ def capture(
         teacher=_describe(model, folder, revision, layers),
         data=describe_rows(rows, data),
         tool=f"lolcats {__version__}",
+        resume=resume,
+        force=force,
     ) as writer:
         if writer.finished:
             progress.note(f"{output} is finished already")
@@ -104,9 +110,12 @@ def capture(
         with progress.task("capture", total, "rows") as advance:
             advance(total - sum(len(group[2]) for group in todo))
             for split, number, part in todo:
-                for layer, tensors in _record(model, part, batch_size).items():
-                    if not writer.has(_shard(layer, split, number)):
-                        writer.save(_shard(layer, split, number), tensors)
+                recorded = _record(model, part, batch_size)
+                with stopping.deferred():  # to write takes less than to record
+                    for layer, tensors in recorded.items():
+                        if not writer.has(_shard(layer, split, number)):
+                            writer.save(_shard(layer, split, number), tensors)
+                stopping.check()
                 advance(len(part))
         return writer.finish({"bytes": total * per_row})
 

@@ -5,16 +5,20 @@ becomes does not depend on which other layers are trained beside it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from math import ceil, inf
+from pathlib import Path
 
 import torch
 from lolcats_kernels import HybridConfig, HybridMaps, hybrid_attention, hybrid_attention_weights
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lolcats_cli.errors import UsageError
 from lolcats_cli.stages.activations import Batch, StoredActivations
+from lolcats_cli.stages.checkpoints import Checkpoints
 from lolcats_cli.teacher.attention import softmax_attention, softmax_weights
 from lolcats_cli.teacher.record import LayerInfo
 
@@ -59,6 +63,55 @@ class TransferOptions:
 Log = Callable[..., None]
 
 
+class LayerRun:
+    """One layer's training, as far as it has come: what a checkpoint holds."""
+
+    def __init__(self, maps: HybridMaps, options: TransferOptions) -> None:
+        self.maps = maps
+        self.optimizer = torch.optim.AdamW(maps.parameters(), lr=options.lr, weight_decay=0.0)
+        self.schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            self.optimizer, factor=0.1, patience=options.patience, min_lr=min(1e-5, options.lr)
+        )
+        self.step = 0  # optimizer steps done
+        self.best, self.best_mse, self.best_step = _copy(maps), inf, 0
+        self.initial_mse = inf
+
+    @property
+    def lr(self) -> float:
+        return self.optimizer.param_groups[0]["lr"]
+
+    def save(self, folder: Path) -> None:
+        """Write all of it into `folder`: tensors as safetensors, numbers as JSON."""
+        tensors = {f"maps.{name}": tensor for name, tensor in _copy(self.maps).items()}
+        tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
+        for index, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": tensor.cpu().contiguous() for name, tensor in state.items()}
+        save_file(tensors, folder / "state.safetensors")
+        numbers = {name: getattr(self, name) for name in ("step", "best_mse", "best_step", "initial_mse", "lr")}
+        numbers["schedule"] = self.schedule.state_dict()
+        (folder / "state.json").write_text(json.dumps(numbers))
+
+    def load(self, folder: Path) -> None:
+        """Continue from what `save` wrote."""
+        numbers = json.loads((folder / "state.json").read_text())
+        lr, schedule = numbers.pop("lr"), numbers.pop("schedule")
+        for name, value in numbers.items():
+            setattr(self, name, value)
+        parts: dict[str, dict[str, Tensor]] = {"maps": {}, "best": {}, "optimizer": {}}
+        for name, tensor in load_file(folder / "state.safetensors").items():
+            part, _, rest = name.partition(".")
+            parts[part][rest] = tensor
+        self.maps.load_state_dict(parts["maps"])
+        self.best = parts["best"]
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in parts["optimizer"].items():
+            index, _, rest = name.partition(".")
+            moments.setdefault(int(index), {})[rest] = tensor
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        self.optimizer.param_groups[0]["lr"] = lr
+        self.schedule.load_state_dict(schedule)
+
+
 def train_layer(
     source: StoredActivations,
     layer: int,
@@ -67,8 +120,9 @@ def train_layer(
     device: torch.device,
     log: Log = lambda **event: None,
     advance: Log = lambda done=1, **figures: None,
+    checkpoints: Checkpoints | None = None,
 ) -> tuple[dict[str, Tensor], dict]:
-    """Train one layer's maps.
+    """Train one layer's maps, from the layer's checkpoint if there is one.
 
     Returns:
         The best maps' tensors, and their figures on the validation rows (see `measure`) with `initial_mse`, the
@@ -76,40 +130,45 @@ def train_layer(
     """
     info = source.layers[layer]
     maps = HybridMaps(options.hybrid, info.num_heads, info.head_dim, window_factor=options.gamma).to(device)
-    optimizer = torch.optim.AdamW(maps.parameters(), lr=options.lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
-        optimizer, factor=0.1, patience=options.patience, min_lr=min(1e-5, options.lr)
-    )
+    run = LayerRun(maps, options)
+    saved = checkpoints.folder(f"layer-{layer:03d}-") if checkpoints else None
+    if saved:
+        run.load(saved)
+        advance(run.step)
     total = options.total_steps(source.rows["train"])
-    batches = _endless(source, layer, options)
-    best, best_mse, best_step, initial = _copy(maps), inf, 0, inf
-    for step in range(total + 1):
-        if step % options.eval_steps == 0 or step == total:
+    batches = _endless(source, layer, options, skip=run.step * options.grad_accum)
+    while True:
+        # A checkpoint is taken after the validation of its step, which is not done again.
+        if not saved and (run.step % options.eval_steps == 0 or run.step == total):
             mse = measure(source, layer, maps, options.batch_size, terms=("both",), device=device)["mse"]
-            log(event="validation", layer=layer, step=step, mse=mse, lr=optimizer.param_groups[0]["lr"])
-            initial = mse if step == 0 else initial
-            if mse < best_mse:
-                best, best_mse, best_step = _copy(maps), mse, step
-            elif step - best_step > 2 * options.patience * options.eval_steps:
+            log(event="validation", layer=layer, step=run.step, mse=mse, lr=run.lr)
+            run.initial_mse = mse if run.step == 0 else run.initial_mse
+            if mse < run.best_mse:
+                run.best, run.best_mse, run.best_step = _copy(maps), mse, run.step
+            elif run.step - run.best_step > 2 * options.patience * options.eval_steps:
                 break
-            schedule.step(mse)
-        if step == total:
+            run.schedule.step(mse)
+        if checkpoints and not saved and run.step and checkpoints.due():
+            checkpoints.save(f"layer-{layer:03d}-{run.step:07d}", run.save)
+        saved = None
+        if run.step == total:
             break
-        optimizer.zero_grad(set_to_none=True)
+        run.optimizer.zero_grad(set_to_none=True)
         for _ in range(options.grad_accum):
             loss = _loss(next(batches).to(device), maps, info, options) / options.grad_accum
             loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(maps.parameters(), options.clip)
         if not torch.isfinite(norm):
             raise UsageError(
-                f"The gradient of layer {layer} is {norm.item()} at step {step}. Lower --lr (now {options.lr:g})."
+                f"The gradient of layer {layer} is {norm.item()} at step {run.step}. Lower --lr (now {options.lr:g})."
             )
-        optimizer.step()
-        advance(1, layer=layer, mse=best_mse)
-    advance(total - step)
-    maps.load_state_dict(best)
+        run.optimizer.step()
+        run.step += 1
+        advance(1, layer=layer, mse=run.best_mse)
+    advance(total - run.step)
+    maps.load_state_dict(run.best)
     figures = measure(source, layer, maps, options.batch_size, device=device)
-    return best, {**figures, "initial_mse": initial, "steps": step, "best_step": best_step}
+    return run.best, {**figures, "initial_mse": run.initial_mse, "steps": run.step, "best_step": run.best_step}
 
 
 @torch.no_grad()
@@ -172,13 +231,13 @@ def _loss(batch: Batch, maps: HybridMaps, info: LayerInfo, options: TransferOpti
     return loss
 
 
-def _endless(source: StoredActivations, layer: int, options: TransferOptions) -> Iterator[Batch]:
-    """Batches epoch after epoch, in an order that depends on seed and epoch alone."""
-    epoch = 0
+def _endless(source: StoredActivations, layer: int, options: TransferOptions, skip: int = 0) -> Iterator[Batch]:
+    """Batches epoch after epoch, in an order that depends on seed and epoch alone, after the first `skip`."""
+    epoch, skip = divmod(skip, ceil(source.rows["train"] / options.batch_size))
     while True:
         generator = torch.Generator().manual_seed(options.seed * 1_000_003 + epoch)
-        yield from source.batches(layer, "train", options.batch_size, generator)
-        epoch += 1
+        yield from source.batches(layer, "train", options.batch_size, generator, skip)
+        epoch, skip = epoch + 1, 0
 
 
 def _copy(maps: HybridMaps) -> dict[str, Tensor]:

@@ -6,7 +6,9 @@ The artifact holds `adapter/`, a plain PEFT folder, and `maps/`, the feature map
 
 from __future__ import annotations
 
+import json
 import math
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,11 +16,14 @@ from typing import TYPE_CHECKING
 
 import torch
 from lolcats_formats import Artifact, ArtifactWriter
+from lolcats_formats.writer import Resume
+from safetensors.torch import load_file, save_file
 
-from lolcats_cli import __version__
+from lolcats_cli import __version__, stopping
 from lolcats_cli.errors import BadInput, IdentityMismatch, UsageError
 from lolcats_cli.progress import Advance, Progress
 from lolcats_cli.stages.capture import SPLITS
+from lolcats_cli.stages.checkpoints import Checkpoints
 from lolcats_cli.stages.models import load_student, teacher_folder
 from lolcats_cli.stages.transfer import maps_file
 from lolcats_cli.student.build import hybrid_modules
@@ -28,6 +33,8 @@ from lolcats_cli.teacher.load import LoadOptions, load_tokenizer, model_limit
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
+
+    from lolcats_cli.student.attention import HybridAttention
 
 
 @dataclass(frozen=True)
@@ -68,14 +75,17 @@ def lora(
     data_options: DataOptions = DataOptions(),
     teacher: str | None = None,
     load: LoadOptions = LoadOptions(),
+    resume: Resume = "auto",
+    force: bool = False,
     progress: Progress = Progress(),
 ) -> Artifact:
-    """Train the adapter. Running it again on a finished artifact returns it.
+    """Train the adapter. Running it again resumes after the last checkpoint.
 
     Args:
         transfer: a transfer artifact with every layer.
         data: other data than the capture's tokens: a capture artifact, a file, "-" or a hub dataset id.
         teacher: the teacher's folder, if it is not where it was captured.
+        resume, force: what to do with an artifact that `output` holds, see `ArtifactWriter.create`.
 
     Raises:
         FormatError, BadInput, IdentityMismatch, UsageError: what cannot be used, before any training.
@@ -104,11 +114,12 @@ def lora(
         data=describe_rows(splits, source),
         parents=[parent],
         tool=f"lolcats {__version__}",
+        resume=resume,
+        force=force,
     ) as writer:
         if writer.finished:
             progress.note(f"{output} is finished already")
             return writer.finished
-        writer.restart()  # an interrupted training begins anew
         summary = _train(model, splits, options, load, writer, progress)
         for layer, hybrid in zip(layers, hybrid_modules(student), strict=True):
             writer.save(maps_file(layer), {name: tensor.cpu() for name, tensor in hybrid.state_dict().items()})
@@ -203,8 +214,8 @@ def _train(
             max_grad_norm=options.clip,
             eval_strategy="steps",
             eval_steps=options.eval_steps,
-            logging_steps=options.eval_steps,
-            save_strategy="no",
+            logging_steps=1,  # Trainer's own mean over more steps would not survive a resume
+            save_strategy="no",  # the reporter says when
             report_to="none",
             disable_tqdm=True,
             seed=options.seed,
@@ -216,18 +227,22 @@ def _train(
         eval_dataset=_TokenRows(splits["validation"]),
     )
     trainer.remove_callback(_printer())
-    reporter = _reporter(writer.log)
+    checkpoints, maps = Checkpoints(writer), hybrid_modules(model.get_base_model())
+    reporter = _reporter(writer.log, options.eval_steps, checkpoints, maps if options.train_maps else [])
     trainer.add_callback(reporter)
-    before = trainer.evaluate()["eval_loss"]
+    saved = writer.restart()
+    if saved is None:
+        trainer.evaluate()
+    else:
+        reporter.load(saved)
     total = trainer.args.max_steps if trainer.args.max_steps > 0 else _steps(len(splits["train"]), options)
-    with progress.task("lora", total, "steps") as advance:
+    with progress.task("lora", total, "steps") as advance, stopping.deferred():
         reporter.advance = advance
-        trainer.train()
+        trainer.train(resume_from_checkpoint=None if saved is None else str(saved))
     if reporter.evaluated != trainer.state.global_step:
         trainer.evaluate()
-    after = reporter.loss
-    progress.note(f"validation loss {before:.3f} -> {after:.3f} nats per token")
-    return {"initial_loss": before, "loss": after, "steps": trainer.state.global_step}
+    progress.note(f"validation loss {reporter.initial:.3f} -> {reporter.loss:.3f} nats per token")
+    return {"initial_loss": reporter.initial, "loss": reporter.loss, "steps": trainer.state.global_step}
 
 
 def _steps(rows: int, options: LoraOptions) -> int:
@@ -241,27 +256,65 @@ def _printer() -> type:
     return PrinterCallback
 
 
-def _reporter(log: Callable[..., None]):
+def _reporter(log: Callable[..., None], every: int, checkpoints: Checkpoints, maps: list[HybridAttention]):
     from transformers import TrainerCallback
 
     class Reporter(TrainerCallback):
-        """Trainer's events, into our metrics and progress; `loss` is the last validation's, after `evaluated` steps."""
+        """Trainer's events, into our metrics, progress and checkpoints.
 
-        advance: Advance
-        evaluated, loss = -1, math.nan
+        `initial` and `loss` are the first and the last validation's, the latter after `evaluated` steps; `losses` are
+        the training losses since the last event.
+        """
+
+        def __init__(self) -> None:
+            self.advance: Advance = lambda done=1, **figures: None
+            self.initial, self.loss, self.evaluated = math.nan, math.nan, -1
+            self.losses: list[float] = []
+            self.since = 0.0  # when the work that precedes a save ended
+
+        def load(self, folder: Path) -> None:
+            """Continue from a checkpoint: our part of it."""
+            vars(self).update(json.loads((folder / "reporter.json").read_text()))
+            for layer, hybrid in enumerate(maps):
+                hybrid.load_state_dict(load_file(folder / f"maps-{layer}.safetensors"))
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.advance(state.global_step)
 
         def on_step_end(self, args, state, control, **kwargs):
+            # Not at the end: Trainer resumed there would go on, and what is left takes seconds.
+            control.should_save = state.global_step < state.max_steps and checkpoints.due()
             self.advance(1)
 
         def on_evaluate(self, args, state, control, **kwargs):
             self.evaluated, self.loss = state.global_step, kwargs["metrics"]["eval_loss"]
+            if self.evaluated == 0:
+                self.initial = self.loss
             log(event="validation", step=self.evaluated, loss=self.loss)
+            self.since = time.monotonic()
 
         def on_log(self, args, state, control, **kwargs):
             logs = kwargs["logs"]
             if "loss" in logs:
+                self.losses.append(logs["loss"])
                 self.advance(0, loss=logs["loss"])
-                log(event="train", step=state.global_step, loss=logs["loss"], lr=logs["learning_rate"])
+                if state.global_step % every == 0:
+                    mean = sum(self.losses) / len(self.losses)
+                    log(event="train", step=state.global_step, loss=mean, lr=logs["learning_rate"])
+                    self.losses = []
+                self.since = time.monotonic()
+
+        def on_save(self, args, state, control, **kwargs):
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            for name in ("training_args.bin", "README.md"):  # a pickle that nobody reads; a template
+                (folder / name).unlink(missing_ok=True)
+            numbers = {name: getattr(self, name) for name in ("initial", "loss", "evaluated", "losses")}
+            (folder / "reporter.json").write_text(json.dumps(numbers))
+            for layer, hybrid in enumerate(maps):
+                save_file(
+                    {name: t.cpu() for name, t in hybrid.state_dict().items()}, folder / f"maps-{layer}.safetensors"
+                )
+            checkpoints.record(folder, self.since)
 
     return Reporter()
 

@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from lolcats_formats import Artifact, ArtifactWriter, FormatError, TensorInfo
 from lolcats_formats.tensors import read_header
+from lolcats_formats.writer import Resume
 from lolcats_kernels.maps import HybridConfig, HybridMaps
 from safetensors import safe_open
 from torch import Tensor
 
-from lolcats_cli import __version__
+from lolcats_cli import __version__, stopping
 from lolcats_cli.errors import BadInput, IdentityMismatch, UsageError
 from lolcats_cli.progress import Progress
 from lolcats_cli.stages.disk import check_space, human
@@ -49,6 +50,8 @@ def merge(
     *,
     teacher: Path | str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    resume: Resume = "auto",
+    force: bool = False,
     progress: Progress = Progress(),
 ) -> Artifact:
     """Write the student of a LoRA or transfer artifact as a model folder. Running it again resumes.
@@ -60,6 +63,7 @@ def merge(
         output: the folder to write.
         teacher: the teacher's folder, if it is not where the artifact says; its identity is checked.
         max_shard_bytes: size of a weights file, but one tensor is never cut.
+        resume, force: what to do with an artifact that `output` holds, see `ArtifactWriter.create`.
 
     Raises:
         BadInput: a teacher, adapter or artifact that cannot be merged, by name.
@@ -80,6 +84,8 @@ def merge(
         data=artifact.data,
         parents=[artifact],
         tool=f"lolcats {__version__}",
+        resume=resume,
+        force=force,
     ) as writer:
         if writer.finished:
             progress.note(f"{output} is finished already")
@@ -90,7 +96,9 @@ def merge(
         with progress.task("merge", len(shards), "files") as advance:
             for file, names in shards.items():
                 if not writer.has(file):
-                    writer.save(file, plan.load(names), {"format": "pt"})
+                    with stopping.deferred():
+                        writer.save(file, plan.load(names), {"format": "pt"})
+                    stopping.check()
                 advance(1)
         if len(shards) > 1:
             index = {

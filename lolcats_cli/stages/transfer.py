@@ -10,12 +10,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lolcats_formats import Artifact, ArtifactWriter
+from lolcats_formats.writer import Resume
 from safetensors import safe_open
 
-from lolcats_cli import __version__
+from lolcats_cli import __version__, stopping
 from lolcats_cli.errors import UsageError
 from lolcats_cli.progress import Progress
 from lolcats_cli.stages.activations import StoredActivations
+from lolcats_cli.stages.checkpoints import Checkpoints
 from lolcats_cli.stages.layer_training import TransferOptions, train_layer
 from lolcats_cli.teacher.load import LoadOptions
 
@@ -34,9 +36,14 @@ def transfer(
     options: TransferOptions = TransferOptions(),
     layers: list[int] | None = None,
     device: str = "auto",
+    resume: Resume = "auto",
+    force: bool = False,
     progress: Progress = Progress(),
 ) -> Artifact:
-    """Train every layer's maps, or those of `layers` alone. Running it again resumes after the last whole layer.
+    """Train every layer's maps, or those of `layers` alone. Running it again resumes after the last checkpoint.
+
+    Args:
+        resume, force: what to do with an artifact that `output` holds, see `ArtifactWriter.create`.
 
     Raises:
         FormatError: `capture` is not a finished capture, or `output` holds something else.
@@ -64,17 +71,29 @@ def transfer(
         data=parent.data,
         parents=[parent],
         tool=f"lolcats {__version__}",
+        resume=resume,
+        force=force,
     ) as writer:
         if writer.finished:
             progress.note(f"{output} is finished already")
             return writer.finished
         steps = options.total_steps(source.rows["train"])
-        with progress.task("transfer", len(chosen) * steps, "steps") as advance:
+        checkpoints = Checkpoints(writer)
+        with progress.task("transfer", len(chosen) * steps, "steps") as advance, stopping.deferred():
             for layer in chosen:
                 if writer.has(maps_file(layer)):
                     advance(steps)
                     continue
-                tensors, figures = train_layer(source, layer, options, device=target, log=writer.log, advance=advance)
+                stopping.check()
+                tensors, figures = train_layer(
+                    source,
+                    layer,
+                    options,
+                    device=target,
+                    log=writer.log,
+                    advance=advance,
+                    checkpoints=checkpoints,
+                )
                 writer.log(event="layer", layer=layer, **figures)
                 writer.save(maps_file(layer), tensors, {"figures": json.dumps(figures, sort_keys=True)})
                 progress.note(

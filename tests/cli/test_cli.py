@@ -5,17 +5,19 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from pkgutil import resolve_name
 from types import SimpleNamespace
 
 import pytest
 import yaml
 from lolcats_formats import Artifact, ArtifactWriter, ConfigMismatch, Damaged, FormatError, NotAnArtifact
 
-from lolcats_cli import __version__, errors
+from lolcats_cli import __version__, errors, stopping
 from lolcats_cli.main import EXIT_CODES, exit_code
 
 CAPTURE = ("--seq-len", "64", "--samples", "20")
@@ -364,7 +366,7 @@ def test_a_bug_says_so_and_debug_shows_where(
 STOPPABLE = {
     "capture": "lolcats_cli.stages.capture._record",
     "transfer": "lolcats_cli.stages.layer_training._loss",
-    "lora": "lolcats_cli.stages.lora._TokenRows.__getitem__",
+    "lora": "transformers.Trainer.training_step",
     "merge": "lolcats_cli.stages.merge._Plan.load",
 }
 
@@ -382,13 +384,23 @@ def test_stopped_in_the_middle_and_resumed(
     command = list(stage_commands(pipeline)[stage])
     whole = command[command.index("-o") + 1]
     command[command.index("-o") + 1] = tmp_path / "OUT"
+    function = resolve_name(STOPPABLE[stage])
+
+    def signalled(*args: object) -> object:
+        if not stopping.requested():
+            signal.raise_signal(number)
+        return function(*args)
+
     with monkeypatch.context() as patch:
-        patch.setattr(STOPPABLE[stage], lambda *_: signal.raise_signal(number))
+        patch.setattr(STOPPABLE[stage], signalled)
         result = invoke(*command)
     assert (result.code, result.out) == (75, "")
-    assert result.err.splitlines()[-1] == f"Stopped by {number.name}. The same command resumes."
+    said = result.err.splitlines()[-1]
+    assert said == f"Stopped by {number.name}. The same command resumes: {shlex.join(['lolcats', *map(str, command)])}"
     assert "Traceback" not in result.err
     assert not (tmp_path / "OUT" / "manifest.json").exists()
+    if stage in ("transfer", "lora"):  # in the middle of a file
+        assert json.loads((tmp_path / "OUT" / "progress.json").read_text())["checkpoint"]["folder"]
     if number == signal.SIGTERM:
         assert invoke(*command)[:2] == (0, f"{tmp_path / 'OUT'}\n")
         assert Artifact.open(tmp_path / "OUT").id == Artifact.open(whole).id
@@ -438,3 +450,40 @@ def test_missing_configuration(pipeline: SimpleNamespace, invoke, tmp_path: Path
     result = invoke("--config", tmp_path / "no.yaml", "transfer", pipeline.capture, "-o", tmp_path / "OUT")
     assert result.code == 2
     assert "no.yaml" in result.err
+
+
+# --- resume and force ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stage", STOPPABLE)
+def test_resume_and_force(pipeline: SimpleNamespace, invoke, tmp_path: Path, stage: str) -> None:
+    command = list(stage_commands(pipeline)[stage])
+    out = tmp_path / "OUT"
+    command[command.index("-o") + 1] = out
+    change = {"merge": ["--max-shard-size", "0.5"]}.get(stage, ["--lr" if stage == "lora" else "--seed", "1"])
+    result = invoke(*command, "--resume", "required")
+    assert (result.code, result.out) == (3, "")
+    assert "nothing to resume" in result.err
+    assert not out.exists()
+    assert invoke(*command, "--resume", "never").code == 0
+    first = Artifact.open(out)
+    assert invoke(*command, "--resume", "required").code == 0
+    result = invoke(*command, *change)
+    assert (result.code, "--force" in result.err) == (4, True)
+    assert invoke(*command, *change, "--force").code == 0
+    second = Artifact.open(out)
+    second.verify()
+    assert second.id != first.id
+    assert [path.name for path in tmp_path.iterdir()] == ["OUT"]
+
+
+def test_never_resume_what_is_unfinished(pipeline: SimpleNamespace, invoke, tmp_path: Path) -> None:
+    command = list(stage_commands(pipeline)["merge"])
+    command[command.index("-o") + 1] = tmp_path / "OUT"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(STOPPABLE["merge"], lambda *_: signal.raise_signal(signal.SIGTERM))
+        assert invoke(*command).code == 75
+    result = invoke(*command, "--resume", "never")
+    assert (result.code, result.out) == (3, "")
+    assert "is unfinished" in result.err
+    assert invoke(*command, "--resume", "never", "--force").code == 0

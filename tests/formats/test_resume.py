@@ -1,6 +1,7 @@
 """Checkpoints, --resume and --force: what is continued, what is begun anew, what is replaced and when."""
 
 import errno
+import itertools
 import json
 import os
 from pathlib import Path
@@ -154,7 +155,7 @@ def test_resume_required_wants_something_to_resume(create, kit, tmp_path):
 def test_resume_never_refuses_what_is_unfinished_and_leaves_it(create, tmp_path):
     with create(resume="never") as writer:
         writer.write_text("x", "x")
-    with pytest.raises(FormatError, match="is unfinished; .*--force"):
+    with pytest.raises(FormatError, match=r"is unfinished; .*--force"):
         create(resume="never")
     with create() as writer:
         assert writer.has("x")
@@ -240,28 +241,25 @@ def test_a_crash_at_any_moment_of_the_exchange_leaves_one_artifact_and_the_same_
     deaths = 0
     while True:
         settings = {"config": OTHER | {"seed": next(seeds)}, "force": True}
-        count = 0
+        left = itertools.count(deaths, -1)  # calls until the death
 
-        def step(name: str):
+        def step(function, left=left):
             def call(*args: object):
-                nonlocal count
-                count += 1
-                if count == deaths + 1:
+                if next(left) == 0:
                     raise Died
-                return original[name](*args)
+                return function(*args)
 
             return call
 
-        with monkeypatch.context() as patch:
-            with create(**settings) as writer:
-                kit.write_layers_but_the_end(writer)
-                for name in original:
-                    patch.setattr(atomic, name, step(name))
-                try:
-                    writer.finish({})
-                    break
-                except Died:
-                    deaths += 1
+        with monkeypatch.context() as patch, create(**settings) as writer:
+            kit.write_layers_but_the_end(writer)
+            for name, function in original.items():
+                patch.setattr(atomic, name, step(function))
+            try:
+                writer.finish({})
+                break
+            except Died:
+                deaths += 1
         if at_once:
             Artifact.open(tmp_path / "a").verify()  # the old or the new
         with create(**settings) as writer:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from lolcats_formats import Artifact, ConfigMismatch, WrongKind
+from lolcats_formats import Artifact, ConfigMismatch, Damaged, WrongKind
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import lolcats_cli.stages.lora as module
 from lolcats_cli.errors import BadInput, IdentityMismatch, Stopped, UsageError
+from lolcats_cli.stages import checkpoints
 from lolcats_cli.stages.capture import capture
+from lolcats_cli.stages.checkpoints import Checkpoints
 from lolcats_cli.stages.layer_training import TransferOptions
 from lolcats_cli.stages.lora import LoraOptions, lora
 from lolcats_cli.stages.models import load_any, load_student
@@ -88,12 +91,12 @@ def test_same_seed_same_artifact(pipeline: SimpleNamespace, tmp_path: Path) -> N
     assert lora(pipeline.transfer, tmp_path / "l", options=options, load=CPU).id == Artifact.open(pipeline.lora).id
 
 
+def stopped(*_: object) -> None:
+    raise Stopped("SIGTERM")
+
+
 def test_stopped_and_run_again(pipeline: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = LoraOptions(steps=6, grad_accum=2, eval_steps=3, lr=1e-2)
-
-    def stopped(*_: object) -> None:
-        raise Stopped("SIGTERM")
-
     with monkeypatch.context() as patch:
         patch.setattr(module, "_save_adapter", stopped)
         with pytest.raises(Stopped):
@@ -102,6 +105,61 @@ def test_stopped_and_run_again(pipeline: SimpleNamespace, tmp_path: Path, monkey
     again = lora(pipeline.transfer, tmp_path / "l", options=options, load=CPU)
     again.verify()
     assert again.id == Artifact.open(pipeline.lora).id
+
+
+@pytest.mark.parametrize(
+    ("every", "changes"),
+    [(1, {}), (4, {"batch_size": 2}), (2, {"train_maps": True, "dropout": 0.2, "steps": None, "epochs": 1})],
+)
+def test_resumed_at_every_step_is_the_same_to_the_byte(
+    pipeline: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int, changes: dict
+) -> None:
+    options = replace(LoraOptions(steps=7, grad_accum=2, eval_steps=3, lr=1e-2), **changes)
+    whole = lora(pipeline.transfer, tmp_path / "whole", options=options, load=CPU)
+    monkeypatch.setattr(checkpoints, "SECONDS", 0)
+    monkeypatch.setattr(checkpoints, "COST", inf)
+    record, saved = Checkpoints.record, []
+
+    def die(self, folder: Path, since: float) -> None:
+        record(self, folder, since)
+        saved.append(folder.name)
+        assert not list(folder.glob("*.bin"))
+        if len(saved) % every == 0:
+            raise Stopped("SIGKILL")
+
+    monkeypatch.setattr(Checkpoints, "record", die)
+    for _ in range(20):
+        try:
+            resumed = lora(pipeline.transfer, tmp_path / "l", options=options, load=CPU)
+            break
+        except Stopped:
+            assert [folder.name for folder in (tmp_path / "l" / "scratch").iterdir()] == saved[-1:]
+    assert saved == [f"checkpoint-{step}" for step in range(1, whole.summary["steps"])]
+    assert resumed.metrics() == whole.metrics()
+    assert resumed.id == whole.id
+    assert {n: resumed.read(n) for n in resumed.files} == {n: whole.read(n) for n in whole.files}
+
+
+def test_half_written_and_damaged_checkpoints_are_not_used(
+    pipeline: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "SECONDS", 0)
+    monkeypatch.setattr(checkpoints, "COST", inf)
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "record", stopped)  # died with Trainer's folder complete but not recorded
+        with pytest.raises(Stopped):
+            lora(pipeline.transfer, tmp_path / "l", options=QUICK, load=CPU)
+    assert (tmp_path / "l" / "scratch" / "checkpoint-1" / "optimizer.pt").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_save_adapter", stopped)
+        with pytest.raises(Stopped):
+            lora(pipeline.transfer, tmp_path / "l", options=QUICK, load=CPU)
+    optimizer = tmp_path / "l" / "scratch" / "checkpoint-1" / "optimizer.pt"
+    data = bytearray(optimizer.read_bytes())
+    data[len(data) // 2] ^= 1
+    optimizer.write_bytes(data)
+    with pytest.raises(Damaged, match="--force"):
+        lora(pipeline.transfer, tmp_path / "l", options=QUICK, load=CPU)
 
 
 def test_rank_alpha_and_targets(pipeline: SimpleNamespace, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from math import inf
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,8 +15,10 @@ from lolcats_kernels import HybridConfig, HybridMaps
 
 import lolcats_cli.stages.transfer as module
 from lolcats_cli.errors import Stopped, UsageError
+from lolcats_cli.stages import checkpoints
 from lolcats_cli.stages.activations import StoredActivations
 from lolcats_cli.stages.capture import capture
+from lolcats_cli.stages.checkpoints import Checkpoints
 from lolcats_cli.stages.layer_training import TransferOptions, measure, train_layer
 from lolcats_cli.stages.transfer import maps_file, transfer
 from lolcats_cli.teacher.attention import softmax_attention
@@ -88,6 +91,52 @@ def test_resumed_is_the_same_to_the_byte(
     assert resumed.id == whole.id
     assert resumed.metrics() == whole.metrics()
     resumed.verify()
+
+
+@pytest.mark.parametrize("every", [1, 2, 5])
+def test_resumed_at_every_step_is_the_same_to_the_byte(
+    pipeline: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
+) -> None:
+    monkeypatch.setattr(checkpoints, "SECONDS", 0)
+    monkeypatch.setattr(checkpoints, "COST", inf)
+    record, saved = Checkpoints.record, []
+
+    def die(self, folder: Path, since: float) -> None:
+        record(self, folder, since)
+        saved.append(folder.name)
+        if len(saved) % every == 0:
+            raise Stopped("SIGKILL")
+
+    monkeypatch.setattr(Checkpoints, "record", die)
+    for _ in range(100):
+        try:
+            resumed = transfer(pipeline.capture, tmp_path / "t", options=OPTIONS)
+            break
+        except Stopped:
+            assert sorted(folder.name for folder in (tmp_path / "t" / "scratch").iterdir()) == saved[-1:]
+    assert saved == [f"layer-{layer:03d}-{step:07d}" for layer in range(2) for step in range(1, 7)]
+    whole = Artifact.open(pipeline.transfer)
+    assert resumed.id == whole.id
+    assert resumed.metrics() == whole.metrics()
+    assert all(layer_bytes(resumed, layer) == layer_bytes(whole, layer) for layer in range(2))
+    resumed.verify()
+
+
+def test_batches_after_the_first_are_those_of_the_whole_epoch(
+    pipeline: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lolcats_cli.stages.capture.SHARD_BYTES", 2**14)
+    artifact = capture(
+        str(pipeline.teacher), str(pipeline.text), tmp_path / "c", options=DataOptions(seq_len=32, samples=13)
+    )
+    assert len([name for name in artifact.files if name.startswith("layers/000/train-")]) > 3
+    source = StoredActivations(artifact)
+    for size in (1, 3):
+        whole = list(source.batches(0, "train", size, torch.Generator().manual_seed(3)))
+        for skip in range(len(whole) + 1):
+            rest = list(source.batches(0, "train", size, torch.Generator().manual_seed(3), skip))
+            assert len(rest) == len(whole) - skip
+            assert all(torch.equal(a.q, b.q) for a, b in zip(rest, whole[skip:], strict=True))
 
 
 KINDS = {
