@@ -116,12 +116,12 @@ def main() -> None:
 def run(args: list[str]) -> int:
     """Run one command; its exit code. With `--debug` errors keep their traceback."""
     debug = "--debug" in args
-    stopping.install()
     if not debug:  # what libraries would say is not for the user
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         warnings.filterwarnings("ignore", module=r"(transformers|peft|torch|accelerate|datasets)\b")
     try:
-        app(args, prog_name="lolcats")
+        with stopping.handled():
+            app(args, prog_name="lolcats")
     except SystemExit as end:  # how Typer ends: 0, or 2 for wrong usage
         if isinstance(end.__context__, BrokenPipeError):
             return BROKEN_PIPE

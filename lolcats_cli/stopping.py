@@ -15,12 +15,17 @@ _requested: str | None = None  # the signal's name
 _deferring = 0
 
 
-def install() -> None:
-    """Let SIGINT and SIGTERM raise `Stopped`. A third signal ends the process as the system does."""
+@contextmanager
+def handled() -> Iterator[None]:
+    """In this block SIGINT and SIGTERM raise `Stopped`. A third signal ends the process as the system does."""
     global _requested
-    _requested = None
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _handle)
+    before = {number: signal.signal(number, _handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        _requested = None
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _handle(number: int, frame: object) -> None:

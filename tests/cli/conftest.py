@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -26,7 +25,6 @@ Invoke = Callable[..., Result]
 @pytest.fixture
 def invoke(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Invoke]:
     """`invoke("verify", path, stdin="")`; what `run` sets for its process is put back afterwards."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
 
     def call(*args: object, stdin: str = "") -> Result:
@@ -37,5 +35,3 @@ def invoke(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
 
     with warnings.catch_warnings():
         yield call
-    for number, handler in handlers.items():
-        signal.signal(number, handler)

@@ -481,7 +481,7 @@ def test_never_resume_what_is_unfinished(pipeline: SimpleNamespace, invoke, tmp_
     command = list(stage_commands(pipeline)["merge"])
     command[command.index("-o") + 1] = tmp_path / "OUT"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(STOPPABLE["merge"], lambda *_: signal.raise_signal(signal.SIGTERM))
+        patch.setattr("lolcats_cli.stages.merge._write_model_files", lambda *_: signal.raise_signal(signal.SIGTERM))
         assert invoke(*command).code == 75
     result = invoke(*command, "--resume", "never")
     assert (result.code, result.out) == (3, "")
