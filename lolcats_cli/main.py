@@ -19,6 +19,7 @@ from lolcats_cli.commands.demo import demo
 from lolcats_cli.commands.eval import evaluate
 from lolcats_cli.commands.generate import generate
 from lolcats_cli.commands.inspect import inspect
+from lolcats_cli.commands.join import join
 from lolcats_cli.commands.lora import lora
 from lolcats_cli.commands.merge import merge
 from lolcats_cli.commands.transfer import transfer
@@ -44,6 +45,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "transfer": transfer,
     "lora": lora,
     "merge": merge,
+    "join": join,
     "inspect": inspect,
     "verify": verify,
     "eval": evaluate,

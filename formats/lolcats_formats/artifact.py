@@ -7,7 +7,7 @@ import hashlib
 import os
 import stat
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -276,9 +276,15 @@ def hash_file(path: Path, advance: Callable[[int], None] | None = None) -> tuple
     return size, digest.hexdigest()
 
 
-def lineage(parents: Sequence[Artifact]) -> list[dict[str, Any]]:
-    """The "parents" field of an artifact made from these: the whole chain, to be shown without them."""
-    return [{"id": p.id, "kind": p.kind, "path": os.path.abspath(p.path), "parents": p.parents} for p in parents]
+def lineage(parents: Sequence[Artifact | Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The "parents" field of an artifact made from these (or of what such a field says of them): the whole chain, to
+    be shown without them."""
+    return [
+        {"id": p.id, "kind": p.kind, "path": os.path.abspath(p.path), "parents": p.parents}
+        if isinstance(p, Artifact)
+        else dict(p)
+        for p in parents
+    ]
 
 
 def _regular_size(root: Path, name: str, checked: set[Path]) -> int:

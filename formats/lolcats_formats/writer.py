@@ -79,7 +79,7 @@ class ArtifactWriter:
         config: Mapping[str, Any],
         teacher: Mapping[str, Any],
         data: Mapping[str, Any],
-        parents: Sequence[Artifact] = (),
+        parents: Sequence[Artifact | Mapping[str, Any]] = (),
         tool: str,
         resume: Resume = "auto",
         force: bool = False,

@@ -61,6 +61,20 @@ def parse_layers(text: str | None) -> list[int] | None:
     return sorted(layers)
 
 
+def parse_samples(text: str | None) -> tuple[int, int | None]:
+    """ "20" as (0, 20) and "1000-1999" as (1000, 1000): the first row and their number."""
+    if text is None:
+        return 0, None
+    first, dash, last = text.partition("-")
+    try:
+        start, count = (int(first), int(last) - int(first) + 1) if dash else (0, int(first))
+    except ValueError:
+        start, count = 0, 0
+    if start < 0 or count < 2:
+        raise UsageError(f"--samples {text} is neither a number of rows, at least 2, nor a range like 1000-1999.")
+    return start, count
+
+
 def print_result(path: Path, summary: dict[str, Any], as_json: bool) -> None:
     """The result on stdout: the path alone, or one JSON document."""
     print(json.dumps({"path": str(path), **summary}) if as_json else path, flush=True)

@@ -19,7 +19,9 @@ def capture(
     pack: Annotated[
         bool, typer.Option(help="Fill rows with documents one after the other; otherwise one a row.")
     ] = True,
-    samples: Annotated[int | None, typer.Option(min=2, help="The most rows to take.")] = None,
+    samples: Annotated[
+        str | None, typer.Option(help="The most rows to take, or which: 1000-1999 are the second thousand, for `join`.")
+    ] = None,
     val_fraction: Annotated[float, typer.Option(min=0.0, max=0.5, help="Part of the rows kept for validation.")] = 0.05,
     template: o.Template = "auto",
     text_field: o.TextField = "text",
@@ -35,6 +37,8 @@ def capture(
     json: o.Json = False,
 ) -> None:
     """Keep what the teacher's attentions see: queries, keys and values of every layer, and the tokens."""
+    first, count = o.parse_samples(samples)
+
     from lolcats_cli.stages.capture import capture as run
     from lolcats_cli.teacher.data import DataOptions
     from lolcats_cli.teacher.load import LoadOptions
@@ -43,7 +47,7 @@ def capture(
         teacher,
         data,
         output,
-        options=DataOptions(seq_len, pack, template, text_field, split, samples),
+        options=DataOptions(seq_len, pack, template, text_field, split, first, count),
         load=LoadOptions(dtype, device, trust_remote_code),
         revision=revision,
         val_fraction=val_fraction,

@@ -44,7 +44,7 @@ def evaluate(
     found = run(
         load_any(given, LoadOptions(dtype, device, trust_remote_code), teacher=teacher, revision=revision),
         data,
-        options=DataOptions(seq_len, True, template, text_field, split, samples),
+        options=DataOptions(seq_len, True, template, text_field, split, samples=samples),
         batch_size=batch_size,
         recall_count=recall,
         seed=seed,

@@ -13,15 +13,25 @@ from lolcats_cli.commands import _options as o
 def inspect(
     artifact: o.ArtifactIn,
     layer: Annotated[int | None, typer.Option(min=0, help="Show this layer's tensors and figures.")] = None,
+    lineage: Annotated[
+        bool, typer.Option("--lineage", help="Show all it was made from, also what is not at hand.")
+    ] = False,
     json: o.Json = False,
 ) -> None:
     """Show what an artifact is: kind, lineage, layers, shapes, bytes, figures. Reads no weights."""
     from lolcats_formats import Artifact
 
-    from lolcats_cli.stages.inspect import describe, describe_layer
+    from lolcats_cli.errors import UsageError
+    from lolcats_cli.stages.inspect import describe, describe_layer, describe_lineage
 
+    if lineage and layer is not None:
+        raise UsageError("Choose one of --lineage and --layer.")
     opened = Artifact.open(o.artifact_path(artifact))
-    found = describe(opened) if layer is None else describe_layer(opened, layer)
+    if lineage:
+        teacher = {key: value for key, value in opened.teacher.items() if key != "layers"}
+        found = {"lineage": describe_lineage(opened), "teacher": teacher, "data": opened.data}
+    else:
+        found = describe(opened) if layer is None else describe_layer(opened, layer)
     print(json_module.dumps(found) if json else "\n".join(_lines(found)))
 
 

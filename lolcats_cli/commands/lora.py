@@ -67,7 +67,7 @@ def lora(
             seed=seed,
         ),
         data=data,
-        data_options=DataOptions(seq_len, True, template, text_field, split, samples),
+        data_options=DataOptions(seq_len, True, template, text_field, split, samples=samples),
         teacher=teacher,
         load=LoadOptions(dtype, device, trust_remote_code),
         resume=resume,

@@ -85,7 +85,8 @@ def capture(
         output,
         "capture",
         config={
-            "data": asdict(options),
+            "data": {key: value for key, value in asdict(options).items() if key not in ("first", "samples")},
+            "samples": [options.first, options.first + total - 1],
             "dtype": str(model.dtype).removeprefix("torch."),
             "val_fraction": val_fraction,
             "seed": seed,
@@ -99,8 +100,9 @@ def capture(
         if writer.finished:
             progress.note(f"{output} is finished already")
             return writer.finished
-        groups = list(_groups(rows, layers, model.dtype))
-        todo = [group for group in groups if not all(writer.has(_shard(i, *group[:2])) for i in range(len(layers)))]
+        counts = {split: len(rows[split]) for split in SPLITS}
+        groups = list(row_groups(counts, options.seq_len, layers, model.dtype))
+        todo = [group for group in groups if not all(writer.has(shard_name(i, *group[:2])) for i in range(len(layers)))]
         needed = sum(len(group[2]) for group in todo) * per_row
         space = check_space(needed, output, ADVICE)
         progress.note(f"capture will write {space}")
@@ -109,14 +111,14 @@ def capture(
                 writer.save(f"tokens/{split}.safetensors", rows[split].to_tensors())
         with progress.task("capture", total, "rows") as advance:
             advance(total - sum(len(group[2]) for group in todo))
-            for split, number, part in todo:
-                recorded = _record(model, part, batch_size)
+            for split, number, index in todo:
+                recorded = _record(model, rows[split].select(index), batch_size)
                 with stopping.deferred():  # to write takes less than to record
                     for layer, tensors in recorded.items():
-                        if not writer.has(_shard(layer, split, number)):
-                            writer.save(_shard(layer, split, number), tensors)
+                        if not writer.has(shard_name(layer, split, number)):
+                            writer.save(shard_name(layer, split, number), tensors)
                 stopping.check()
-                advance(len(part))
+                advance(len(index))
         return writer.finish({"bytes": total * per_row})
 
 
@@ -145,17 +147,18 @@ def _describe(model: PreTrainedModel, folder: Path, revision: str | None, layers
     }
 
 
-def _groups(rows: dict[str, Rows], layers: list[LayerInfo], dtype: torch.dtype) -> Iterator[tuple[str, int, Rows]]:
-    """(split, number, rows) of each group of rows that is computed together and becomes one shard per layer."""
+def row_groups(
+    counts: dict[str, int], seq_len: int, layers: list[LayerInfo], dtype: torch.dtype
+) -> Iterator[tuple[str, int, Tensor]]:
+    """(split, number, rows of the split) of each group that is computed together and becomes one shard per layer."""
     per_token = [layer.bytes_per_token(dtype) for layer in layers]
-    seq_len = rows[SPLITS[0]].input_ids.shape[1]
     size = max(1, min(SHARD_BYTES // (max(per_token) * seq_len), GROUP_BYTES // (sum(per_token) * seq_len)))
-    for split in SPLITS:
-        for number, start in enumerate(range(0, len(rows[split]), size)):
-            yield split, number, rows[split].select(torch.arange(start, min(start + size, len(rows[split]))))
+    for split, count in counts.items():
+        for number, start in enumerate(range(0, count, size)):
+            yield split, number, torch.arange(start, min(start + size, count))
 
 
-def _shard(layer: int, split: str, number: int) -> str:
+def shard_name(layer: int, split: str, number: int) -> str:
     return f"layers/{layer:03d}/{split}-{number:05d}.safetensors"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lolcats_formats import Artifact
+from lolcats_formats import Artifact, FormatError
 
 from lolcats_cli.errors import UsageError
 
@@ -29,6 +29,25 @@ def describe(artifact: Artifact) -> dict[str, Any]:
         "summary": {key: value for key, value in artifact.summary.items() if key != "layers"},
         "layers": [_layer(artifact, index, layer) for index, layer in enumerate(teacher.get("layers", []))],
     }
+
+
+def describe_lineage(artifact: Artifact) -> list[dict[str, Any]]:
+    """The artifact and all it was made from, nearest first, with where each lay and whether it is there now."""
+    here: dict[str, Any] = {"id": artifact.id, "kind": artifact.kind, "path": str(artifact.path), "parents": artifact.parents}
+    found: list[dict[str, Any]] = []
+    todo = [(here, 0)]
+    while todo:
+        entry, depth = todo.pop(0)
+        found.append({key: entry[key] for key in ("kind", "id", "path")} | {"here": depth == 0 or _is_there(entry)})
+        todo = [(parent, depth + 1) for parent in entry["parents"]] + todo
+    return found
+
+
+def _is_there(entry: dict[str, Any]) -> bool:
+    try:
+        return Artifact.open(entry["path"], entry["kind"]).id == entry["id"]
+    except (FormatError, OSError):
+        return False
 
 
 def describe_layer(artifact: Artifact, layer: int) -> dict[str, Any]:

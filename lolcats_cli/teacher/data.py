@@ -8,6 +8,7 @@ import sys
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,7 @@ class DataOptions:
         template: "auto", "text", "alpaca" or "chat"; "auto" goes by the columns.
         text_field: the column that "text" reads.
         split: the split of a hub dataset.
+        first: the first row to take; those before it are left out.
         samples: the most rows to take.
     """
 
@@ -46,6 +48,7 @@ class DataOptions:
     template: str = "auto"
     text_field: str = "text"
     split: str = "train"
+    first: int = 0
     samples: int | None = None
 
 
@@ -93,6 +96,8 @@ def read_rows(source: str, tokenizer: PreTrainedTokenizerBase, options: DataOpti
     rows = _packed(documents, options) if options.pack else _padded(documents, tokenizer, options)
     if len(rows) == 0:
         what = f"fewer than the {options.seq_len} tokens of one row" if options.pack else "no documents"
+        if options.first:
+            what = f"no row {options.first}, of {options.seq_len} tokens"
         raise BadInput(f"{_name(source)} holds {what}. Pass more data, or a smaller --seq-len.")
     bottom, top = int(rows.input_ids.min()), int(rows.input_ids.max())
     if bottom < 0 or top >= len(tokenizer):
@@ -102,15 +107,21 @@ def read_rows(source: str, tokenizer: PreTrainedTokenizerBase, options: DataOpti
 
 
 def split_rows(rows: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:
-    """Training and validation rows, drawn by `seed`. Raises `BadInput` if there are fewer than two rows."""
+    """Training and validation rows. Raises `BadInput` if there are fewer than two rows."""
     if len(rows) < 2:
         raise BadInput(
             "The data gives a single row, and training needs one for validation too. "
             "Pass more data, or a smaller --seq-len."
         )
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-    held_out = min(max(1, round(fraction * len(rows))), len(rows) - 1)
-    return rows.select(order[held_out:].sort().values), rows.select(order[:held_out].sort().values)
+    train, validation = split_numbers(len(rows), fraction, seed)
+    return rows.select(train), rows.select(validation)
+
+
+def split_numbers(rows: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Which of so many rows are for training and which for validation, in order, drawn by `seed`."""
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
+    held_out = min(max(1, round(fraction * rows)), rows - 1)
+    return order[held_out:].sort().values, order[:held_out].sort().values
 
 
 def describe_rows(splits: dict[str, Rows], source: str) -> dict[str, Any]:
@@ -228,29 +239,28 @@ def _template(record: dict[str, Any], options: DataOptions) -> str:
 
 
 def _packed(documents: Iterable[list[int]], options: DataOptions) -> Rows:
-    limit = None if options.samples is None else options.samples * options.seq_len
+    first = options.first * options.seq_len  # tokens
+    limit = None if options.samples is None else first + options.samples * options.seq_len
     ids = array("i")
     for document in documents:
         ids.extend(document)
         if limit is not None and len(ids) >= limit:
             break
-    rows = min(len(ids) // options.seq_len, options.samples or len(ids))
+    ids = ids[first:limit]
+    rows = len(ids) // options.seq_len
     tokens = torch.tensor(ids[: rows * options.seq_len], dtype=torch.int32)
     return Rows(tokens.view(rows, options.seq_len))
 
 
 def _padded(documents: Iterable[list[int]], tokenizer: PreTrainedTokenizerBase, options: DataOptions) -> Rows:
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    last = None if options.samples is None else options.first + options.samples
     ids, valid = [], []
-    for document in documents:
-        if not document:
-            continue
+    for document in islice((document for document in documents if document), options.first, last):
         row = torch.tensor(document[: options.seq_len], dtype=torch.int32)
         missing = options.seq_len - len(row)
         ids.append(torch.nn.functional.pad(row, (0, missing), value=pad))
         valid.append(torch.arange(options.seq_len) < len(row))
-        if len(ids) == options.samples:
-            break
     if not ids:
         return Rows(torch.empty(0, options.seq_len, dtype=torch.int32))
     return Rows(torch.stack(ids), torch.stack(valid))

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from lolcats_cli.errors import BadInput, IdentityMismatch
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
 VOLATILE_CONFIG = ("_name_or_path", "transformers_version")
+REMEMBERED_BYTES = 16 * 2**20  # files from this size on are hashed once
 FIELDS = ("config_sha256", "weights_sha256", "tokenizer_sha256")
 
 
 def identify(folder: Path | str) -> dict[str, str]:
-    """Hash a local model folder; reads every weight byte once.
+    """Hash a local model folder; reads every weight byte once, and not again while the files stay untouched.
 
     Returns the three `FIELDS` as SHA-256 hex digests. Raises `BadInput` if the folder has no readable
     configuration or no safetensors weights.
@@ -81,7 +86,43 @@ def _read_object(path: Path) -> dict:
 
 def _hash_files(files: list[Path]) -> str:
     total = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            total.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for file, digest in zip(files, pool.map(_digest, files), strict=True):
+            total.update(f"{file.name} {digest}\n".encode())
     return total.hexdigest()
+
+
+def _digest(file: Path) -> str:
+    """A file's SHA-256. That of a large one is remembered for as long as the file stays untouched."""
+    before = _stamp(file)
+    if file.stat().st_size < REMEMBERED_BYTES:
+        return _read_digest(file)
+    place = _cache_folder() / hashlib.sha256(str(before).encode()).hexdigest()
+    with suppress(OSError):
+        digest = place.read_text(encoding="ascii")
+        if len(digest) == 64:
+            return digest
+    digest = _read_digest(file)
+    # A file that was written just now may be written again within one tick of its clock.
+    if _stamp(file) == before and time.time() - file.stat().st_ctime > 2:
+        with suppress(OSError):  # without a cache it is slower
+            place.parent.mkdir(parents=True, exist_ok=True)
+            beside = place.with_suffix(f".{os.getpid()}")
+            beside.write_text(digest, encoding="ascii")
+            beside.replace(place)
+    return digest
+
+
+def _read_digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _stamp(file: Path) -> tuple[str | int, ...]:
+    """What changes when a file is replaced or written. The last of them no program can set."""
+    status = file.stat()
+    return os.path.realpath(file), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lolcats" / "sha256"

@@ -487,3 +487,42 @@ def test_never_resume_what_is_unfinished(pipeline: SimpleNamespace, invoke, tmp_
     assert (result.code, result.out) == (3, "")
     assert "is unfinished" in result.err
     assert invoke(*command, "--resume", "never", "--force").code == 0
+
+
+# --- join and lineage ------------------------------------------------------------------------------------------------
+
+
+def test_join_on_the_command_line(pipeline: SimpleNamespace, invoke, tmp_path: Path) -> None:
+    for name, rows in (("a", "0-7"), ("b", "8-19")):
+        command = ("capture", pipeline.teacher, pipeline.text, "-o", tmp_path / name, "--seq-len", 64)
+        assert invoke(*command, "--samples", rows).code == 0
+    result = invoke("join", tmp_path / "a", tmp_path / "b", "-o", tmp_path / "c")
+    assert result[:2] == (0, f"{tmp_path / 'c'}\n")
+    assert Artifact.open(tmp_path / "c").id == Artifact.open(pipeline.capture).id
+    result = invoke("join", tmp_path / "a", tmp_path / "a", "-o", tmp_path / "d")
+    assert (result.code, result.out) == (4, "")
+    assert "Rows 0 to 7 are doubled" in result.err
+
+
+@pytest.mark.parametrize("samples", ["1", "5-5", "7-3", "-3", "a-b", "1-2-3"])
+def test_rows_that_are_no_range(pipeline: SimpleNamespace, invoke, tmp_path: Path, samples: str) -> None:
+    result = invoke("capture", pipeline.teacher, pipeline.text, "-o", tmp_path / "c", f"--samples={samples}")
+    assert (result.code, result.out) == (2, "")
+    assert "--samples" in result.err
+    assert not (tmp_path / "c").exists()
+
+
+def test_lineage_is_shown_whole_when_nothing_of_it_is_at_hand(
+    pipeline: SimpleNamespace, invoke, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(pipeline.student, tmp_path / "copy")
+    result = invoke("inspect", copy, "--lineage", "--json")
+    lineage = json.loads(result.out)["lineage"]
+    assert [entry["kind"] for entry in lineage] == ["student", "lora", "transfer", "capture"]
+    expected = [Artifact.open(getattr(pipeline, name)).id for name in ("student", "lora", "transfer", "capture")]
+    assert [entry["id"] for entry in lineage] == expected
+    assert all(entry["here"] for entry in lineage)
+    manifest = json.loads((copy / "manifest.json").read_text().replace(str(pipeline.lora.parent), "/not/here"))
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    result = invoke("inspect", copy, "--lineage")
+    assert (result.code, [line.split()[-1] for line in result.out.splitlines()[2:6]]) == (0, ["True"] + 3 * ["False"])

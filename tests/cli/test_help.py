@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 FROZEN = Path(__file__).with_name("help.txt")
-COMMANDS = ("", "capture", "transfer", "lora", "merge", "inspect", "verify", "eval", "generate", "demo")
+COMMANDS = ("", "capture", "transfer", "lora", "merge", "join", "inspect", "verify", "eval", "generate", "demo")
 RENEW = "RENEW_HELP=1 python -m pytest tests/cli/test_help.py"
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 
+import lolcats_cli.teacher.identity as module
 from lolcats_cli.errors import BadInput, IdentityMismatch
 from lolcats_cli.teacher.identity import FIELDS, check, identify, read_config, weight_files
 
@@ -53,6 +55,39 @@ def test_each_part_counts_and_is_named(tiny_teacher: Path, folder: Path, field: 
     change(folder)
     with pytest.raises(IdentityMismatch, match=rf"captured: {field} differs\. Pass the original model with --teacher"):
         check(identify(tiny_teacher), folder)
+
+
+def test_a_large_file_is_read_once_until_it_is_touched(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = folder / "model.safetensors"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(module, "REMEMBERED_BYTES", weights.stat().st_size)
+    monkeypatch.setattr(module.time, "time", lambda: weights.stat().st_ctime + 3)
+    read, reads = module._read_digest, []
+    monkeypatch.setattr(module, "_read_digest", lambda file: reads.append(file.name) or read(file))
+    first = identify(folder)
+    assert identify(folder) == first
+    assert reads.count("model.safetensors") == 1
+    times = weights.stat()
+    _flip_weight_bit(folder)
+    os.utime(weights, ns=(times.st_atime_ns, times.st_mtime_ns))  # even if its time is put back
+    assert identify(folder)["weights_sha256"] != first["weights_sha256"]
+    assert reads.count("model.safetensors") == 2
+    for entry in (tmp_path / "cache" / "lolcats" / "sha256").iterdir():
+        entry.write_text("half")
+    assert identify(folder)["weights_sha256"] != first["weights_sha256"]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(weights))  # no folder can be made there
+    assert identify(folder)["weights_sha256"] != first["weights_sha256"]
+
+
+def test_a_file_written_just_now_is_not_remembered(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(module, "REMEMBERED_BYTES", 0)
+    identify(folder)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_all_differing_parts_are_named(tiny_teacher: Path, folder: Path) -> None:

@@ -1,0 +1,23 @@
+"""lolcats join"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from lolcats_cli.commands import _options as o
+
+
+def join(
+    parts: Annotated[list[str], typer.Argument(help="Captures of --samples A-B, or transfers of --layers A-B.")],
+    output: o.Output,
+    resume: o.Resume = "auto",
+    force: o.Force = False,
+    json: o.Json = False,
+) -> None:
+    """Join what several machines made into what one would have made: captures by rows, transfers by layers."""
+    from lolcats_cli.stages.join import join as run
+
+    artifact = run(parts, output, resume=resume, force=force, progress=o.progress())
+    o.print_result(output, {"id": artifact.id, **artifact.summary}, json)
