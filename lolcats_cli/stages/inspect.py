@@ -33,7 +33,12 @@ def describe(artifact: Artifact) -> dict[str, Any]:
 
 def describe_lineage(artifact: Artifact) -> list[dict[str, Any]]:
     """The artifact and all it was made from, nearest first, with where each lay and whether it is there now."""
-    here: dict[str, Any] = {"id": artifact.id, "kind": artifact.kind, "path": str(artifact.path), "parents": artifact.parents}
+    here: dict[str, Any] = {
+        "id": artifact.id,
+        "kind": artifact.kind,
+        "path": str(artifact.path),
+        "parents": artifact.parents,
+    }
     found: list[dict[str, Any]] = []
     todo = [(here, 0)]
     while todo:

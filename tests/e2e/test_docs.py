@@ -1,0 +1,71 @@
+"""The scripts of docs/clusters.md, run as they stand with Slurm's commands played by the shell."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from lolcats_formats import Artifact
+
+ROOT = Path(__file__).parents[2]
+
+
+def script(heading: str) -> str:
+    """The first shell script below a heading."""
+    section = (ROOT / "docs" / "clusters.md").read_text().split(f"## {heading}\n")[1]
+    found = re.search(r"```bash\n(.*?)```", section, re.DOTALL)
+    assert found
+    return found[1]
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> dict[str, str]:
+    """The environment: lolcats, srun and scontrol on the PATH."""
+    commands = {
+        "lolcats": f'exec {sys.executable} -m lolcats_cli "$@"',
+        "srun": 'exec "$@"',
+        "scontrol": f'echo "$@" >> {tmp_path}/requeued',
+    }
+    (tmp_path / "bin").mkdir()
+    for name, body in commands.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(ROOT / "formats")])
+    return os.environ | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+
+
+def test_a_slurm_array_trains_the_layers_and_join_makes_one_artifact(
+    pipeline: SimpleNamespace, shell: dict[str, str], tmp_path: Path
+) -> None:
+    text = script("Slurm").replace("0-7 8-15", "0 1")
+    text = text.replace("cap -o", f"{pipeline.capture} --window 8 --steps 2 -o")
+    for task in ("0", "1"):
+        shell |= {"SLURM_ARRAY_TASK_ID": task, "SLURM_ARRAY_JOB_ID": "7"}
+        done = subprocess.run(
+            ["bash", "-c", text], cwd=tmp_path, env=shell, capture_output=True, text=True, timeout=300
+        )
+        assert (done.returncode, done.stdout) == (0, f"maps-{task}\n"), done.stderr
+    done = subprocess.run(
+        ["bash", "-c", "lolcats join maps-? -o maps"],
+        cwd=tmp_path,
+        env=shell,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert (done.returncode, done.stdout) == (0, "maps\n"), done.stderr
+    assert Artifact.open(tmp_path / "maps", "transfer").config["layers"] == [0, 1]
+    assert not (tmp_path / "requeued").exists()
+
+
+def test_a_task_that_was_stopped_is_requeued(shell: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "bin" / "lolcats").write_text("#!/bin/bash\nexit 75\n")
+    shell |= {"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_JOB_ID": "7"}
+    done = subprocess.run(["bash", "-c", script("Slurm")], cwd=tmp_path, env=shell, timeout=60)
+    assert done.returncode == 75
+    assert (tmp_path / "requeued").read_text() == "requeue 7_1\n"
