@@ -163,7 +163,9 @@ def exit_code(error: Exception) -> int:
         return 5
     if is_out_of_memory(error):
         return 5
-    if isinstance(error, PermissionError | FileNotFoundError | NotADirectoryError):
+    if isinstance(error, PermissionError | FileNotFoundError | NotADirectoryError) or (
+        isinstance(error, OSError) and error.errno == errno.EROFS
+    ):
         return 3
     return 1
 

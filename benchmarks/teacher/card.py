@@ -74,7 +74,7 @@ def recall_cut(model: Any, rows: RecallRows, window: int = WINDOW) -> float:
 
 
 def without_facts(text: str) -> str:
-    """The document's prose alone."""
+    """The document without its facts."""
     return re.sub(r" They call \w+ \w+\.", "", text)
 
 
@@ -101,7 +101,7 @@ def figures(assets: Path) -> dict[str, str]:
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
         "tokens trained": f"{training['tokens']:,} ({training['steps']:,} steps of {training['batch_tokens']:,})",
     }
-    for label, rows in (("demo text", mixed), ("prose alone", prose)):
+    for label, rows in (("demo text", mixed), ("without facts", prose)):
         full, cut = nats_per_token(model, rows), nats_per_token(model, rows, WINDOW)
         table |= {
             f"{label}: held-out tokens": f"{rows.numel():,}",

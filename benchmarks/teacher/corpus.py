@@ -17,7 +17,7 @@ import numpy as np
 from lolcats_cli.stages.recall import FactTokens, draw_facts
 
 BOOKS = ("moby-dick", "pride-and-prejudice", "sherlock-holmes", "shakespeare")
-SHARES = {"moby-dick": 0.3, "pride-and-prejudice": 0.2, "sherlock-holmes": 0.15, "shakespeare": 0.2, "gsm8k": 0.15}
+SHARES = {"gsm8k": 0.7, "moby-dick": 0.08, "pride-and-prejudice": 0.07, "sherlock-holmes": 0.07, "shakespeare": 0.08}
 HELD_OUT = 0.05  # the last part of every text, never trained on
 
 Ids = np.ndarray  # int64 token ids

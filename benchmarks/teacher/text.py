@@ -1,4 +1,4 @@
-"""Writes the demo's text: documents of about 1000 tokens of novels and plays, with facts woven in.
+"""Writes the demo's text: documents of about 1000 tokens of grade-school problems, with facts woven in.
 
     python benchmarks/teacher/text.py --texts DIR [--out lolcats_cli/assets]
 
@@ -19,10 +19,11 @@ from transformers import AutoTokenizer
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
-from corpus import BOOKS, Prose, read_texts, weave  # noqa: E402
+from corpus import Prose, read_texts, weave  # noqa: E402
 
 from lolcats_cli.stages.recall import FactTokens  # noqa: E402
 
+TEXT = "gsm8k"
 LENGTH = 1000  # tokens per document, about
 TRAINING_TOKENS = 440_000
 
@@ -41,7 +42,7 @@ def documents(prose: Prose, tokenizer: object, rng: random.Random, *, evaluation
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--texts", type=Path, required=True, help="folder with the three novels and the plays")
+    parser.add_argument("--texts", type=Path, required=True, help="folder with the three novels, the plays and gsm8k")
     parser.add_argument("--out", type=Path, default=ROOT / "lolcats_cli" / "assets")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -49,11 +50,8 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.out / "teacher")
     for part, name in enumerate(("train", "validation")):
         rng = random.Random(f"{args.seed} {name}")
-        chosen = [
-            document
-            for book in BOOKS
-            for document in documents(Prose.encode(tokenizer, texts[book][part]), tokenizer, rng, evaluation=part == 1)
-        ]
+        prose = Prose.encode(tokenizer, texts[TEXT][part])
+        chosen = documents(prose, tokenizer, rng, evaluation=part == 1)
         rng.shuffle(chosen)
         if part == 0:
             chosen = chosen[: TRAINING_TOKENS // LENGTH]

@@ -365,7 +365,7 @@ def main() -> None:
     parser.add_argument("--texts", type=Path, required=True, help="folder with the three novels, the plays and gsm8k")
     parser.add_argument("--out", type=Path, default=ROOT / "lolcats_cli" / "assets")
     parser.add_argument("--scratch", type=Path, required=True, help="folder for the state and the log of this run")
-    parser.add_argument("--steps", type=int, default=1150)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--answer-weight", type=float, default=2.0)
     parser.add_argument("--seed", type=int, default=0)

@@ -381,6 +381,9 @@ class ArtifactWriter:
         artifact = Artifact.open(self.path)
         self._compare(artifact.manifest, "a finished")
         self.finished = artifact
+        if self._replaces is None:
+            with contextlib.suppress(OSError):  # what a writer left that died tidying up
+                atomic.remove(self.path / PROGRESS)
         return True
 
     def _continue(self) -> None:
