@@ -15,6 +15,7 @@ import torch
 from lolcats_formats import Artifact
 from torch import Tensor
 
+from lolcats_cli.errors import BadInput
 from lolcats_cli.stages.capture import SPLITS
 from lolcats_cli.teacher.data import Rows
 from lolcats_cli.teacher.record import LayerInfo
@@ -39,8 +40,8 @@ class StoredActivations:
     def __init__(self, capture: Artifact) -> None:
         self.capture = capture
         self.layers = [LayerInfo.from_dict(layer) for layer in capture.teacher["layers"]]
-        self.rows: dict[str, int] = capture.data["rows"]
         self._tokens = {split: Rows.from_tensors(capture.load(f"tokens/{split}.safetensors")) for split in SPLITS}
+        self.rows = {split: len(rows) for split, rows in self._tokens.items()}
 
     def batches(
         self, layer: int, split: str, size: int, shuffle: torch.Generator | None = None, skip: int = 0
@@ -51,8 +52,10 @@ class StoredActivations:
         shards = sorted(name for name in self.capture.files if name.startswith(prefix))
         starts, counts, start = {}, {}, 0
         for name in shards:
-            starts[name], counts[name] = start, self.capture.header(name)["q"].shape[0]
+            starts[name], counts[name] = start, self._count(layer, split, name)
             start += counts[name]
+        if start != self.rows[split]:
+            raise BadInput(f"{self.capture.path} has {start} rows in layer {layer} for {self.rows[split]} of tokens.")
         order = range(len(shards)) if shuffle is None else torch.randperm(len(shards), generator=shuffle).tolist()
         valid = self._tokens[split].valid
         rest: list[tuple[Tensor, ...]] = []
@@ -73,6 +76,16 @@ class StoredActivations:
                     rest = []
         if rest:
             yield _collate(rest)
+
+    def _count(self, layer: int, split: str, name: str) -> int:
+        """The rows of a shard, whose header says what it should."""
+        header, info = self.capture.header(name), self.layers[layer]
+        found = {tensor: tuple(header[tensor].shape) for tensor in header}
+        count, length = next(iter(found.values()), (0,))[0], self._tokens[split].input_ids.shape[1]
+        kv = (count, info.num_key_value_heads, length, info.head_dim)
+        if found != {"q": (count, info.num_heads, length, info.head_dim), "k": kv, "v": kv}:
+            raise BadInput(f"{self.capture.path / name} holds {found}, which is not q, k and v of layer {layer}.")
+        return count
 
 
 def _collate(rows: list[tuple[Tensor, ...]]) -> Batch:

@@ -20,12 +20,13 @@ from lolcats_cli.errors import IdentityMismatch, UsageError
 from lolcats_cli.progress import Progress
 from lolcats_cli.stages.capture import ADVICE, SPLITS, row_groups, shard_name
 from lolcats_cli.stages.disk import check_space
-from lolcats_cli.stages.transfer import maps_file
+from lolcats_cli.stages.models import maps_file
 from lolcats_cli.teacher.data import Rows, describe_rows, split_numbers
 from lolcats_cli.teacher.record import LayerInfo
 
 # What parts have in common, and what of their config tells them apart.
 COMMON = {"capture": ("teacher", "config"), "transfer": ("teacher", "data", "parents", "config")}
+NEEDED = {"capture": ("samples", "dtype", "val_fraction", "seed"), "transfer": ("layers",)}
 PART = {"capture": "samples", "transfer": "layers"}
 
 
@@ -59,6 +60,9 @@ def join(
             raise IdentityMismatch(
                 f"{other.path} does not belong to {opened[0].path}: they differ in {', '.join(fields)}."
             )
+    lacking = [key for key in NEEDED[kind] if key not in opened[0].config]
+    if lacking:
+        raise IdentityMismatch(f"{opened[0].path} does not say its {', '.join(lacking)}. Make the parts again.")
     joined = _Captures(opened) if kind == "capture" else _Transfers(opened)
     with ArtifactWriter.create(
         output,

@@ -24,8 +24,7 @@ from lolcats_cli.errors import BadInput, IdentityMismatch, UsageError
 from lolcats_cli.progress import Advance, Progress
 from lolcats_cli.stages.capture import SPLITS
 from lolcats_cli.stages.checkpoints import Checkpoints
-from lolcats_cli.stages.models import load_student, teacher_folder
-from lolcats_cli.stages.transfer import maps_file
+from lolcats_cli.stages.models import load_student, maps_file, teacher_folder
 from lolcats_cli.student.build import hybrid_modules
 from lolcats_cli.teacher.data import DataOptions, Rows, describe_rows, read_rows, split_rows
 from lolcats_cli.teacher.load import LoadOptions, load_tokenizer, model_limit

@@ -26,8 +26,7 @@ from lolcats_cli import __version__, stopping
 from lolcats_cli.errors import BadInput, IdentityMismatch, UsageError
 from lolcats_cli.progress import Progress
 from lolcats_cli.stages.disk import check_space, human
-from lolcats_cli.stages.models import teacher_folder
-from lolcats_cli.stages.transfer import maps_file
+from lolcats_cli.stages.models import check_finite, maps_file, teacher_folder
 from lolcats_cli.student import export
 from lolcats_cli.student.build import check_servable, model_heads
 from lolcats_cli.student.fold import Adapter
@@ -142,6 +141,7 @@ class _Plan:
                 if name in self.maps:
                     artifact, file, key = self.maps[name]
                     tensors[name] = artifact.load(file, [key])[key].float().contiguous()
+                    check_finite(artifact.path / file, {key: tensors[name]})
                     continue
                 path = self.weights[name][0]
                 if path not in files:

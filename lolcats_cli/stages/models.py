@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lolcats_formats import Artifact
 from lolcats_kernels import HybridConfig
+from torch import Tensor
 
 from lolcats_cli.errors import BadInput
 from lolcats_cli.student.build import linearize
@@ -48,12 +50,24 @@ def teacher_folder(artifact: Artifact, override: str | None = None) -> Path:
     return folder
 
 
+def maps_file(layer: int) -> str:
+    """Where an artifact keeps a layer's maps."""
+    return f"maps/layer-{layer:03d}.safetensors"
+
+
+def check_finite(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise `BadInput`, naming the tensor, for maps with NaN or infinity in them."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise BadInput(f"{file}: {name} holds NaN or infinity. Train the layer again, with a lower --lr.")
+
+
 def load_student(artifact: Artifact, folder: Path, load: LoadOptions) -> PreTrainedModel:
     """The teacher in `folder` with the artifact's hybrid attentions (and without its adapter, if it has one)."""
-    layers = {
-        int(name[len("maps/layer-") :].split(".")[0]): name for name in artifact.files if name.startswith("maps/")
-    }
+    layers = {i: maps_file(i) for i in range(len(artifact.teacher["layers"])) if maps_file(i) in artifact.files}
     maps = {layer: artifact.load(name) for layer, name in layers.items()}
+    for layer, tensors in maps.items():
+        check_finite(artifact.path / layers[layer], tensors)
     return linearize(load_model(folder, load), HybridConfig(**artifact.config["hybrid"]), maps)
 
 

@@ -19,14 +19,10 @@ from lolcats_cli.progress import Progress
 from lolcats_cli.stages.activations import StoredActivations
 from lolcats_cli.stages.checkpoints import Checkpoints
 from lolcats_cli.stages.layer_training import TransferOptions, train_layer
+from lolcats_cli.stages.models import maps_file
 from lolcats_cli.teacher.load import LoadOptions
 
 MAX_SIZE = 256  # of heads and feature maps, in the kernels
-
-
-def maps_file(layer: int) -> str:
-    """Where an artifact keeps a layer's maps."""
-    return f"maps/layer-{layer:03d}.safetensors"
 
 
 def transfer(

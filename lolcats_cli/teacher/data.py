@@ -83,7 +83,12 @@ class Rows:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> Rows:
-        return cls(tensors["input_ids"], tensors.get("valid"))
+        ids, valid = tensors.get("input_ids"), tensors.get("valid")
+        if ids is None or ids.dim() != 2 or ids.dtype != torch.int32:
+            raise BadInput("The stored tokens are not input_ids [N, T] of int32. Capture them again.")
+        if valid is not None and (valid.shape != ids.shape or valid.dtype != torch.bool):
+            raise BadInput("The stored valid is not of the shape of input_ids, bool. Capture the tokens again.")
+        return cls(ids, valid)
 
 
 def read_rows(source: str, tokenizer: PreTrainedTokenizerBase, options: DataOptions) -> Rows:

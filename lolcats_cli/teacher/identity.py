@@ -37,7 +37,7 @@ def identify(folder: Path | str) -> dict[str, str]:
 def check(expected: dict, folder: Path | str) -> None:
     """Raise `IdentityMismatch`, naming the differing fields, unless `folder` holds the `expected` teacher."""
     found = identify(folder)
-    differing = [field for field in FIELDS if found[field] != expected[field]]
+    differing = [field for field in FIELDS if found[field] != expected.get(field)]
     if differing:
         raise IdentityMismatch(
             f"{folder} is not the teacher that was captured: {', '.join(differing)} "

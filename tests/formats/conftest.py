@@ -11,7 +11,7 @@ import torch
 from lolcats_formats import Artifact, ArtifactWriter
 
 CONFIG = {"hybrid": {"window": 64, "feature_dim": 16}, "lr": 1e-2, "seed": 0}
-TEACHER = {"path": "/somewhere/teacher", "model_type": "llama", "weights_sha256": "0" * 64}
+TEACHER = {"path": "/somewhere/teacher", "model_type": "llama", "weights_sha256": "0" * 64, "layers": []}
 LAYERS = [f"maps/layer-{i:03d}.safetensors" for i in range(3)]
 
 Create = Callable[..., ArtifactWriter]
@@ -52,7 +52,7 @@ def write_layers_but_the_end(writer: ArtifactWriter) -> None:
 def write_layers(writer: ArtifactWriter) -> Artifact:
     """What a stage does: each layer that is not there yet, its metrics before it; then the end."""
     write_layers_but_the_end(writer)
-    return writer.finish({"layers": len(LAYERS)})
+    return writer.finish({"trained": len(LAYERS)})
 
 
 @pytest.fixture

@@ -48,7 +48,7 @@ def test_round_trip(artifact, kit):
         kit.CONFIG,
         kit.TEACHER,
     )
-    assert again.data == {"tokens": 100} and again.parents == [] and again.summary == {"layers": 3}
+    assert again.data == {"tokens": 100} and again.parents == [] and again.summary == {"trained": 3}
     assert sorted(again.files) == [*kit.LAYERS, "metrics.jsonl"]
     assert again.metrics() == [
         {"layer": 0, "loss": 1},
@@ -241,7 +241,7 @@ def test_manifests_that_break_the_rules(artifact, change, place):
     [
         lambda m: m["config"].update(lr=0.5),
         lambda m: m["files"][SHARD].update(sha256="0" * 64),
-        lambda m: m["summary"].update(layers=4),
+        lambda m: m["summary"].update(trained=4),
         lambda m: m.update(id="0" * 64),
     ],
 )

@@ -100,7 +100,7 @@ if stop == "rename":  # dies with the second file complete under its temporary n
             os.kill(os.getpid(), signal.SIGKILL)
         rename(source, target)
     atomic.rename = die
-with ArtifactWriter.create(path, "capture", config={"n": 3}, teacher={}, data={}, tool="t") as writer:
+with ArtifactWriter.create(path, "capture", config={"n": 3}, teacher={"layers": []}, data={}, tool="t") as writer:
     for name in ("a.txt", "b.txt", "c.txt"):
         if writer.has("text/" + name):
             continue
@@ -142,9 +142,9 @@ def test_a_second_process_gets_an_error_at_once(create, tmp_path):
     with run_child(tmp_path / "a", "between") as child:
         assert child.stdout and child.stdout.readline()
         with pytest.raises(Locked, match=f"being written by process {child.pid} on "):
-            create(kind="capture", config={"n": 3}, teacher={}, data={})
+            create(kind="capture", config={"n": 3}, teacher={"layers": []}, data={})
         child.kill()
-    with create(kind="capture", config={"n": 3}, teacher={}, data={}) as writer:  # its owner is dead
+    with create(kind="capture", config={"n": 3}, teacher={"layers": []}, data={}) as writer:  # its owner is dead
         assert writer.has("text/a.txt")
 
 

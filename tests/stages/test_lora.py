@@ -23,8 +23,8 @@ from lolcats_cli.stages.capture import capture
 from lolcats_cli.stages.checkpoints import Checkpoints
 from lolcats_cli.stages.layer_training import TransferOptions
 from lolcats_cli.stages.lora import LoraOptions, lora
-from lolcats_cli.stages.models import load_any, load_student
-from lolcats_cli.stages.transfer import maps_file, transfer
+from lolcats_cli.stages.models import load_any, load_student, maps_file
+from lolcats_cli.stages.transfer import transfer
 from lolcats_cli.teacher.data import DataOptions
 from lolcats_cli.teacher.load import LoadOptions
 

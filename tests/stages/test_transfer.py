@@ -20,7 +20,8 @@ from lolcats_cli.stages.activations import StoredActivations
 from lolcats_cli.stages.capture import capture
 from lolcats_cli.stages.checkpoints import Checkpoints
 from lolcats_cli.stages.layer_training import TransferOptions, measure, train_layer
-from lolcats_cli.stages.transfer import maps_file, transfer
+from lolcats_cli.stages.models import maps_file
+from lolcats_cli.stages.transfer import transfer
 from lolcats_cli.teacher.attention import softmax_attention
 from lolcats_cli.teacher.data import DataOptions
 
