@@ -80,7 +80,7 @@ def save_artifact(folder: Path, teacher: Path, adapter: Path | None = None, laye
         folder,
         "lora" if adapter else "transfer",
         config={"hybrid": asdict(CONFIG)},
-        teacher={"path": str(teacher), "architecture": "LlamaForCausalLM", **identify(teacher)},
+        teacher={"path": str(teacher), "architecture": "LlamaForCausalLM", "layers": [], **identify(teacher)},
         data={"tokens": 0},
         tool="test",
     ) as writer:
@@ -88,7 +88,7 @@ def save_artifact(folder: Path, teacher: Path, adapter: Path | None = None, laye
             writer.save(f"maps/layer-{layer:03d}.safetensors", layer_maps()[layer])
         for file in sorted(adapter.iterdir()) if adapter else ():
             writer.copy(f"adapter/{file.name}", file)
-        return writer.finish({"loss": 1.25, "layers": {"0": {"mse": 0.5}, "1": {"gamma": [0.1]}}})
+        return writer.finish({"loss": 1.25, "layers": {"0": {"mse": 0.5}, "1": {"gamma": {"mean": 0.1}}}})
 
 
 def save_adapter(folder: Path, teacher: Path, **options: object) -> Path:
