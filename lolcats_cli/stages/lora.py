@@ -323,5 +323,8 @@ def _save_adapter(model: PeftModel, writer: ArtifactWriter) -> None:
     adapter = writer.path / "adapter"
     model.save_pretrained(str(adapter), save_embedding_layers=False)
     (adapter / "README.md").unlink(missing_ok=True)  # PEFT's template of a model card says nothing
+    config = adapter / "adapter_config.json"
+    # Not the teacher's path here: the id would depend on it, and the adapter is the student's, not the teacher's.
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": None}, indent=2) + "\n")
     for file in sorted(adapter.iterdir()):
         writer.adopt(f"adapter/{file.name}")

@@ -235,6 +235,7 @@ def test_a_moved_teacher_is_asked_for(moved: SimpleNamespace, tmp_path: Path) ->
         lora(moved.transfer, tmp_path / "l", options=QUICK, load=CPU)
     assert not (tmp_path / "l").exists()
     artifact = lora(moved.transfer, tmp_path / "l", options=QUICK, teacher=str(moved.teacher), load=CPU)
+    assert str(moved.teacher).encode() not in b"".join(artifact.read(name) for name in artifact.files)
     with pytest.raises(BadInput, match="--teacher"):
         load_any(str(artifact.path), CPU)
     assert load_any(str(artifact.path), CPU, teacher=str(moved.teacher)).kind == "lora"
