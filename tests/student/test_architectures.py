@@ -10,14 +10,40 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from lolcats_cli.errors import BadInput
 from lolcats_cli.student.build import check_servable, linearize, model_heads
 
+ROPE = {"rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
+# name -> model type, and what its configuration says besides the sizes. Dynamic and longrope RoPE are tested short of
+# their limit alone: past it they rescale all positions by the length, in the teacher too.
 MODELS = {
-    "mistral": {"sliding_window": 8, "head_dim": 16},
-    "qwen3": {"head_dim": 32},
-    "phi3": {},
-    "granite": {"attention_multiplier": 0.2},
-    "gpt_neox": {},
-    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
-    "mixtral": {"num_local_experts": 4},
+    "llama linear RoPE": ("llama", {"rope_parameters": {**ROPE, "rope_type": "linear"}}),
+    "llama dynamic RoPE": ("llama", {"rope_parameters": {**ROPE, "rope_type": "dynamic"}}),
+    "llama yarn RoPE": ("llama", {"rope_parameters": {**ROPE, "rope_type": "yarn"}}),
+    "llama longrope RoPE": (
+        "llama",
+        {"rope_parameters": {**ROPE, "rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}},
+    ),
+    "llama llama3 RoPE": (
+        "llama",
+        {"rope_parameters": {**ROPE, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}},
+    ),
+    "mistral": ("mistral", {"sliding_window": 8, "head_dim": 16}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {"head_dim": 32}),
+    "phi3": ("phi3", {}),
+    "olmo2": ("olmo2", {}),
+    "granite": ("granite", {"attention_multiplier": 0.2}),
+    "smollm3": ("smollm3", {"no_rope_layers": [1, 0]}),
+    "gemma3": (
+        "gemma3_text",
+        {"head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
+    "gpt_neox": ("gpt_neox", {}),
+    "glm4": ("glm4", {"head_dim": 16}),
+    "opt": ("opt", {"ffn_dim": 96, "word_embed_proj_dim": 64}),
+    "mixtral": ("mixtral", {"num_local_experts": 4}),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    ),
 }
 
 
@@ -26,10 +52,11 @@ def tiny_model(sizes: dict, model_type: str, **changes: object) -> PreTrainedMod
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**sizes, **changes})).eval()
 
 
-@pytest.mark.parametrize("model_type", MODELS)
-def test_cache_and_padding(model_type, sizes, make_maps, tokens):
+@pytest.mark.parametrize("name", MODELS)
+def test_cache_padding_and_prefixes(name, sizes, make_maps, tokens):
     config = HybridConfig(window=6, feature_dim=8)
-    model = tiny_model(sizes, model_type, **MODELS[model_type])
+    model_type, changes = MODELS[name]
+    model = tiny_model(sizes, model_type, **changes)
     softmax = model(tokens).logits
     heads, head_dim = model_heads(model)
     student = linearize(model, config, make_maps(config, heads=heads, head_dim=head_dim))
@@ -43,6 +70,11 @@ def test_cache_and_padding(model_type, sizes, make_maps, tokens):
     torch.testing.assert_close(student(padded, attention_mask=mask).logits[:, 5:], expected, **near)
     right = student(torch.cat([tokens, padded[:, :5]], 1), attention_mask=mask.flip(1)).logits
     torch.testing.assert_close(right[:, :23], expected, **near)
+
+    for length in (1, 7, 16):
+        torch.testing.assert_close(student(tokens[:, :length]).logits, expected[:, :length], **near)
+    changed = torch.cat([tokens[:, :16], tokens[:, 16:].flip(1)], 1)
+    torch.testing.assert_close(student(changed).logits[:, :16], expected[:, :16], **near)
 
     cache = student.new_cache()
     parts = [student(part, past_key_values=cache).logits for part in tokens.split([9, 1, 13], 1)]
