@@ -380,10 +380,24 @@ def test_another_teacher_is_refused_and_a_moved_one_is_found(tmp_path, teacher, 
 
 
 @pytest.mark.parametrize(
-    "model_type, changes", [("gpt_neox", {}), ("mixtral", {"num_local_experts": 4}), ("qwen3", {"head_dim": 16})]
+    "model_type, changes",
+    [
+        ("gpt_neox", {}),
+        ("mixtral", {"num_local_experts": 4}),
+        ("qwen2", {}),
+        ("qwen3", {"head_dim": 16}),
+        ("qwen3_moe", {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}),
+        ("mistral", {"sliding_window": 8, "head_dim": 16}),
+        ("phi3", {}),
+        ("olmo2", {}),
+        ("granite", {"attention_multiplier": 0.2}),
+        ("smollm3", {"no_rope_layers": [1, 0]}),
+        ("gemma3_text", {"head_dim": 16, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}),
+        ("glm4", {"head_dim": 16}),
+    ],
 )
 def test_other_architectures_and_loading_with_the_installed_code(tmp_path, model_type, changes):
-    """GPT-NeoX and Mixtral are laid out otherwise on disk than in memory."""
+    """GPT-NeoX and mixtures of experts are laid out otherwise on disk than in memory."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(model_type, **{**SIZES, **changes})
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "teacher")
