@@ -100,12 +100,20 @@ def link(folder: Path, draw: Draw) -> None:
 
 
 def edit_manifest_text(folder: Path, draw: Draw) -> None:
-    """A change to the bytes of manifest.json between its first and last brace."""
+    """A change to the bytes of manifest.json between its first and last brace, other than to a date or a path."""
     path = folder / "manifest.json"
     data = path.read_bytes()
-    start, stop = sorted(draw.randrange(1, len(data) - 2) for _ in range(2))
-    stop = min(stop, start + 40)
-    path.write_bytes(data[:start] + draw.choice(RAW) + data[stop:])
+    before = artifact_id(json.loads(data))
+    while True:
+        start = draw.randrange(1, len(data) - 2)
+        stop = draw.randrange(start, min(start + 40, len(data) - 1))
+        edited = data[:start] + draw.choice(RAW) + data[stop:]
+        try:
+            if artifact_id(json.loads(edited)) != before:
+                break
+        except Exception:  # no JSON, or not as it may be
+            break
+    path.write_bytes(edited)
 
 
 def _places(value: Any, here: tuple = ()) -> list[tuple]:
