@@ -49,7 +49,7 @@ def check_name(name: str) -> str:
             f"{name[:MAX_NAME]!r} cannot be the name of an artifact's file: relative, of letters, digits and "
             f"'_.+-', no part starting with '.+-', at most {MAX_NAME_PARTS} parts and {MAX_NAME} characters"
         )
-    if name in _RESERVED or parts[0] == SCRATCH or is_ignored(name):
+    if name in _RESERVED or is_ignored(name):
         raise Damaged(f"{name!r} is a reserved name and cannot be listed as an artifact's file")
     return name
 
@@ -58,6 +58,8 @@ def is_ignored(name: str) -> bool:
     """True for what may lie in an artifact's directory without belonging to it.
 
     Names with a part that starts with a dot (`.git/`, `.gitattributes`, `.cache/`, our own lock), README.md
-    (a model card) at the top, and a progress.json that a killed writer left beside its finished manifest.
+    (a model card) at the top, and the progress.json and scratch folder that a killed writer left beside its finished
+    manifest. None of it is ever read.
     """
-    return name in (README, PROGRESS) or any(part.startswith(".") for part in name.split("/"))
+    parts = name.split("/")
+    return name in (README, PROGRESS) or parts[0] == SCRATCH or any(part.startswith(".") for part in parts)

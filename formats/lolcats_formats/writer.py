@@ -257,7 +257,6 @@ class ArtifactWriter:
             self._mark_metrics()
             self._record["files"][METRICS] = _entry(atomic.Written(*hash_file(self.path / METRICS)))
         files = self._record["files"]
-        shutil.rmtree(self.path / SCRATCH, ignore_errors=True)
         extra = unlisted(self.path, files)
         if extra:
             raise FormatError(
@@ -354,7 +353,7 @@ class ArtifactWriter:
                 self._lock.path = self.path / LOCK
             for folder in (beside, atomic.temporary(self.path)):
                 shutil.rmtree(folder, ignore_errors=True)
-        atomic.remove(self.path / PROGRESS)
+        self._tidy()
         if self.finished is not None:
             self.finished = Artifact.open(self.path)
 
@@ -383,8 +382,13 @@ class ArtifactWriter:
         self.finished = artifact
         if self._replaces is None:
             with contextlib.suppress(OSError):  # what a writer left that died tidying up
-                atomic.remove(self.path / PROGRESS)
+                self._tidy()
         return True
+
+    def _tidy(self) -> None:
+        """Removes what a finished artifact needs no more; until then a stage may have to go back to its checkpoint."""
+        shutil.rmtree(self.path / SCRATCH, ignore_errors=True)
+        atomic.remove(self.path / PROGRESS)
 
     def _continue(self) -> None:
         """Takes over what an earlier writer completed, removes what it had half done."""

@@ -55,6 +55,38 @@ def test_scratch_is_gone_at_the_end(create, kit, tmp_path):
     assert not (tmp_path / "a" / "scratch").exists()
 
 
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_crash_around_the_manifest_leaves_the_checkpoint_and_the_same_command_removes_it(
+    create, kit, tmp_path, monkeypatch, moment
+):
+    """A stage that goes back to its checkpoint needs it until all is published."""
+    write = atomic.write
+
+    def die(path, chunks):
+        if path.name == "manifest.json":
+            if moment == "after":
+                write(path, chunks)
+            raise Died
+        return write(path, chunks)
+
+    monkeypatch.setattr(atomic, "write", die)
+    with pytest.raises(Died), create() as writer:
+        save_state(writer, 1)
+        kit.write_layers(writer)
+    monkeypatch.undo()
+    if moment == "before":
+        with create() as writer:
+            assert writer.restart() is not None
+            kit.write_layers(writer)
+    else:
+        assert (tmp_path / "a" / "scratch").is_dir()
+        Artifact.open(tmp_path / "a").verify()
+        assert create().finished
+    assert not (tmp_path / "a" / "scratch").exists()
+    assert not (tmp_path / "a" / "progress.json").exists()
+    Artifact.open(tmp_path / "a").verify()
+
+
 def test_events_before_a_checkpoint_are_kept_and_those_after_it_are_not(create):
     with create() as writer:
         writer.log(step=1)
