@@ -101,8 +101,9 @@ def pipeline(tiny_teacher: Path, tiny_text: Path, tmp_path_factory: pytest.TempP
     for name in ("capture", "transfer", "lora", "student"):
         setattr(made, name, root / name)
     capture(str(tiny_teacher), str(tiny_text), made.capture, options=DataOptions(seq_len=64, samples=20))
-    hybrid = HybridConfig(window=8, feature_dim=16)
-    transfer(made.capture, made.transfer, options=TransferOptions(hybrid, steps=6, grad_accum=4, eval_steps=3))
+    hybrid = HybridConfig(window=8, feature_dim=16, linear_factor="exp")
+    options = TransferOptions(hybrid, steps=6, grad_accum=4, lr=2e-2, eval_steps=3)
+    transfer(made.capture, made.transfer, options=options)
     lora(made.transfer, made.lora, options=LoraOptions(steps=6, grad_accum=2, eval_steps=3, lr=1e-2))
     merge(made.lora, made.student)
     return made

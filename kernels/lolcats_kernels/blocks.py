@@ -12,6 +12,7 @@ On CPU one row is handled after the other, in tiles of some blocks: what is neit
 cache, and backward computes it again instead of keeping it.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .maps import HybridConfig
+from .maps import QUERY_BOUND, HybridConfig
 from .reference import key_masks
 
 _MIN_BLOCK = 64  # smaller blocks mean more block sums, larger ones more masked work
@@ -193,7 +194,8 @@ class BlockAttention(torch.autograd.Function):
     """Eq. 7 for contiguous rows without padding. All tensors of one dtype, fp32 or fp64.
 
     q [R, T, D], k [R / G, T, D], v [R / G, T, Dv], phi_q and phi_k [R, T, F'] (None when `terms` is "window"),
-    gamma [R], factor [R] or None (1), start [R, F', Dv + 1] (S and z of the state) or None -> out [R, T, Dv].
+    gamma [R], factor [R] or None (1), logits [R, T] ("exp") or None, start [R, F', Dv + 1] (S and z of the state) or
+    None -> out [R, T, Dv].
     """
 
     @staticmethod
@@ -206,10 +208,15 @@ class BlockAttention(torch.autograd.Function):
         phi_k: Tensor | None,
         gamma: Tensor,
         factor: Tensor | None,
+        logits: Tensor | None,
         start: Tensor | None,
         plan: Plan,
     ) -> Tensor:
         qp, kp, vp, fq, fk = _padded(q, k, v, phi_q, phi_k, factor, plan)
+        share = None  # of the linear term beside the window's largest: what logits become
+        if logits is not None:
+            share = _pad(logits[..., None], plan).clone()
+            fq = fq.clone()
         rows, total, size = qp.shape[0], qp.shape[1], v.shape[2]
         out = qp.new_empty(rows, total, size)
         inverse = qp.new_empty(rows, total, 1)  # of the denominator; 0 where nothing was summed
@@ -223,6 +230,10 @@ class BlockAttention(torch.autograd.Function):
                     scores = tile.scores(qp, kp)
                     tile.of(top[here]).copy_(scores.amax(-1).view(tile.of(top[here]).shape))
                     weights = tile.window(scores, top, gamma)
+                if share is not None:
+                    part = tile.of(share[here])
+                    part.sub_(tile.of(top[here])).clamp_(max=QUERY_BOUND).exp_()
+                    tile.of(fq[here]).mul_(part)
                 weights = tile.add_linear(weights, fq, fk)
                 y = weights @ tile.band(vp, keys)[:, : weights.shape[-1]]
                 if sums is not None:
@@ -233,7 +244,7 @@ class BlockAttention(torch.autograd.Function):
                 torch.mul(y[..., :size], tile.of(inverse[here]), out=tile.of(out[here]))
         ctx.plan = plan
         ctx.time = q.shape[1]
-        ctx.save_for_backward(qp, kp, vp, fq, fk, gamma, factor, start, out, inverse, top)
+        ctx.save_for_backward(qp, kp, vp, fq, fk, gamma, factor, share, start, out, inverse, top)
         return out[:, : ctx.time].contiguous()
 
     @staticmethod
@@ -244,10 +255,12 @@ class BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        qp, kp, vp, fq, fk, gamma, factor, start, out, inverse, top = ctx.saved_tensors
+        qp, kp, vp, fq, fk, gamma, factor, share, start, out, inverse, top = ctx.saved_tensors
         plan: Plan = ctx.plan
         time, rows, size = ctx.time, qp.shape[0], out.shape[2]
-        need_q, need_k, need_v, need_fq, need_fk, need_gamma, need_factor, need_start, _ = ctx.needs_input_grad
+        need_q, need_k, need_v, need_fq, need_fk, need_gamma, need_factor, need_logits, need_start, _ = (
+            ctx.needs_input_grad
+        )
         need_scores = need_q or need_k
         need_window = plan.win is not None and (need_scores or need_v or need_gamma or need_factor)
         grad = _pad(grad, plan)
@@ -256,7 +269,7 @@ class BlockAttention(torch.autograd.Function):
             return torch.zeros_like(x) if needed and x is not None else None
 
         dq, dk, dv = zeros(need_q, qp), zeros(need_k, kp), zeros(need_v, vp)
-        dfq, dfk = zeros(need_fq or need_factor, fq), zeros(need_fk, fk)
+        dfq, dfk = zeros(need_fq or need_factor or need_logits, fq), zeros(need_fk, fk)
         dgamma, dstart = torch.zeros_like(gamma), zeros(need_start, start)
         for tiles in plan.tiles(rows):
             here, keys = tiles[0].rows, tiles[0].keys
@@ -277,16 +290,17 @@ class BlockAttention(torch.autograd.Function):
                 window = None
                 if need_window:
                     scores = tile.scores(qp, kp)
-                    if need_scores:
+                    if need_scores and share is None:
                         is_top = (scores >= tile.queries(top)).to(scores.dtype)
                     window = tile.window(scores, top, gamma)
                     each = window.view(here.stop - here.start, 1, -1), dweights.view(here.stop - here.start, -1, 1)
                     dgamma[here] += torch.bmm(*each)[:, 0, 0]
                     if need_scores:
                         dscores = window * dweights
-                        # c_n shifts the window's scores only, so its gradient does not vanish (ties share it).
-                        dtop = dscores.sum(-1, keepdim=True) / is_top.sum(-1, keepdim=True).clamp_(min=1)
-                        dscores -= dtop * is_top
+                        if share is None:
+                            # c_n shifts the window's scores only, so its gradient does not vanish (ties share it).
+                            dtop = dscores.sum(-1, keepdim=True) / is_top.sum(-1, keepdim=True).clamp_(min=1)
+                            dscores -= dtop * is_top
                         dscores *= plan.scaling
                         if dq is not None:
                             tile.of(dq[here]).add_((dscores @ tile.band(kp, keys)).view(tile.of(dq[here]).shape))
@@ -318,6 +332,11 @@ class BlockAttention(torch.autograd.Function):
         if dfq is not None and factor is not None:  # fq is phi_q times factor
             dfactor = (dfq * fq).sum((1, 2)) / factor if need_factor else None
             dfq = dfq * factor[:, None, None]
+        dlogits = None
+        if dfq is not None and share is not None:  # fq is phi_q times share
+            if need_logits:
+                dlogits = (dfq * fq).sum(-1).masked_fill_(share[..., 0] >= math.exp(QUERY_BOUND), 0)[:, :time]
+            dfq = dfq.mul_(share)
         front = plan.front
         return (
             None if dq is None else dq[:, :time],
@@ -327,6 +346,7 @@ class BlockAttention(torch.autograd.Function):
             None if dfk is None else dfk[:, front : front + time],
             dgamma / gamma if need_gamma else None,
             dfactor,
+            dlogits,
             dstart,
             None,
         )

@@ -103,6 +103,9 @@ def _rows_attention(
     plan = make_plan(rows, heads // k.shape[1], maps.config, scaling=scaling, terms=terms, has_state=start is not None)
     if plan.win is None and not plan.old.numel() and not plan.sums:  # `terms` leaves nothing to sum
         return rows.new_zeros(batch, heads, q.shape[2], v.shape[3])
+    logits = maps.query_logits(q) if linear and plan.win is not None else None
+    if logits is not None:
+        logits = logits.flatten(0, 1)
     out = BlockAttention.apply(
         rows,
         k.to(dtype).flatten(0, 1),
@@ -111,6 +114,7 @@ def _rows_attention(
         phi_k.flatten(0, 1) if phi_k is not None and linear else None,
         gamma,
         factor if maps.config.linear_factor == "affine" else None,  # None: 1
+        logits,
         start,
         plan,
     )

@@ -6,7 +6,7 @@ Shapes: B batch, H query heads, K key heads, G = H / K, C window slots, D head, 
 import torch
 from torch import Tensor
 
-from .maps import HybridMaps, compute_dtype
+from .maps import QUERY_BOUND, HybridMaps, compute_dtype
 from .reference import safe_divide
 from .state import KVState, window_start
 
@@ -30,7 +30,7 @@ def decode_step(
     if not slots:  # pure linear: the query's own key is in the sums that it sees
         sums, norms = _fold(maps, state.sums, state.norms, k, v)
         after = KVState(sums, norms, state.keys, state.values, length)
-        out = safe_divide(*_linear(maps, q, sums, norms)).to(q.dtype)
+        out = safe_divide(*_linear(maps, q, sums, norms, None)).to(q.dtype)
         if terms == "window":
             out = torch.zeros_like(out)
         return out, after if return_state else None
@@ -43,17 +43,20 @@ def decode_step(
     position = ring.slot_positions()
     numerator: Tensor | None = None
     denominator: Tensor | None = None
+    top: Tensor | None = None
     if terms != "linear":
         gamma = maps.factors(dtype)[0].view(key_heads, -1, 1)
         query = q.to(dtype).unflatten(1, (key_heads, -1)).squeeze(3)  # [B, K, G, D]
         scores = query @ keys.to(dtype).transpose(-1, -2) * scaling  # [B, K, G, C]
         seen = position >= window_start(state.length, config)[:, None]
         scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
-        weights = gamma * torch.exp(scores - scores.amax(-1, keepdim=True))
+        top = scores.amax(-1, keepdim=True)
+        weights = gamma * torch.exp(scores - top)
+        top = top.flatten(1, 2)[:, :, None]
         numerator = (weights @ values.to(dtype)).flatten(1, 2)[:, :, None]
         denominator = weights.sum(-1).flatten(1, 2)[:, :, None, None]
     if terms != "window":
-        linear, linear_norm = _linear(maps, q, state.sums, state.norms)
+        linear, linear_norm = _linear(maps, q, state.sums, state.norms, top)
         numerator = linear if numerator is None else numerator + linear
         denominator = linear_norm if denominator is None else denominator + linear_norm
     assert numerator is not None and denominator is not None
@@ -80,10 +83,14 @@ def decode_step(
     return out, KVState(sums, norms, keys, values, length)
 
 
-def _linear(maps: HybridMaps, q: Tensor, sums: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
-    """Numerator [B, H, 1, Dv] and denominator [B, H, 1, 1] of the linear term."""
+def _linear(maps: HybridMaps, q: Tensor, sums: Tensor, norms: Tensor, top: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Numerator [B, H, 1, Dv] and denominator [B, H, 1, 1] of the linear term; top: c_n [B, H, 1, 1], if any."""
     phi = maps.q_features(q)
-    phi = phi * maps.factors(phi.dtype)[1][:, None, None]
+    logits = maps.query_logits(q)
+    if logits is None:
+        phi = phi * maps.factors(phi.dtype)[1][:, None, None]
+    elif top is not None:
+        phi = phi * (logits[..., None] - top).clamp(max=QUERY_BOUND).exp()
     return phi @ sums, phi @ norms[..., None]
 
 

@@ -15,10 +15,13 @@ from torch.nn import functional
 
 FEATURE_MAPS = ("hedgehog", "t2r", "elu")
 LAYOUTS = ("sliding", "terraced")
-LINEAR_FACTORS = ("one", "affine")
+LINEAR_FACTORS = ("one", "affine", "exp")
 
 # Hedgehog's softmax features are kept from underflowing to exact zeros (as in the published code).
 FEATURE_FLOOR = 1e-12
+# Bounds of "exp": of a key's weight, so that sums over any context stay in fp32; of the linear term's weight beside the
+# window's largest, e^0, so that it stays finite.
+KEY_BOUND, QUERY_BOUND = 20.0, 60.0
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -40,7 +43,8 @@ class HybridConfig:
     window: keys seen by softmax (see `layout`); 0 is pure linear attention.
     layout: sliding (the last `window` keys, the query's own included) or terraced (blocks of `window` tokens
         counted from the first: the query's block up to itself and the whole block before).
-    linear_factor: weight of the linear term: one, or affine (1 - gamma).
+    linear_factor: weight of the linear term: one; affine (1 - gamma); or exp, learned on the softmax's own scale,
+        exp(lambda + u . q_n - c_n) for the query and exp(w . k_j) for each key. gamma is then 1.
 
     Raises ValueError naming the field when a value is not possible.
     """
@@ -88,7 +92,8 @@ class HybridMaps(nn.Module):
     Parameters, in fp32 (these names are stored in artifacts and in merged models):
         q_weight, k_weight [H, D, F]: hedgehog and t2r (F = D for t2r); they start as the identity.
         q_bias, k_bias [H, F]: t2r only; they start at 0.
-        window_logit [H]: gamma = sigmoid(window_logit), the weight of the window's terms.
+        window_logit [H]: gamma = sigmoid(window_logit), the weight of the window's terms. Not with "exp", which has
+        linear_logit [H], q_slope [H, D] and k_slope [H, D]: lambda, u and w. They start at 0.
 
     Raises ValueError when the sizes or `window_factor` (the initial gamma, between 0 and 1) are not possible.
     """
@@ -110,8 +115,13 @@ class HybridMaps(nn.Module):
             if config.feature_map == "t2r":
                 self.q_bias = nn.Parameter(torch.zeros(num_heads, size))
                 self.k_bias = nn.Parameter(torch.zeros(num_heads, size))
-        logit = math.log(window_factor / (1 - window_factor))
-        self.window_logit = nn.Parameter(torch.full((num_heads,), logit))
+        if config.linear_factor == "exp":
+            self.linear_logit = nn.Parameter(torch.zeros(num_heads))
+            self.q_slope = nn.Parameter(torch.zeros(num_heads, head_dim))
+            self.k_slope = nn.Parameter(torch.zeros(num_heads, head_dim))
+        else:
+            logit = math.log(window_factor / (1 - window_factor))
+            self.window_logit = nn.Parameter(torch.full((num_heads,), logit))
 
     @property
     def num_features(self) -> int:
@@ -126,11 +136,26 @@ class HybridMaps(nn.Module):
         return self._features(q, "q")
 
     def k_features(self, k: Tensor) -> Tensor:
-        """phi_k: k [B, K, T, D] -> [B, H, T, F'], fp32 (fp64 for fp64). Maps are per query head."""
-        return self._features(repeat_heads(k, self.num_heads), "k")
+        """phi_k: k [B, K, T, D] -> [B, H, T, F'], fp32 (fp64 for fp64), the key's weight in it. Per query head."""
+        k = repeat_heads(k, self.num_heads)
+        features = self._features(k, "k")
+        if self.config.linear_factor != "exp":
+            return features
+        weight = _per_head(k, self.k_slope).clamp(-KEY_BOUND, KEY_BOUND).exp()
+        return features * weight[..., None]
+
+    def query_logits(self, q: Tensor) -> Tensor | None:
+        """lambda + u . q: q [B, H, T, D] -> [B, H, T], fp32 (fp64 for fp64); None unless the linear factor is "exp"."""
+        if self.config.linear_factor != "exp":
+            return None
+        slopes = _per_head(q, self.q_slope)
+        return slopes + self.linear_logit.to(slopes.dtype)[:, None]
 
     def factors(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """(gamma [H], the linear term's factor [H]) of eq. 7, in `dtype`."""
+        """(gamma [H], the linear term's constant factor [H]) of eq. 7, in `dtype`."""
+        if self.config.linear_factor == "exp":
+            ones = torch.ones(self.num_heads, dtype=dtype, device=self.linear_logit.device)
+            return ones, ones
         gamma = torch.sigmoid(self.window_logit.to(dtype))
         if self.config.window == 0:
             gamma = torch.zeros_like(gamma)  # no window: the factor of the linear term would cancel
@@ -144,6 +169,12 @@ class HybridMaps(nn.Module):
         if self.config.feature_map == "t2r":
             return torch.relu(x + getattr(self, f"{side}_bias").to(x.dtype)[:, None])
         return torch.cat([torch.softmax(x, -1), torch.softmax(-x, -1)], -1).clamp(min=FEATURE_FLOOR)
+
+
+def _per_head(x: Tensor, slope: Tensor) -> Tensor:
+    """x [B, H, T, D] . slope [H, D] -> [B, H, T] in the compute dtype."""
+    dtype = compute_dtype(x.dtype)
+    return (x.to(dtype) @ slope.to(dtype)[..., None]).squeeze(-1)
 
 
 def repeat_heads(x: Tensor, num_heads: int) -> Tensor:

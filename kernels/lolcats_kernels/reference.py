@@ -11,13 +11,14 @@ softmax, old the keys before those, s_ni = scaling q_n . k_i, and c_n = max_win 
           sum_win gamma exp(s_ni - c_n)      +  lambda phi_q(q_n) . sum_old phi_k(k_i)
 
 gamma = sigmoid(window_logit); lambda is 1, or 1 - gamma ("affine"). The linear term is not shifted by c_n, so
-c_n is part of the meaning, for the gradients too.
+c_n is part of the meaning, for the gradients too. With "exp" gamma is 1 and lambda is exp(query_logits - c_n), so
+that c_n cancels as in a softmax.
 """
 
 import torch
 from torch import Tensor
 
-from .maps import HybridConfig, HybridMaps, compute_dtype, repeat_heads
+from .maps import QUERY_BOUND, HybridConfig, HybridMaps, compute_dtype, repeat_heads
 from .state import KVState, next_state, window_start
 
 
@@ -42,15 +43,24 @@ def _unnormalised(
     scaling: float,
     win: Tensor,
     old: Tensor,
-) -> Tensor:
-    """[B, H, T, J]: the weight of every key before the division. win, old: bool [B, 1, T, J]."""
+) -> tuple[Tensor, Tensor]:
+    """[B, H, T, J], every key's weight before the division, and lambda [B, H, T, 1]. win, old: bool [B, 1, T, J]."""
     gamma, factor = (x[:, None, None] for x in maps.factors(q.dtype))
     scores = (q @ k.transpose(-1, -2) * scaling).masked_fill(~win, -torch.inf)
     # c_n; any number will do where there is no window
     top = torch.where(win.any(-1, keepdim=True), scores.amax(-1, keepdim=True), 0)
+    logits = maps.query_logits(q)
+    if logits is not None:
+        top = top.detach()  # it cancels
+        factor = linear_weight(logits[..., None], top, win.any(-1, keepdim=True))
     window = gamma * torch.exp(scores - top)
     linear = factor * (phi_q @ phi_k.transpose(-1, -2)).masked_fill(~old, 0)
-    return window + linear
+    return window + linear, factor
+
+
+def linear_weight(logits: Tensor, top: Tensor, has_window: Tensor) -> Tensor:
+    """exp(logits - top), bounded; 1 where there is no window, whose linear term alone is divided by itself."""
+    return torch.where(has_window, (logits - top).clamp(max=QUERY_BOUND), 0).exp()
 
 
 def hybrid_attention_weights(
@@ -80,7 +90,7 @@ def _weights(q: Tensor, k: Tensor, maps: HybridMaps, scaling: float, valid: Tens
     position = valid.cumsum(1) - 1
     win, old = _masks(position, position, valid, valid, maps.config, terms)
     phi_q, phi_k = maps.q_features(q), maps.k_features(k)
-    a = _unnormalised(q, repeat_heads(k, maps.num_heads), phi_q, phi_k, maps, scaling, win, old)
+    a, _ = _unnormalised(q, repeat_heads(k, maps.num_heads), phi_q, phi_k, maps, scaling, win, old)
     return safe_divide(a, a.sum(-1, keepdim=True))
 
 
@@ -128,10 +138,9 @@ def reference_attention(
     win, old = _masks(position, key_position, valid, live, config, terms)
     qs, ks, vs = q.to(dtype), repeat_heads(k, heads).to(dtype), repeat_heads(v, heads).to(dtype)
     phi_q, phi_k = maps.q_features(q), maps.k_features(k)
-    a = _unnormalised(qs, ks, phi_q, phi_k, maps, scaling, win, old)
+    a, factor = _unnormalised(qs, ks, phi_q, phi_k, maps, scaling, win, old)
     numerator, denominator = a @ vs, a.sum(-1, keepdim=True)
     if state is not None and terms != "window":
-        factor = maps.factors(dtype)[1][:, None, None]
         numerator = numerator + factor * (phi_q @ state.sums)
         denominator = denominator + factor * (phi_q @ state.norms[..., None])
     out = safe_divide(numerator, denominator)

@@ -19,7 +19,7 @@ from lolcats_cli.commands.eval import table
 ASSETS = Path(__file__).parent.parent / "assets"
 TEACHER, TRAIN, VALIDATION = ASSETS / "teacher", ASSETS / "text" / "train.jsonl", ASSETS / "text" / "validation.jsonl"
 # Sized for five minutes on two cores.
-SAMPLES, TRANSFER_STEPS, LORA_STEPS, RECALL_ROWS = 120, 60, 40, 32
+SAMPLES, TRANSFER_STEPS, LORA_STEPS, RECALL_ROWS = 120, 240, 40, 32
 
 
 def demo(
@@ -36,7 +36,7 @@ def demo(
     )
     stages = [
         ["capture", str(TEACHER), str(TRAIN), "-o", capture, "--samples", str(SAMPLES), "--dtype", "float32"],
-        ["transfer", capture, "-o", maps, "--steps", str(TRANSFER_STEPS), "--eval-steps", "30", "--window", "64"],
+        ["transfer", capture, "-o", maps, "--steps", str(TRANSFER_STEPS), "--eval-steps", "120", "--window", "64"],
         [
             "lora",
             maps,
@@ -53,7 +53,8 @@ def demo(
         ],
         ["merge", lora, "-o", student],
     ]
-    swapped = ["transfer", capture, "-o", untrained, "--steps", "0"]
+    # As published: the default recipe starts from what the teacher's softmax does.
+    swapped = ["transfer", capture, "-o", untrained, "--steps", "0", "--recipe", "lolcats"]
     for args in [stages[0], swapped, *stages[1:]]:
         _run(ctx, args)
 

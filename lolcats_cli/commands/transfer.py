@@ -12,14 +12,19 @@ from lolcats_cli.commands import _options as o
 def transfer(
     capture: o.ArtifactIn,
     output: o.Output,
+    recipe: Annotated[
+        Literal["best", "lolcats"],
+        typer.Option(help="Defaults of --linear-factor, --grad-accum, --lr and --eval-steps; lolcats: the paper's."),
+    ] = "best",
     feature_map: Annotated[Literal["hedgehog", "t2r", "elu"], typer.Option(help="The feature map.")] = "hedgehog",
     feature_dim: Annotated[int, typer.Option(min=1, help="Its size; Hedgehog gives twice as many features.")] = 64,
     window: Annotated[int, typer.Option(min=0, help="Keys seen by softmax; 0 is pure linear attention.")] = 64,
     layout: Annotated[Literal["sliding", "terraced"], typer.Option(help="How the window moves.")] = "sliding",
     linear_factor: Annotated[
-        Literal["one", "affine"], typer.Option(help="Weight of the linear term: 1, or 1 - gamma.")
-    ] = "one",
-    gamma: Annotated[float, typer.Option(help="Initial weight of the window, between 0 and 1.")] = 0.5,
+        Literal["one", "affine", "exp"] | None,
+        typer.Option(help="Weight of the linear term: 1; 1 - gamma; or learned on the softmax's scale (best)."),
+    ] = None,
+    gamma: Annotated[float, typer.Option(help="Initial weight of the window, between 0 and 1; 1 with exp.")] = 0.5,
     mse_factor: Annotated[float, typer.Option(min=0, help="Weight of the outputs' squared error.")] = 1000.0,
     xent_factor: Annotated[
         float,
@@ -27,13 +32,19 @@ def transfer(
     ] = 0.0,
     layers: Annotated[str | None, typer.Option(help="Train these layers only, such as 0-3,7.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 1,
-    grad_accum: Annotated[int, typer.Option(min=1, help="Forward passes per optimizer step.")] = 8,
+    grad_accum: Annotated[
+        int | None, typer.Option(min=1, help="Forward passes per optimizer step: 2, or 8 (lolcats).")
+    ] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the rows.")] = 2,
     steps: Annotated[
         int | None, typer.Option(min=0, help="Optimizer steps, instead of --epochs; 0 trains nothing.")
     ] = None,
-    lr: Annotated[float, typer.Option(min=0, help="AdamW's learning rate, reduced on plateau.")] = 1e-2,
-    eval_steps: Annotated[int, typer.Option(min=1, help="Optimizer steps between validations.")] = 100,
+    lr: Annotated[
+        float | None, typer.Option(min=0, help="AdamW's learning rate, reduced on plateau: 0.02, or 0.01 (lolcats).")
+    ] = None,
+    eval_steps: Annotated[
+        int | None, typer.Option(min=1, help="Optimizer steps between validations: 400, or 100 (lolcats).")
+    ] = None,
     patience: Annotated[
         int,
         typer.Option(
@@ -52,29 +63,29 @@ def transfer(
     from lolcats_kernels import HybridConfig
 
     from lolcats_cli.errors import UsageError
-    from lolcats_cli.stages.layer_training import TransferOptions
+    from lolcats_cli.stages.layer_training import RECIPES, TransferOptions
     from lolcats_cli.stages.transfer import transfer as run
 
     if not 0 < gamma < 1:
         raise UsageError(f"--gamma {gamma} must lie between 0 and 1.")
     if not mse_factor and not xent_factor:
         raise UsageError("--mse-factor and --xent-factor are both 0: there is nothing to train on.")
+    given_here = {"linear_factor": linear_factor, "grad_accum": grad_accum, "lr": lr, "eval_steps": eval_steps}
+    chosen = RECIPES[recipe] | {name: value for name, value in given_here.items() if value is not None}
     artifact = run(
         given,
         output,
         options=TransferOptions(
-            hybrid=HybridConfig(feature_map, feature_dim, window, layout, linear_factor),
+            hybrid=HybridConfig(feature_map, feature_dim, window, layout, chosen.pop("linear_factor")),
             gamma=gamma,
             mse_factor=mse_factor,
             xent_factor=xent_factor,
             batch_size=batch_size,
-            grad_accum=grad_accum,
             epochs=epochs,
             steps=steps,
-            lr=lr,
-            eval_steps=eval_steps,
             patience=patience,
             seed=seed,
+            **chosen,
         ),
         layers=parts,
         device=device,

@@ -1,6 +1,8 @@
-"""Attention transfer for one layer (LoLCATs, arXiv 2410.10254, section 3.1): the feature maps and γ learn to give the
-softmax attention's output. A layer has its own optimizer, schedule, clip, early stop and best state, so what it
-becomes does not depend on which other layers are trained beside it.
+"""Attention transfer for one layer (LoLCATs, arXiv 2410.10254, section 3.1): the feature maps and the linear term's
+weight learn to give the softmax attention's output. A layer has its own optimizer, schedule, clip, early stop and best
+state, so what it becomes does not depend on which other layers are trained beside it.
+
+Shapes: B batch, H query heads, T time.
 """
 
 from __future__ import annotations
@@ -10,17 +12,26 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from math import ceil, inf
 from pathlib import Path
+from typing import Any
 
 import torch
 from lolcats_kernels import HybridConfig, HybridMaps, hybrid_attention, hybrid_attention_weights
+from lolcats_kernels.reference import key_masks
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lolcats_cli.errors import UsageError
 from lolcats_cli.stages.activations import Batch, StoredActivations
 from lolcats_cli.stages.checkpoints import Checkpoints
-from lolcats_cli.teacher.attention import softmax_attention, softmax_weights
+from lolcats_cli.teacher.attention import softmax_attention, softmax_scores, softmax_weights
 from lolcats_cli.teacher.record import LayerInfo
+
+# What a recipe means, where an option does not say otherwise. lolcats: the paper's, as in TransferOptions; best: what
+# did better at the same number of tokens (docs/quality.md).
+RECIPES: dict[str, dict[str, Any]] = {
+    "best": {"linear_factor": "exp", "grad_accum": 2, "lr": 2e-2, "eval_steps": 400},
+    "lolcats": {"linear_factor": "one", "grad_accum": 8, "lr": 1e-2, "eval_steps": 100},
+}
 
 
 @dataclass(frozen=True)
@@ -28,7 +39,8 @@ class TransferOptions:
     """How the layers are trained; the defaults are the paper's for 8B models.
 
     Attributes:
-        hybrid: the attention that is trained.
+        hybrid: the attention that is trained. With the linear factor "exp" the linear term starts with the mass that
+            the softmax gives the keys before the window, and a head that is better without it ends without it.
         gamma: initial γ of every head.
         mse_factor, xent_factor: weights of the output MSE and of the attention weights' cross-entropy. The latter
             takes memory quadratic in the sequence.
@@ -61,6 +73,9 @@ class TransferOptions:
 
 
 Log = Callable[..., None]
+
+OFF = -1e4  # a linear_logit that no score can make up for: the head is its window alone
+FIT_TOKENS = 2048  # of the row that `_start_at_softmax_mass` looks at, in memory quadratic in them
 
 
 class LayerRun:
@@ -130,6 +145,8 @@ def train_layer(
     """
     info = source.layers[layer]
     maps = HybridMaps(options.hybrid, info.num_heads, info.head_dim, window_factor=options.gamma).to(device)
+    if options.hybrid.linear_factor == "exp":
+        _start_at_softmax_mass(maps, next(source.batches(layer, "train", 1)).to(device), info)
     run = LayerRun(maps, options)
     saved = checkpoints.folder(f"layer-{layer:03d}-") if checkpoints else None
     if saved:
@@ -167,8 +184,27 @@ def train_layer(
         advance(1, layer=layer, mse=run.best_mse)
     advance(total - run.step)
     maps.load_state_dict(run.best)
+    if options.hybrid.linear_factor == "exp" and options.hybrid.window:
+        errors, _, _ = _errors(source, layer, maps, options.batch_size, ("both", "window"), device)
+        maps.linear_logit.data[errors["both"] > errors["window"]] = OFF
     figures = measure(source, layer, maps, options.batch_size, device=device)
-    return run.best, {**figures, "initial_mse": run.initial_mse, "steps": run.step, "best_step": run.best_step}
+    return _copy(maps), {**figures, "initial_mse": run.initial_mse, "steps": run.step, "best_step": run.best_step}
+
+
+@torch.no_grad()
+def _start_at_softmax_mass(maps: HybridMaps, batch: Batch, info: LayerInfo) -> None:
+    """Sets each head's `linear_logit` so that, on average over a row's queries, the log of what the keys before the
+    window sum to in the linear term is that of the softmax. A head that sees no such key is switched off."""
+    keep = slice(FIT_TOKENS) if batch.valid is None else batch.valid[0].nonzero()[:FIT_TOKENS, 0]
+    q, k = batch.q[:1, :, keep], batch.k[:1, :, keep]
+    position = torch.arange(q.shape[2], device=q.device)
+    _, old = key_masks(position, position, maps.config)
+    wanted = softmax_scores(q, k, info.spec).masked_fill(~old, -torch.inf).logsumexp(-1)
+    given = (maps.q_features(q) @ maps.k_features(k).transpose(-1, -2) * old).sum(-1).log()
+    gap = (wanted - given)[0]
+    usable = gap.isfinite()
+    mean = torch.where(usable, gap, 0).sum(-1) / usable.sum(-1).clamp(min=1)
+    maps.linear_logit.copy_(torch.where(usable.any(-1), mean, OFF))
 
 
 @torch.no_grad()
@@ -182,30 +218,47 @@ def measure(
     device: torch.device,
 ) -> dict:
     """A layer's figures on the validation rows: `mse` of the attention's output, `relative_mse` (to the softmax
-    output's power), `window_mse` (with the linear term zeroed) and `gamma` (least, mean and largest of the heads).
+    output's power), `window_mse` (with the linear term zeroed), and `gamma` (least, mean and largest of the heads), or
+    with the linear factor "exp" `heads_off`, the number of heads that are their window alone.
     """
-    info = source.layers[layer]
-    errors, power, count = dict.fromkeys(terms, 0.0), 0.0, 0
-    for batch in source.batches(layer, "validation", batch_size):
-        batch = batch.to(device)
-        target = softmax_attention(batch.q, batch.k, batch.v, info.spec, batch.valid).float()
-        for term in terms:
-            out = _hybrid(batch, maps, info, term)
-            errors[term] += (out.float() - target).square().sum(dtype=torch.float64).item()
-        power += target.square().sum(dtype=torch.float64).item()
-        count += target.numel() if batch.valid is None else int(batch.valid.sum()) * info.num_heads * info.head_dim
-    gamma = torch.sigmoid(maps.window_logit.float())
-    figures: dict = {
-        "mse": errors["both"] / count,
-        "relative_mse": errors["both"] / max(power, 1e-30),
-        "gamma": {"min": gamma.min().item(), "mean": gamma.mean().item(), "max": gamma.max().item()},
-    }
+    heads, power, count = _errors(source, layer, maps, batch_size, terms, device)
+    errors = {term: error.sum().item() for term, error in heads.items()}
+    figures: dict = {"mse": errors["both"] / count, "relative_mse": errors["both"] / max(power, 1e-30)}
+    if maps.config.linear_factor == "exp":
+        figures["heads_off"] = int((maps.linear_logit <= OFF).sum())
+    else:
+        gamma = torch.sigmoid(maps.window_logit.float())
+        figures["gamma"] = {"min": gamma.min().item(), "mean": gamma.mean().item(), "max": gamma.max().item()}
     if "window" in errors:
         figures |= {
             "window_mse": errors["window"] / count,
             "relative_window_mse": errors["window"] / max(power, 1e-30),
         }
     return figures
+
+
+@torch.no_grad()
+def _errors(
+    source: StoredActivations,
+    layer: int,
+    maps: HybridMaps,
+    batch_size: int,
+    terms: tuple[str, ...],
+    device: torch.device,
+) -> tuple[dict[str, Tensor], float, int]:
+    """On the validation rows: per term the squared error of every head [H], in fp64; the softmax output's power; and
+    the number of elements."""
+    info = source.layers[layer]
+    errors, power, count = {term: torch.zeros(info.num_heads, dtype=torch.float64) for term in terms}, 0.0, 0
+    for batch in source.batches(layer, "validation", batch_size):
+        batch = batch.to(device)
+        target = softmax_attention(batch.q, batch.k, batch.v, info.spec, batch.valid).float()
+        for term in terms:
+            out = _hybrid(batch, maps, info, term)
+            errors[term] += (out.float() - target).square().sum((0, 2, 3), dtype=torch.float64).cpu()
+        power += target.square().sum(dtype=torch.float64).item()
+        count += target.numel() if batch.valid is None else int(batch.valid.sum()) * info.num_heads * info.head_dim
+    return errors, power, count
 
 
 def _hybrid(batch: Batch, maps: HybridMaps, info: LayerInfo, terms: str = "both") -> Tensor:

@@ -52,8 +52,9 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, vali
     return out if valid is None else out * valid[:, None, :, None]
 
 
-def softmax_weights(q: Tensor, k: Tensor, spec: AttentionSpec, valid: Tensor | None = None) -> Tensor:
-    """The attention weights [B, H, T, T] in fp32 behind `softmax_attention`; rows of padded queries are zero."""
+def softmax_scores(q: Tensor, k: Tensor, spec: AttentionSpec, valid: Tensor | None = None) -> Tensor:
+    """What `softmax_attention` takes the exponentials of, [B, H, T, T] in fp32: -inf for keys that are not seen.
+    A padded query sees every key."""
     groups = q.shape[1] // k.shape[1]
     scores = q.float() @ k.repeat_interleave(groups, dim=1).float().transpose(-1, -2) * spec.scaling
     if spec.softcap is not None:
@@ -61,7 +62,12 @@ def softmax_weights(q: Tensor, k: Tensor, spec: AttentionSpec, valid: Tensor | N
     allowed = _allowed(q.shape[2], spec.sliding_window, q.device)
     if valid is not None:
         allowed = (allowed & valid[:, None, None, :]) | ~valid[:, None, :, None]
-    weights = scores.masked_fill(~allowed, float("-inf")).softmax(-1)
+    return scores.masked_fill(~allowed, float("-inf"))
+
+
+def softmax_weights(q: Tensor, k: Tensor, spec: AttentionSpec, valid: Tensor | None = None) -> Tensor:
+    """The attention weights [B, H, T, T] in fp32 behind `softmax_attention`; rows of padded queries are zero."""
+    weights = softmax_scores(q, k, spec, valid).softmax(-1)
     return weights if valid is None else weights * valid[:, None, :, None]
 
 

@@ -421,7 +421,23 @@ def test_command_line_wins_over_file_wins_over_defaults(pipeline: SimpleNamespac
     assert result.code == 0
     found = Artifact.open(tmp_path / "t").config
     assert (found["hybrid"]["window"], found["hybrid"]["feature_dim"], found["steps"]) == (9, 7, 0)
-    assert found["grad_accum"] == 8
+    assert found["grad_accum"] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ((), ("exp", 2, 2e-2, 400)),
+        (("--recipe", "best", "--lr", "0.5"), ("exp", 2, 0.5, 400)),
+        (("--recipe", "lolcats"), ("one", 8, 1e-2, 100)),
+        (("--recipe", "lolcats", "--linear-factor", "affine", "--grad-accum", "3"), ("affine", 3, 1e-2, 100)),
+    ],
+)
+def test_recipes(pipeline: SimpleNamespace, invoke, tmp_path: Path, options: tuple, expected: tuple) -> None:
+    result = invoke("transfer", pipeline.capture, "-o", tmp_path / "t", "--steps", "0", "--layers", "0", *options)
+    assert result.code == 0
+    found = Artifact.open(tmp_path / "t").config
+    assert (found["hybrid"]["linear_factor"], found["grad_accum"], found["lr"], found["eval_steps"]) == expected
 
 
 @pytest.mark.parametrize(

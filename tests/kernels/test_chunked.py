@@ -30,10 +30,11 @@ def test_gradients_are_the_references(cases, data):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("window", [0, 3, 70])
-def test_gradcheck(make_case, layout, window):
+@pytest.mark.parametrize("factor", ["affine", "exp"])
+def test_gradcheck(make_case, layout, window, factor):
     case = make_case(
         batch=1, key_heads=1, time=150 if window == 3 else 75, head_dim=2, value_dim=1, feature_dim=2,
-        window=window, layout=layout, linear_factor="affine",
+        window=window, layout=layout, linear_factor=factor,
     )  # fmt: skip
     names = [name for name, _ in case.maps.named_parameters()]
 
@@ -55,9 +56,15 @@ class _Call(torch.nn.Module):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("wanted", [("q",), ("k",), ("v",), ("window_logit",), ("q_weight", "k_weight")])
-def test_only_the_gradients_asked_for(make_case, layout, wanted):
-    case = make_case(time=150, layout=layout, linear_factor="affine")
+@pytest.mark.parametrize(
+    ("factor", "wanted"),
+    [
+        *(("affine", wanted) for wanted in [("q",), ("k",), ("v",), ("window_logit",), ("q_weight", "k_weight")]),
+        *(("exp", wanted) for wanted in [("q",), ("k",), ("linear_logit",), ("q_slope",), ("k_slope",), ("k_weight",)]),
+    ],
+)
+def test_only_the_gradients_asked_for(make_case, layout, factor, wanted):
+    case = make_case(time=150, layout=layout, linear_factor=factor)
     named = {"q": case.q, "k": case.k, "v": case.v, **dict(case.maps.named_parameters())}
     everything = dict(zip(named, case.gradients("reference"), strict=True))
     for name, leaf in named.items():
@@ -74,8 +81,9 @@ def test_only_the_gradients_asked_for(make_case, layout, wanted):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
-def test_fp32_is_as_exact_as_the_reference_in_fp32(make_case, layout, feature_map):
-    sizes = {"time": 300, "head_dim": 32, "feature_dim": 32, "window": 16}
+@pytest.mark.parametrize("factor", ["one", "exp"])
+def test_fp32_is_as_exact_as_the_reference_in_fp32(make_case, layout, feature_map, factor):
+    sizes = {"time": 300, "head_dim": 32, "feature_dim": 32, "window": 16, "linear_factor": factor}
     case = make_case(layout=layout, feature_map=feature_map, dtype=torch.float32, **sizes)
     double = make_case(layout=layout, feature_map=feature_map, **sizes)
     with torch.no_grad():
@@ -99,6 +107,9 @@ def test_tiling_changes_nothing(make_case, terms, layout, factor, tiles):
     def run(tile_rows=None, tile_blocks=None):
         leaves = [x.detach().requires_grad_() for x in (case.q, repeat_heads(case.k, 2), repeat_heads(case.v, 2))]
         gamma, share = (x.detach().repeat(3).requires_grad_() for x in maps.factors(torch.float64))
+        logits = maps.query_logits(case.q)
+        if logits is not None:
+            logits = logits.detach().flatten(0, 1).requires_grad_()
         q, k, v = (x.flatten(0, 1) for x in leaves)
         phi_q, phi_k = (f(x).detach().flatten(0, 1).requires_grad_() for f, x in
                         ((maps.q_features, leaves[0]), (maps.k_features, leaves[1])))  # fmt: skip
@@ -107,8 +118,11 @@ def test_tiling_changes_nothing(make_case, terms, layout, factor, tiles):
         plan = make_plan(q, 1, maps.config, scaling=0.4, terms=terms, has_state=True)
         if tile_rows:
             plan = replace(plan, tile_rows=tile_rows, tile_blocks=tile_blocks)
-        out = BlockAttention.apply(q, k, v, phi_q, phi_k, gamma, share, start, plan)
-        grads = torch.autograd.grad(out.sin().sum(), [*leaves, phi_q, phi_k, gamma, share, start], allow_unused=True)
+        if terms == "linear":  # no window, nothing to weigh against
+            logits = None
+        out = BlockAttention.apply(q, k, v, phi_q, phi_k, gamma, share, logits, start, plan)
+        inputs = [*leaves, phi_q, phi_k, gamma, share, *([] if logits is None else [logits]), start]
+        grads = torch.autograd.grad(out.sin().sum(), inputs, allow_unused=True)
         return [out, *(g for g in grads if g is not None)]
 
     for got, expected in zip(run(*tiles), run(), strict=True):
@@ -131,9 +145,10 @@ def test_memory_kept_for_backward_grows_linearly(make_case, layout, window):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_large_inputs(make_case, layout):
-    """Features at their floor, and scores so far below the largest that their terms vanish."""
-    case = make_case(time=150, layout=layout)
+@pytest.mark.parametrize("factor", ["one", "exp"])
+def test_large_inputs(make_case, layout, factor):
+    """Features at their floor, scores so far below the largest that their terms vanish, and weights at their bounds."""
+    case = make_case(time=150, layout=layout, linear_factor=factor)
     with torch.no_grad():
         case.q *= 50
         case.k *= 50

@@ -13,7 +13,7 @@ from lolcats_kernels import HybridConfig, HybridMaps
     [
         ("feature_map", "hedge", "choose one of hedgehog, t2r, elu"),
         ("layout", "stairs", "choose one of sliding, terraced"),
-        ("linear_factor", 1, "choose one of one, affine"),
+        ("linear_factor", 1, "choose one of one, affine, exp"),
         ("feature_dim", 0, "at least 1"),
         ("feature_dim", 2.5, "whole number"),
         ("window", -1, "at least 0"),

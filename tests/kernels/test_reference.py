@@ -32,8 +32,11 @@ def token_by_token(case, scaling):
         tokens = [t for t in range(time) if case.valid is None or case.valid[b, t]]
         for h in range(heads):
             key_head = h * k.shape[1] // heads
-            gamma = 1 / (1 + math.exp(-maps.window_logit[h].item()))
-            factor = 1 - gamma if config.linear_factor == "affine" and config.window else 1.0
+            gamma = factor = 1.0
+            if config.linear_factor != "exp":
+                gamma = 1 / (1 + math.exp(-maps.window_logit[h].item()))
+            if config.linear_factor == "affine" and config.window:
+                factor = 1 - gamma
             for n, t in enumerate(tokens):
                 window, older = [], []
                 for i, s in enumerate(tokens[: n + 1]):
@@ -53,6 +56,11 @@ def token_by_token(case, scaling):
                 phi_q = features(q[b, h, t], maps, "q", h)
                 for s in older:
                     phi_k = features(k[b, key_head, s], maps, "k", h)
+                    if config.linear_factor == "exp":
+                        key = min(max((maps.k_slope[h] @ k[b, key_head, s]).item(), -20.0), 20.0)
+                        query = maps.linear_logit[h].item() + (maps.q_slope[h] @ q[b, h, t]).item()
+                        top = max(scores.values()) if scores else query
+                        factor = math.exp(key + min(query - top, 60.0))
                     weights[s] = factor * sum(x * y for x, y in zip(phi_q, phi_k, strict=True))
                 total = sum(weights.values())
                 if total > 0:
@@ -127,3 +135,20 @@ def test_query_with_nothing_to_sum_gets_zero_and_no_nan(make_case):
         assert (out[:, :, :4] == 0).all()
         assert (out[:, :, 4:] != 0).all()
         assert all(torch.isfinite(g).all() for g in case.gradients(backend))
+
+
+def test_exp_can_be_softmax_itself(make_case):
+    """With constant features the linear term weighs a key exp(l + u . q + w . k): made equal to its score, every key
+    has the weight that softmax gives it, whatever the window."""
+    case = make_case(time=40, window=4, key_heads=1, group=1, linear_factor="exp", feature_dim=3)
+    with torch.no_grad():
+        case.maps.q_weight.zero_()
+        case.maps.k_weight.zero_()  # features 1/3 each: their product is 6/9
+        case.maps.linear_logit.fill_(math.log(9 / 6))
+        case.q[:] = case.q[:, :, :1]  # one query, so that its score is linear in the key
+        case.maps.q_slope.zero_()
+        case.maps.k_slope.copy_(0.4 * case.q[0, :, 0])
+        case.q[1], case.k[1], case.v[1] = case.q[0], case.k[0], case.v[0]
+        expected = torch.nn.functional.scaled_dot_product_attention(case.q, case.k, case.v, is_causal=True, scale=0.4)
+        for backend in ("reference", "chunked"):
+            torch.testing.assert_close(case.run(backend), expected, rtol=1e-9, atol=1e-9)

@@ -21,7 +21,8 @@ from lolcats_cli.stages.transfer import transfer
 from lolcats_cli.teacher.data import DataOptions
 from lolcats_cli.teacher.load import LoadOptions
 
-OPTIONS = TransferOptions(HybridConfig(window=8, feature_dim=16), steps=6, grad_accum=4, eval_steps=3)
+HYBRID = HybridConfig(window=8, feature_dim=16, linear_factor="exp")
+OPTIONS = TransferOptions(HYBRID, steps=6, grad_accum=4, lr=2e-2, eval_steps=3)  # of `pipeline`
 DATA = DataOptions(seq_len=32)
 
 

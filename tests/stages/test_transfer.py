@@ -11,11 +11,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lolcats_formats import Artifact, ConfigMismatch, NotAnArtifact, WrongKind
-from lolcats_kernels import HybridConfig, HybridMaps
+from lolcats_kernels import HybridConfig, HybridMaps, hybrid_attention
 
 import lolcats_cli.stages.transfer as module
 from lolcats_cli.errors import Stopped, UsageError
-from lolcats_cli.stages import checkpoints
+from lolcats_cli.stages import checkpoints, layer_training
 from lolcats_cli.stages.activations import StoredActivations
 from lolcats_cli.stages.capture import capture
 from lolcats_cli.stages.checkpoints import Checkpoints
@@ -26,8 +26,9 @@ from lolcats_cli.teacher.attention import softmax_attention
 from lolcats_cli.teacher.data import DataOptions
 
 CPU = torch.device("cpu")
-HYBRID = HybridConfig(window=8, feature_dim=16)
-OPTIONS = TransferOptions(HYBRID, steps=6, grad_accum=4, eval_steps=3)
+HYBRID = HybridConfig(window=8, feature_dim=16, linear_factor="exp")
+OPTIONS = TransferOptions(HYBRID, steps=6, grad_accum=4, lr=2e-2, eval_steps=3)
+PAPERS = replace(OPTIONS, hybrid=replace(HYBRID, linear_factor="one"), lr=1e-2)
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +145,9 @@ KINDS = {
     "sliding hedgehog": {},
     "terraced": {"layout": "terraced"},
     "affine": {"linear_factor": "affine"},
+    "exp": {"linear_factor": "exp"},
+    "exp, terraced": {"linear_factor": "exp", "layout": "terraced"},
+    "exp, pure linear": {"linear_factor": "exp", "window": 0},
     "pure linear": {"window": 0},
     "t2r": {"feature_map": "t2r"},
     "elu": {"feature_map": "elu"},
@@ -161,7 +165,74 @@ def test_every_kind_lowers_the_validation_error(pipeline: SimpleNamespace, kind:
     least = 1.0 if kind == "elu" else 0.97  # elu has nothing to train but gamma
     assert figures["mse"] < least * figures["initial_mse"]
     assert all(torch.isfinite(tensor).all() for tensor in maps.values())
-    assert 0 < figures["gamma"]["min"] <= figures["gamma"]["mean"] <= figures["gamma"]["max"] < 1
+    if hybrid.linear_factor != "exp":
+        assert 0 < figures["gamma"]["min"] <= figures["gamma"]["mean"] <= figures["gamma"]["max"] < 1
+
+
+def test_exp_starts_with_the_mass_that_softmax_gives_the_older_keys(pipeline: SimpleNamespace) -> None:
+    source = StoredActivations(Artifact.open(pipeline.capture))
+    options = replace(OPTIONS, steps=0)
+    states, figures = train_layer(source, 0, options, device=CPU)
+    batch, info = next(source.batches(0, "train", 1)), source.layers[0]
+    position = torch.arange(batch.q.shape[2])
+    old = position[:, None] - position >= 8
+    k = batch.k.repeat_interleave(2, dim=1)
+    maps = HybridMaps(options.hybrid, 4, 16)
+    maps.load_state_dict(states)
+    with torch.no_grad():
+        softmax = (torch.exp(batch.q @ k.transpose(-1, -2) * info.spec.scaling) * old).sum(-1)[:, :, 8:]
+        linear = (maps.q_features(batch.q) @ maps.k_features(batch.k).transpose(-1, -2) * old).sum(-1)[:, :, 8:]
+        linear = linear * maps.linear_logit.exp()[:, None]
+    torch.testing.assert_close(linear.log().mean((0, 2)), softmax.log().mean((0, 2)))
+    published = train_layer(source, 0, replace(PAPERS, steps=0), device=CPU)[1]
+    assert figures["mse"] < published["mse"]
+
+
+@pytest.mark.parametrize("lr", [2e-2, 0.2, 5.0])
+def test_exp_is_never_worse_than_its_window_alone(pipeline: SimpleNamespace, padded: Path, lr: float) -> None:
+    """Whatever training did: the third learning rate breaks every map."""
+    for capture_path in (pipeline.capture, padded):
+        source = StoredActivations(Artifact.open(capture_path))
+        for layer in range(2):
+            maps, figures = train_layer(source, layer, replace(OPTIONS, steps=8, lr=lr), device=CPU)
+            assert figures["mse"] <= figures["window_mse"]
+            assert all(torch.isfinite(tensor).all() for tensor in maps.values())
+
+
+def test_exp_switches_off_heads_that_are_better_without(pipeline: SimpleNamespace, monkeypatch) -> None:
+    source = StoredActivations(Artifact.open(pipeline.capture))
+    bad = HybridMaps(HYBRID, 4, 16)
+    with torch.no_grad():  # two heads see a few keys of no meaning, and hardly their window
+        bad.k_slope[::2] = 30 * torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
+        bad.linear_logit[::2] = 3
+        bad.linear_logit[1::2] = -3
+        errors = {}
+        for terms in ("both", "window"):
+            errors[terms] = torch.zeros(4)
+            for batch in source.batches(0, "validation", 4):
+                scaling = source.layers[0].spec.scaling
+                target = softmax_attention(batch.q, batch.k, batch.v, source.layers[0].spec)
+                out = hybrid_attention(batch.q, batch.k, batch.v, bad, scaling=scaling, terms=terms)
+                errors[terms] += (out - target).square().sum((0, 2, 3))
+    worse = errors["both"] > errors["window"]
+    assert 0 < worse.sum() < 4
+    monkeypatch.setattr(
+        layer_training, "_start_at_softmax_mass", lambda maps, *_: maps.load_state_dict(bad.state_dict())
+    )
+    maps, figures = train_layer(source, 0, replace(OPTIONS, steps=0), device=CPU)
+    assert torch.equal(maps["linear_logit"] == layer_training.OFF, worse)
+    assert figures["heads_off"] == worse.sum()
+    assert figures["mse"] <= figures["window_mse"]
+
+
+def test_a_head_without_older_keys_is_switched_off(pipeline: SimpleNamespace) -> None:
+    """A teacher's sliding window may be shorter than ours: then nothing lies before the window."""
+    source = StoredActivations(Artifact.open(pipeline.capture))
+    spec = replace(source.layers[0].spec, sliding_window=5)
+    source.layers[0] = replace(source.layers[0], spec=spec)
+    _, figures = train_layer(source, 0, replace(OPTIONS, steps=2), device=CPU)
+    assert figures["heads_off"] == 4
+    assert figures["mse"] == figures["window_mse"]
 
 
 def cross_entropy(source: StoredActivations, maps: HybridMaps) -> float:
@@ -189,8 +260,8 @@ def test_cross_entropy_loss_lowers_the_cross_entropy(pipeline: SimpleNamespace) 
 
 
 def test_no_steps_keep_the_initial_maps(pipeline: SimpleNamespace, tmp_path: Path) -> None:
-    artifact = transfer(pipeline.capture, tmp_path / "t", options=replace(OPTIONS, steps=0, gamma=0.3))
-    initial = HybridMaps(HYBRID, 4, 16, window_factor=0.3).state_dict()
+    artifact = transfer(pipeline.capture, tmp_path / "t", options=replace(PAPERS, steps=0, gamma=0.3))
+    initial = HybridMaps(PAPERS.hybrid, 4, 16, window_factor=0.3).state_dict()
     for layer in range(2):
         found = artifact.load(maps_file(layer))
         assert found.keys() == initial.keys()
@@ -303,7 +374,8 @@ def test_manifest_holds_what_was_resolved(pipeline: SimpleNamespace) -> None:
     assert (artifact.config["layers"], artifact.config["steps"], artifact.config["seed"]) == ([0, 1], 6, 0)
     assert artifact.parents[0]["id"] == Artifact.open(pipeline.capture).id
     for figures in artifact.summary["layers"].values():
-        assert {"mse", "relative_mse", "window_mse", "relative_window_mse", "gamma", "initial_mse"} <= figures.keys()
+        names = {"mse", "relative_mse", "window_mse", "relative_window_mse", "heads_off", "initial_mse"}
+        assert names <= figures.keys()
     assert {event["event"] for event in artifact.metrics()} == {"validation", "layer"}
 
 
