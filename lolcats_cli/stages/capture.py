@@ -24,7 +24,14 @@ from lolcats_cli.student.build import check_servable
 from lolcats_cli.teacher import identity
 from lolcats_cli.teacher.attention import AttentionSpec
 from lolcats_cli.teacher.data import DataOptions, Rows, describe_rows, read_rows, split_rows
-from lolcats_cli.teacher.load import LoadOptions, load_model, load_tokenizer, model_limit, resolve_folder
+from lolcats_cli.teacher.load import (
+    LoadOptions,
+    load_model,
+    load_tokenizer,
+    longrope_limit,
+    model_limit,
+    resolve_folder,
+)
 from lolcats_cli.teacher.record import LayerInfo, probe, recording
 
 if TYPE_CHECKING:
@@ -67,9 +74,15 @@ def capture(
         NotEnoughSpace: the disk lacks the bytes that the capture will take.
     """
     folder = resolve_folder(teacher, revision)
-    limit = model_limit(_auto_config(folder, load))
+    config = _auto_config(folder, load)
+    limit, short = model_limit(config), longrope_limit(config)
     if limit is not None and options.seq_len > limit:
         raise BadInput(f"--seq-len {options.seq_len} is over the {limit} tokens that {teacher} was made for.")
+    if short is not None and options.seq_len > short:
+        raise BadInput(
+            f"--seq-len {options.seq_len} is over the {short} tokens beyond which {teacher} rotates by other factors "
+            "(longrope). Its student keeps those of short sequences at any length: capture shorter ones."
+        )
     tokenizer = load_tokenizer(folder, load.trust_remote_code)
     rows = dict(zip(SPLITS, split_rows(read_rows(data, tokenizer, options), val_fraction, seed), strict=True))
     model = load_model(folder, load)

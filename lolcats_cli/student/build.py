@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from lolcats_cli.errors import BadInput, IdentityMismatch
 from lolcats_cli.student.attention import HybridAttention
-from lolcats_cli.student.mixin import LolcatsMixin, attach, attention_modules, layer_index
+from lolcats_cli.student.mixin import LENGTH_DEPENDENT_ROPE, LolcatsMixin, attach, attention_modules, layer_index
 
 __all__ = ["attention_modules", "check_servable", "hybrid_modules", "linearize", "model_heads", "set_terms"]
 
@@ -68,6 +68,10 @@ def check_servable(model: PreTrainedModel) -> None:
         raise BadInput(f"{name} does not use transformers' attention interface; lolcats cannot convert it.")
     if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
         raise BadInput(f"{name} caps its attention scores (attn_logit_softcapping), which lolcats does not serve yet.")
+    for module in model.modules():
+        by_type = getattr(module, "rope_type", None)
+        if isinstance(by_type, dict) and set(by_type.values()) & set(LENGTH_DEPENDENT_ROPE):
+            raise BadInput(f"{name} has RoPE that depends on the length for some layers, which is not served yet.")
     if any(getattr(module, "sinks", None) is not None for module in modules):
         raise BadInput(f"{name} has attention sinks, which lolcats does not serve yet.")
 

@@ -29,6 +29,8 @@ logger = logging.get_logger(__name__)
 
 # Where modules take the cache: most models and GPT-NeoX.
 CACHE_ARGUMENTS = ("past_key_values", "layer_past")
+# RoPE whose frequencies depend on the length of the sequence, past the length that it was trained for.
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
 class LolcatsMixin:
@@ -147,11 +149,24 @@ def attach(
         module.register_forward_hook(_take_cache_back, always_call=True)
         hybrids.append(module.hybrid)
     _decoder(model, modules).register_forward_pre_hook(_prepare_inputs, with_kwargs=True)
+    _fix_rotation(model)
     # Loaded maps stay in fp32 whatever dtype the model is loaded in: features are computed in fp32.
     model._keep_in_fp32_modules_strict = set(model._keep_in_fp32_modules_strict or ()) | {"hybrid"}
     register()
     model.config._attn_implementation = NAME
     return hybrids
+
+
+def _fix_rotation(model: nn.Module) -> None:
+    """Keep the RoPE frequencies of the teacher's own length ("dynamic", "longrope"), whatever the length.
+
+    Those types change all frequencies once a sequence is longer; a state has summed keys that were rotated by the old.
+    """
+    for module in model.modules():
+        if getattr(module, "rope_type", None) in LENGTH_DEPENDENT_ROPE:
+            rotation = cast(Any, module)
+            rotation.rope_type = "default"  # so that transformers leaves the frequencies alone
+            rotation.inv_freq = rotation.original_inv_freq.clone()
 
 
 def _decoder(model: PreTrainedModel, attentions: list[nn.Module]) -> PreTrainedModel:

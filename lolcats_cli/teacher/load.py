@@ -112,5 +112,11 @@ def model_limit(config) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
+def longrope_limit(config) -> int | None:
+    """The tokens up to which a model with RoPE of type "longrope" rotates by its short factors; None for others."""
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    return rope["original_max_position_embeddings"] if rope.get("rope_type") == "longrope" else None
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

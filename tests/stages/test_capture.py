@@ -208,6 +208,17 @@ def test_no_space_to_resume(
         capture(str(tiny_teacher), str(tiny_text), tmp_path / "c", options=OPTIONS).verify()
 
 
+def test_longrope_is_captured_with_its_short_factors(new_teacher, tiny_text: Path, tmp_path: Path) -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+    teacher = new_teacher(
+        tmp_path / "teacher", rope_parameters=rope | {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    )
+    with pytest.raises(BadInput, match=r"--seq-len 33 is over the 32 tokens beyond which .*longrope"):
+        capture(str(teacher), str(tiny_text), tmp_path / "c", options=DataOptions(seq_len=33))
+    assert not (tmp_path / "c").exists()
+    assert capture(str(teacher), str(tiny_text), tmp_path / "c", options=DataOptions(seq_len=32, samples=4))
+
+
 def test_seq_len_over_the_models_limit(tiny_teacher: Path, tiny_text: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="--seq-len 129 is over the 128 tokens"):
         capture(str(tiny_teacher), str(tiny_text), tmp_path / "c", options=DataOptions(seq_len=129))

@@ -11,15 +11,18 @@ from lolcats_cli.errors import BadInput
 from lolcats_cli.student.build import check_servable, linearize, model_heads
 
 ROPE = {"rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
-# name -> model type, and what its configuration says besides the sizes. Dynamic and longrope RoPE are tested short of
-# their limit alone: past it they rescale all positions by the length, in the teacher too.
+SHORT = {**ROPE, "original_max_position_embeddings": 12}  # the tests' sequences are longer
+# name -> model type, and what its configuration says besides the sizes.
 MODELS = {
     "llama linear RoPE": ("llama", {"rope_parameters": {**ROPE, "rope_type": "linear"}}),
-    "llama dynamic RoPE": ("llama", {"rope_parameters": {**ROPE, "rope_type": "dynamic"}}),
+    "llama dynamic RoPE": (
+        "llama",
+        {"rope_parameters": {**SHORT, "rope_type": "dynamic"}, "max_position_embeddings": 12},
+    ),
     "llama yarn RoPE": ("llama", {"rope_parameters": {**ROPE, "rope_type": "yarn"}}),
     "llama longrope RoPE": (
         "llama",
-        {"rope_parameters": {**ROPE, "rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}},
+        {"rope_parameters": {**SHORT, "rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}},
     ),
     "llama llama3 RoPE": (
         "llama",
