@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -264,7 +265,7 @@ class ArtifactWriter:
             )
         manifest = self._manifest(files, summary)
         schema.check(manifest, manifest["kind"], str(self.path / MANIFEST))
-        self._write_document(MANIFEST, manifest)
+        self._publish(MANIFEST, pretty(manifest))
         self._take_place()
         self.close()
         return Artifact.open(self.path)
@@ -487,10 +488,10 @@ class ArtifactWriter:
             self._record["metrics"] = os.fstat(self._log).st_size
 
     def _write_progress(self) -> None:
-        self._write_document(PROGRESS, self._record)
+        # For every file, so in one line: to indent ten thousand entries takes several times as long.
+        self._publish(PROGRESS, json.dumps(self._record, sort_keys=True, allow_nan=False).encode("utf-8"))
 
-    def _write_document(self, name: str, document: dict[str, Any]) -> None:
-        content = pretty(document)
+    def _publish(self, name: str, content: bytes) -> None:
         if len(content) > MAX_JSON_BYTES:
             raise FormatError(f"{self.path / name} would be larger than {MAX_JSON_BYTES} bytes, the most that is read")
         atomic.write(self.path / name, [content])
