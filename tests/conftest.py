@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,20 +13,17 @@ from types import SimpleNamespace
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Libraries' caches go to a temporary folder; they look there once, when they are imported.
+CACHES = tempfile.mkdtemp(prefix="lolcats-tests-")
+atexit.register(shutil.rmtree, CACHES, ignore_errors=True)
+os.environ |= {name: f"{CACHES}/{name.lower()}" for name in ("HF_HOME", "HF_MODULES_CACHE", "HF_DATASETS_CACHE")}
 
-import pytest
-import torch
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 torch.set_num_threads(1)
 
 WORDS = "the whale and a ship at sea saw one white sail then two men sang of home".split()  # noqa: SIM905
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _no_files_left_behind(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Libraries' caches go to a temporary folder."""
-    for name in ("HF_HOME", "HF_MODULES_CACHE", "HF_DATASETS_CACHE"):
-        os.environ[name] = str(tmp_path_factory.mktemp(name.lower()))
 
 
 def make_tokenizer(folder: Path) -> None:

@@ -47,7 +47,7 @@ def artifact_path(given: str, data: str | None = None) -> str:
     return path
 
 
-def parse_layers(text: str | None) -> list[int] | None:
+def parse_layers(text: str | None, option: str = "--layers") -> list[int] | None:
     """ "0-3,7" as [0, 1, 2, 3, 7]. Raises `UsageError` on anything else."""
     if text is None:
         return None
@@ -57,8 +57,16 @@ def parse_layers(text: str | None) -> list[int] | None:
             first, _, last = part.partition("-")
             layers.update(range(int(first), int(last or first) + 1))
     except ValueError as error:
-        raise UsageError(f"--layers {text} is not a list like 0-3,7.") from error
+        raise UsageError(f"{option} {text} is not a list like 0-3,7.") from error
     return sorted(layers)
+
+
+def parse_kept(text: str | None) -> list[int | str]:
+    """ "0,sliding" as [0, "sliding"]. Raises `UsageError` on anything but layers and that word."""
+    parts = [] if text is None else text.split(",")
+    numbers = ",".join(part for part in parts if part != "sliding")
+    layers = parse_layers(numbers or None, "--keep-softmax") or []
+    return [*layers, *(["sliding"] if "sliding" in parts else [])]
 
 
 def parse_samples(text: str | None) -> tuple[int, int | None]:

@@ -31,6 +31,9 @@ def transfer(
         typer.Option(min=0, help="Weight of the attention weights' cross-entropy (memory quadratic in --seq-len)."),
     ] = 0.0,
     layers: Annotated[str | None, typer.Option(help="Train these layers only, such as 0-3,7.")] = None,
+    keep_softmax: Annotated[
+        str | None, typer.Option(help="Leave these layers softmax, such as 0,31; sliding: those with a sliding window.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 1,
     grad_accum: Annotated[
         int | None, typer.Option(min=1, help="Forward passes per optimizer step: 2, or 8 (lolcats).")
@@ -58,7 +61,7 @@ def transfer(
     json: o.Json = False,
 ) -> None:
     """Train feature maps and mixing factors, layer by layer, from a capture; the teacher is not needed."""
-    given, parts = o.artifact_path(capture), o.parse_layers(layers)
+    given, parts, kept = o.artifact_path(capture), o.parse_layers(layers), o.parse_kept(keep_softmax)
 
     from lolcats_kernels import HybridConfig
 
@@ -88,6 +91,7 @@ def transfer(
             **chosen,
         ),
         layers=parts,
+        keep_softmax=kept,
         device=device,
         resume=resume,
         force=force,

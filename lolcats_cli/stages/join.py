@@ -20,7 +20,7 @@ from lolcats_cli.errors import IdentityMismatch, UsageError
 from lolcats_cli.progress import Progress
 from lolcats_cli.stages.capture import ADVICE, SPLITS, row_groups, shard_name
 from lolcats_cli.stages.disk import check_space
-from lolcats_cli.stages.models import maps_file
+from lolcats_cli.stages.models import kept_layers, maps_file
 from lolcats_cli.teacher.data import Rows, describe_rows, split_numbers
 from lolcats_cli.teacher.record import LayerInfo
 
@@ -96,7 +96,8 @@ class _Transfers:
                 if layer in self.maker:
                     raise IdentityMismatch(f"Layer {layer} is doubled: {self.maker[layer].path} and {part.path}.")
                 self.maker[layer] = part
-        missing = [layer for layer in range(len(parts[0].teacher["layers"])) if layer not in self.maker]
+        done = {*self.maker, *kept_layers(parts[0])}
+        missing = [layer for layer in range(len(parts[0].teacher["layers"])) if layer not in done]
         if missing:
             raise IdentityMismatch(
                 f"No part has layer {', '.join(map(str, missing))}. Transfer it with --layers, and join it too."

@@ -24,7 +24,7 @@ from lolcats_cli.errors import BadInput, IdentityMismatch, UsageError
 from lolcats_cli.progress import Advance, Progress
 from lolcats_cli.stages.capture import SPLITS
 from lolcats_cli.stages.checkpoints import Checkpoints
-from lolcats_cli.stages.models import load_student, maps_file, teacher_folder
+from lolcats_cli.stages.models import kept_config, load_student, maps_file, teacher_folder
 from lolcats_cli.student.build import hybrid_modules
 from lolcats_cli.teacher.data import DataOptions, Rows, describe_rows, read_rows, split_rows
 from lolcats_cli.teacher.load import LoadOptions, load_tokenizer, model_limit
@@ -96,7 +96,6 @@ def lora(
     limit, seq_len = model_limit(student.config), splits["train"].input_ids.shape[1]
     if limit is not None and seq_len > limit:
         raise BadInput(f"--seq-len {seq_len} is over the {limit} tokens that the teacher was made for.")
-    layers = range(len(hybrid_modules(student)))
     model = _with_adapter(student, options, parent)
 
     config = {key: value for key, value in asdict(options).items() if value is not None}
@@ -108,6 +107,7 @@ def lora(
             "targets": list(options.targets),
             "hybrid": parent.config["hybrid"],
             "dtype": str(student.dtype).removeprefix("torch."),
+            **kept_config(parent),
         },
         teacher=parent.teacher,
         data=describe_rows(splits, source),
@@ -120,8 +120,10 @@ def lora(
             progress.note(f"{output} is finished already")
             return writer.finished
         summary = _train(model, splits, options, load, writer, progress)
-        for layer, hybrid in zip(layers, hybrid_modules(student), strict=True):
-            writer.save(maps_file(layer), {name: tensor.cpu() for name, tensor in hybrid.state_dict().items()})
+        for hybrid in hybrid_modules(student):
+            writer.save(
+                maps_file(hybrid.layer_idx), {name: tensor.cpu() for name, tensor in hybrid.state_dict().items()}
+            )
         _save_adapter(model, writer)
         return writer.finish({**summary, "layers": parent.summary["layers"]})
 
@@ -274,8 +276,8 @@ def _reporter(log: Callable[..., None], every: int, checkpoints: Checkpoints, ma
         def load(self, folder: Path) -> None:
             """Continue from a checkpoint: our part of it."""
             vars(self).update(json.loads((folder / "reporter.json").read_text()))
-            for layer, hybrid in enumerate(maps):
-                hybrid.load_state_dict(load_file(folder / f"maps-{layer}.safetensors"))
+            for hybrid in maps:
+                hybrid.load_state_dict(load_file(folder / f"maps-{hybrid.layer_idx}.safetensors"))
 
         def on_train_begin(self, args, state, control, **kwargs):
             self.advance(state.global_step)
@@ -309,10 +311,9 @@ def _reporter(log: Callable[..., None], every: int, checkpoints: Checkpoints, ma
                 (folder / name).unlink(missing_ok=True)
             numbers = {name: getattr(self, name) for name in ("initial", "loss", "evaluated", "losses")}
             (folder / "reporter.json").write_text(json.dumps(numbers))
-            for layer, hybrid in enumerate(maps):
-                save_file(
-                    {name: t.cpu() for name, t in hybrid.state_dict().items()}, folder / f"maps-{layer}.safetensors"
-                )
+            for hybrid in maps:
+                tensors = {name: tensor.cpu() for name, tensor in hybrid.state_dict().items()}
+                save_file(tensors, folder / f"maps-{hybrid.layer_idx}.safetensors")
             checkpoints.record(folder, self.since)
 
     return Reporter()

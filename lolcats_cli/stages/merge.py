@@ -26,7 +26,7 @@ from lolcats_cli import __version__, stopping
 from lolcats_cli.errors import BadInput, IdentityMismatch, UsageError
 from lolcats_cli.progress import Progress
 from lolcats_cli.stages.disk import check_space, human
-from lolcats_cli.stages.models import check_finite, maps_file, teacher_folder
+from lolcats_cli.stages.models import check_finite, kept_config, kept_layers, maps_file, teacher_folder
 from lolcats_cli.student import export
 from lolcats_cli.student.build import check_servable, model_heads
 from lolcats_cli.student.fold import Adapter
@@ -78,7 +78,7 @@ def merge(
     with ArtifactWriter.create(
         output,
         "student",
-        config={"hybrid": asdict(plan.hybrid), "max_shard_bytes": max_shard_bytes},
+        config={"hybrid": asdict(plan.hybrid), "max_shard_bytes": max_shard_bytes, **kept_config(artifact)},
         teacher={**artifact.teacher, "path": str(plan.teacher)},
         data=artifact.data,
         parents=[artifact],
@@ -126,7 +126,7 @@ class _Plan:
     hybrid: HybridConfig
     num_heads: int
     head_dim: int
-    layers: int
+    layers: list[int]  # with maps
     weights: dict[str, tuple[Path, TensorInfo]]  # the teacher's tensors, file by file
     adapter: Adapter | None
     maps: dict[str, tuple[Artifact, str, str]]  # tensor name -> artifact, file and name there
@@ -158,7 +158,9 @@ def _plan(artifact: Artifact, folder: Path) -> _Plan:
     hybrid = HybridConfig(**artifact.config["hybrid"])
     weights = _weights(folder)
     modules, num_heads, head_dim, tied = _structure(folder)
-    maps = _map_tensors(artifact, modules, HybridMaps(hybrid, num_heads, head_dim))
+    kept = kept_layers(artifact)
+    layers = [layer for layer in range(len(modules)) if layer not in kept]
+    maps = _map_tensors(artifact, modules, layers, HybridMaps(hybrid, num_heads, head_dim))
     for name in artifact.files:
         if name.startswith("adapter/"):
             artifact.check(name)
@@ -171,7 +173,7 @@ def _plan(artifact: Artifact, folder: Path) -> _Plan:
     elements = HybridMaps(hybrid, num_heads, head_dim).state_dict()
     sizes = {name: info.nbytes for name, (_, info) in weights.items()}
     sizes |= {name: elements[key].numel() * 4 for name, (_, _, key) in maps.items()}
-    return _Plan(folder, config, classes, hybrid, num_heads, head_dim, len(modules), weights, adapter, maps, sizes)
+    return _Plan(folder, config, classes, hybrid, num_heads, head_dim, layers, weights, adapter, maps, sizes)
 
 
 def _weights(folder: Path) -> dict[str, tuple[Path, TensorInfo]]:
@@ -225,11 +227,13 @@ def _structure(folder: Path) -> tuple[list[str], int, int, set[str]]:
     return modules, *model_heads(model), set(tied) | set(tied.values())
 
 
-def _map_tensors(artifact: Artifact, modules: list[str], like: HybridMaps) -> dict[str, tuple[Artifact, str, str]]:
-    """Where every tensor of the maps comes from. Raises IdentityMismatch unless they are there for every layer."""
+def _map_tensors(
+    artifact: Artifact, modules: list[str], layers: list[int], like: HybridMaps
+) -> dict[str, tuple[Artifact, str, str]]:
+    """Where every tensor of the maps comes from. Raises IdentityMismatch unless they are there for `layers` alone."""
     found: dict[str, tuple[Artifact, str, str]] = {}
-    for layer, module in enumerate(modules):
-        file = maps_file(layer)
+    for layer in layers:
+        module, file = modules[layer], maps_file(layer)
         if file not in artifact.files:
             raise IdentityMismatch(
                 f"{artifact.path} has no maps for layer {layer} of {len(modules)}: transfer the missing layers."
@@ -239,8 +243,9 @@ def _map_tensors(artifact: Artifact, modules: list[str], like: HybridMaps) -> di
         if header != wanted:
             raise IdentityMismatch(f"The maps of layer {layer} are {header}; the teacher and options need {wanted}.")
         found |= {f"{module}.hybrid.{name}": (artifact, file, name) for name in wanted}
-    if maps_file(len(modules)) in artifact.files:
-        raise IdentityMismatch(f"{artifact.path} has maps for more layers than the teacher's {len(modules)}.")
+    extra = {name for name in artifact.files if name.startswith("maps/")} - {maps_file(layer) for layer in layers}
+    if extra:
+        raise IdentityMismatch(f"{artifact.path} holds {min(extra)}, of a layer that the student has no maps for.")
     return found
 
 
@@ -271,6 +276,7 @@ def _write_model_files(writer: ArtifactWriter, plan: _Plan, artifact: Artifact) 
     card = export.model_card(
         teacher=artifact.teacher,
         hybrid=plan.hybrid,
+        kept=kept_layers(artifact),
         lineage=_lineage(artifact),
         has_tokenizer="tokenizer_config.json" in copied,
     )

@@ -55,6 +55,17 @@ def maps_file(layer: int) -> str:
     return f"maps/layer-{layer:03d}.safetensors"
 
 
+def kept_layers(artifact: Artifact) -> list[int]:
+    """The layers that a transfer, and all that is made from it, leaves softmax."""
+    return artifact.config.get("keep_softmax", [])
+
+
+def kept_config(artifact: Artifact) -> dict[str, list[int]]:
+    """The entry of a configuration that says so; empty if there are none."""
+    kept = kept_layers(artifact)
+    return {"keep_softmax": kept} if kept else {}
+
+
 def check_finite(file: Path, tensors: Mapping[str, Tensor]) -> None:
     """Raise `BadInput`, naming the tensor, for maps with NaN or infinity in them."""
     for name, tensor in tensors.items():
@@ -68,7 +79,7 @@ def load_student(artifact: Artifact, folder: Path, load: LoadOptions) -> PreTrai
     maps = {layer: artifact.load(name) for layer, name in layers.items()}
     for layer, tensors in maps.items():
         check_finite(artifact.path / layers[layer], tensors)
-    return linearize(load_model(folder, load), HybridConfig(**artifact.config["hybrid"]), maps)
+    return linearize(load_model(folder, load), HybridConfig(**artifact.config["hybrid"]), maps, kept_layers(artifact))
 
 
 def load_any(path: str, load: LoadOptions, *, teacher: str | None = None, revision: str | None = None) -> Loaded:

@@ -6,6 +6,7 @@ The artifact holds `maps/layer-LLL.safetensors` per layer: a `HybridMaps` state 
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 
@@ -31,6 +32,7 @@ def transfer(
     *,
     options: TransferOptions = TransferOptions(),
     layers: list[int] | None = None,
+    keep_softmax: Collection[int | str] = (),
     device: str = "auto",
     resume: Resume = "auto",
     force: bool = False,
@@ -39,6 +41,9 @@ def transfer(
     """Train every layer's maps, or those of `layers` alone. Running it again resumes after the last checkpoint.
 
     Args:
+        layers: train a part; `join` puts parts together.
+        keep_softmax: layers that stay softmax in the student, by index; "sliding" stands for those whose teacher's
+            attention is a sliding window.
         resume, force: what to do with an artifact that `output` holds, see `ArtifactWriter.create`.
 
     Raises:
@@ -47,9 +52,12 @@ def transfer(
     """
     parent = Artifact.open(capture, "capture")
     source = StoredActivations(parent)
-    chosen = sorted(set(range(len(source.layers)) if layers is None else layers))
+    kept = _kept(source, keep_softmax)
+    chosen = sorted(set(range(len(source.layers))) - kept if layers is None else set(layers))
     if not chosen or chosen[0] < 0 or chosen[-1] >= len(source.layers):
         raise UsageError(f"--layers must be between 0 and {len(source.layers) - 1}, the layers of {capture}.")
+    if kept.intersection(chosen):
+        raise UsageError(f"Layer {min(kept.intersection(chosen))} is in --layers and in --keep-softmax: choose one.")
     head_dim = max(info.head_dim for info in source.layers)
     if max(head_dim, options.hybrid.feature_dim) > MAX_SIZE:
         raise UsageError(
@@ -62,7 +70,7 @@ def transfer(
     with ArtifactWriter.create(
         output,
         "transfer",
-        config={**config, "layers": chosen},
+        config={**config, "layers": chosen, **({"keep_softmax": sorted(kept)} if kept else {})},
         teacher=parent.teacher,
         data=parent.data,
         parents=[parent],
@@ -98,6 +106,19 @@ def transfer(
                     f"{figures['relative_window_mse']:.1%})"
                 )
         return writer.finish({"layers": {str(layer): _figures(writer, layer) for layer in chosen}})
+
+
+def _kept(source: StoredActivations, given: Collection[int | str]) -> set[int]:
+    """The layers that stay softmax. Raises UsageError for one that is not there, or if none is left to be trained."""
+    kept = {layer for layer in given if isinstance(layer, int)}
+    if "sliding" in given:
+        kept |= {layer for layer, info in enumerate(source.layers) if info.spec.sliding_window is not None}
+    unknown = kept - set(range(len(source.layers)))
+    if unknown:
+        raise UsageError(f"--keep-softmax {min(unknown)}: the layers are 0 to {len(source.layers) - 1}.")
+    if len(kept) == len(source.layers):
+        raise UsageError("--keep-softmax leaves no layer to be converted.")
+    return kept
 
 
 def _figures(writer: ArtifactWriter, layer: int) -> dict:

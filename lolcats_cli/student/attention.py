@@ -7,10 +7,13 @@ Shapes: B batch, H query heads, K key heads, T time (new tokens), D head.
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from lolcats_kernels.hybrid import hybrid_attention
 from lolcats_kernels.maps import HybridConfig, HybridMaps
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from .cache import LolcatsCacheLayer
@@ -63,14 +66,16 @@ def lolcats_attention(
 ) -> tuple[Tensor, None]:
     """The function behind the attention implementation "lolcats" -> ([B, T, H, D], None).
 
-    The work is done by `module.hybrid`, so that students of different versions live in one process. A sliding
-    window of the teacher is not applied: the maps were trained to imitate it. Attention dropout is not applied.
+    The work is done by `module.hybrid`, so that students of different versions live in one process; a layer that was
+    kept says so (`keeps_softmax`). A sliding window of the teacher is applied in kept layers alone: the maps were
+    trained to imitate it. Attention dropout is not applied.
     Raises ValueError for what would silently give something else: a layer without maps, a custom 4-D mask, a soft
     cap on the scores, sinks.
     """
     hybrid = getattr(module, "hybrid", None)
+    kept = getattr(module, "keeps_softmax", False)
     where = f"layer {getattr(module, 'layer_idx', '?')} ({type(module).__name__})"
-    if hybrid is None:
+    if hybrid is None and not kept:
         raise ValueError(f"{where} has no feature maps: the attention implementation {NAME!r} is for students only.")
     if attention_mask is not None and attention_mask.ndim != 2:
         raise ValueError(
@@ -82,7 +87,35 @@ def lolcats_attention(
             raise ValueError(f"{where} uses {name}, which hybrid attention does not serve.")
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
-    return hybrid(query, key, value, attention_mask, scaling), None
+    if kept:
+        window = cast(int | None, kwargs.get("sliding_window"))
+        return _softmax(query, key, value, attention_mask, scaling, window).transpose(1, 2).contiguous(), None
+    assert hybrid is not None
+    valid = None if attention_mask is None else attention_mask[:, -query.shape[2] :]
+    return hybrid(query, key, value, valid, scaling), None
+
+
+def _softmax(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, window: int | None
+) -> Tensor:
+    """Causal softmax attention of the last tokens, query [B, H, T, D], to all that the cache holds, key and value
+    [B, K, J, D]; mask [B, at least J] bool or None -> [B, H, T, D]. Outputs of padding are 0."""
+    new, seen = query.shape[2], key.shape[2]
+    options: dict[str, Any] = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
+    if mask is None and (window is None or seen <= window) and new in (1, seen):
+        return scaled_dot_product_attention(query, key, value, is_causal=new > 1, **options)
+    last = torch.arange(seen - new, seen, device=query.device)[:, None]
+    position = torch.arange(seen, device=query.device)
+    allowed = position <= last
+    if window is not None:
+        allowed &= position > last - window
+    if mask is None:
+        return scaled_dot_product_attention(query, key, value, attn_mask=allowed, **options)
+    mask = mask[:, -seen:]
+    real = mask[:, None, -new:, None]
+    # A query that sees no key gives NaN: one in padding may see all, and its output is put to 0.
+    allowed = (allowed & mask[:, None, None]) | ~real
+    return scaled_dot_product_attention(query, key, value, attn_mask=allowed, **options) * real
 
 
 def lolcats_mask(
@@ -93,7 +126,7 @@ def lolcats_mask(
     attention_mask: Tensor | None = None,
     **kwargs: object,
 ) -> Tensor | None:
-    """Which of the new tokens are real, [B, T] bool; None if all are. Causality is the attention's own matter.
+    """Which tokens are real, [B, tokens seen + T] bool; None if all are. Causality is the attention's own matter.
 
     attention_mask [B, tokens seen + T]: what transformers hands to mask functions.
     """
@@ -101,7 +134,7 @@ def lolcats_mask(
         return None
     if attention_mask.shape[1] < q_length:
         raise ValueError(f"The attention mask covers {attention_mask.shape[1]} tokens; the input has {q_length}.")
-    mask = attention_mask[:, -q_length:].bool()
+    mask = attention_mask.bool()
     # Looking into the mask costs a synchronisation on GPUs: worth it for a long input, not for each decoded token.
     if q_length > 1 and not torch.compiler.is_compiling() and bool(mask.all()):
         return None

@@ -5,7 +5,7 @@ Shapes: H query heads, D head, F features.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cache
 from typing import Any, cast
 
@@ -22,18 +22,22 @@ __all__ = ["attention_modules", "check_servable", "hybrid_modules", "linearize",
 
 
 def linearize(
-    model: PreTrainedModel, config: HybridConfig, maps: Mapping[int, HybridMaps | Mapping[str, Tensor]]
+    model: PreTrainedModel,
+    config: HybridConfig,
+    maps: Mapping[int, HybridMaps | Mapping[str, Tensor]],
+    keep_softmax: Collection[int] = (),
 ) -> PreTrainedModel:
     """Replace the attentions of a loaded teacher, in place, by hybrid attention with trained maps; -> the model.
 
     maps: per layer index, a `HybridMaps` or its state dict; the values are copied, to the layer's device, in fp32.
+    keep_softmax: the layers that stay as they are, and have no maps.
     The new parameters do not require gradients. Cached generation works; `save_pretrained` is refused.
 
     Raises IdentityMismatch if layers or shapes do not fit the model, BadInput if its attention cannot be replaced.
     """
     check_servable(model)
     modules = attention_modules(model)
-    indices = [layer_index(module) for module in modules]
+    indices = [index for module in modules if (index := layer_index(module)) not in keep_softmax]
     if isinstance(model, LolcatsMixin):
         raise BadInput(f"{type(model).__name__} is a student already; linearize takes a teacher.")
     if sorted(maps) != indices:
@@ -77,12 +81,12 @@ def check_servable(model: PreTrainedModel) -> None:
 
 
 def hybrid_modules(model: nn.Module) -> list[HybridAttention]:
-    """The maps of a student, in memory or loaded from a merged folder, in layer order.
+    """The maps of a student, in memory or loaded from a merged folder, in layer order; kept layers have none.
 
     Raises BadInput if the model is not a student.
     """
-    hybrids = [getattr(module, "hybrid", None) for module in attention_modules(model)]
-    if any(hybrid is None for hybrid in hybrids):
+    hybrids = [module.hybrid for module in attention_modules(model) if hasattr(module, "hybrid")]
+    if not hybrids:
         raise BadInput(f"{type(model).__name__} is not a student: its attentions have no feature maps.")
     return hybrids  # type: ignore[return-value]
 

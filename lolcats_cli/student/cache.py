@@ -1,4 +1,5 @@
-"""The student's cache: one recurrent state per layer, of a size that does not grow with the context.
+"""The student's cache: one recurrent state per layer, of a size that does not grow with the context; and keys and
+values, as in the teacher, of layers that were kept softmax.
 
 Travels inside merged model folders.
 
@@ -7,10 +8,12 @@ Shapes: B batch, H query heads, K key heads, T time, D head.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from lolcats_kernels.state import KVState
-from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 
 class LolcatsCacheLayer(CacheLayerMixin):
@@ -87,11 +90,22 @@ class LolcatsCacheLayer(CacheLayerMixin):
 
 
 class LolcatsCache(Cache):
-    """The cache of a whole student. `nbytes` depends on the batch, never on the tokens seen."""
+    """The cache of a whole student. If no layer is kept, `nbytes` depends on the batch, never on the tokens seen."""
 
-    def __init__(self, num_layers: int) -> None:
-        super().__init__(layers=[LolcatsCacheLayer() for _ in range(num_layers)])
+    def __init__(self, attentions: Iterable[nn.Module]) -> None:
+        """attentions: the attention modules, in layer order."""
+        super().__init__(layers=[_layer(module) for module in attentions])
 
     @property
     def nbytes(self) -> int:
-        return sum(layer.nbytes for layer in self.layers if isinstance(layer, LolcatsCacheLayer))
+        tensors = [(x.keys, x.values) for x in self.layers if isinstance(x, DynamicLayer) and x.is_initialized]
+        states = [x.nbytes for x in self.layers if isinstance(x, LolcatsCacheLayer)]
+        return sum(states) + sum(x.nbytes for pair in tensors for x in pair if x is not None)
+
+
+def _layer(attention: nn.Module) -> CacheLayerMixin:
+    if not getattr(attention, "keeps_softmax", False):
+        return LolcatsCacheLayer()
+    # Most attentions know their window; Mistral's looks into the configuration, where it is of all layers.
+    window = getattr(attention, "sliding_window", getattr(getattr(attention, "config", None), "sliding_window", None))
+    return DynamicSlidingWindowLayer(sliding_window=window) if isinstance(window, int) else DynamicLayer()

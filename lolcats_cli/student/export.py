@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -74,9 +74,19 @@ def teacher_classes(config: Mapping[str, Any], where: str) -> tuple[str, str]:
 
 
 def student_config(
-    teacher: Mapping[str, Any], hybrid: Mapping[str, Any], *, layers: int, num_heads: int, head_dim: int, dtype: str
+    teacher: Mapping[str, Any],
+    hybrid: Mapping[str, Any],
+    *,
+    layers: list[int],
+    num_heads: int,
+    head_dim: int,
+    dtype: str,
 ) -> dict[str, Any]:
-    """config.json of the student. dtype: of the weights, for teachers whose configuration does not say."""
+    """config.json of the student.
+
+    layers: those with maps; the others keep softmax. dtype: of the weights, for teachers whose configuration does not
+    say.
+    """
     config = {key: value for key, value in teacher.items() if key not in ("_name_or_path", "torch_dtype")}
     config["dtype"] = teacher.get("dtype") or teacher.get("torch_dtype") or dtype
     config["model_type"] = student_type(teacher["model_type"])
@@ -84,7 +94,7 @@ def student_config(
     config["auto_map"] = AUTO_MAP
     config["lolcats"] = {
         "hybrid": dict(hybrid),
-        "layers": list(range(layers)),
+        "layers": layers,
         "num_heads": num_heads,
         "head_dim": head_dim,
     }
@@ -97,11 +107,17 @@ def generation_config(teacher: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def model_card(
-    *, teacher: Mapping[str, Any], hybrid: HybridConfig, lineage: Iterable[Mapping[str, Any]], has_tokenizer: bool
+    *,
+    teacher: Mapping[str, Any],
+    hybrid: HybridConfig,
+    kept: Sequence[int],
+    lineage: Iterable[Mapping[str, Any]],
+    has_tokenizer: bool,
 ) -> str:
     """README.md of a merged folder.
 
-    lineage: of each artifact from the source backwards: kind, id and summary (numbers worth showing), if known.
+    kept: the layers that stay softmax. lineage: of each artifact from the source backwards: kind, id and summary
+    (numbers worth showing), if known.
     """
     base = teacher.get("name") or teacher.get("architecture", "the teacher")
     window = f"{hybrid.window} ({hybrid.layout})" if hybrid.window else "none (pure linear attention)"
@@ -127,8 +143,9 @@ def model_card(
         "---",
         f"# {base}, linearized with LoLCATs",
         "",
-        "A causal language model whose softmax attentions were replaced by hybrid linear attention: its memory while",
-        "generating does not grow with the context. Made with `lolcats`.",
+        f"A causal language model with {'most of ' if kept else ''}its softmax attentions replaced by hybrid linear",
+        f"attention: its memory {'in those layers ' if kept else ''}does not grow with the context while",
+        "generating. Made with `lolcats`.",
         "",
         "## Load",
         "",
@@ -139,6 +156,7 @@ def model_card(
         f"- teacher: {teacher.get('architecture')}, weights SHA-256 `{teacher.get('weights_sha256')}`",
         f"- feature map: {hybrid.feature_map}, size {hybrid.feature_dim}",
         f"- softmax window: {window}; linear factor: {hybrid.linear_factor}",
+        *([f"- layers that stay softmax: {', '.join(map(str, kept))}"] if kept else []),
         "- cached generation equals recomputation; padding is honoured; the cache cannot be rolled back, so assisted",
         "  generation is not possible",
         "",

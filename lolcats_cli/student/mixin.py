@@ -38,7 +38,7 @@ class LolcatsMixin:
 
     def new_cache(self) -> LolcatsCache:
         """An empty cache, for `generate(past_key_values=…)` or a loop of one's own."""
-        return LolcatsCache(len(attention_modules(cast(nn.Module, self))))
+        return LolcatsCache(attention_modules(cast(nn.Module, self)))
 
     def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
         """Only "lolcats": with softmax attention the weights of a student would be another model."""
@@ -133,15 +133,20 @@ def layer_index(module: nn.Module) -> int:
 def attach(
     model: PreTrainedModel, config: HybridConfig, layers: Iterable[int], *, num_heads: int, head_dim: int
 ) -> list[HybridAttention]:
-    """Give `layers` of a model untrained maps and hybrid attention, in place; -> the new modules, in order."""
+    """Give `layers` of a model untrained maps and hybrid attention, in place; -> the new modules, in order.
+
+    The other layers keep their softmax attention, and a cache that grows or slides as it did.
+    """
     modules = attention_modules(model)
-    wanted = list(layers)
-    if wanted != list(range(len(modules))):
-        raise ValueError(
-            f"The maps are for layers {wanted}; the model has {len(modules)} attentions, all to be converted."
-        )
+    wanted = set(layers)
+    unknown = wanted - {layer_index(module) for module in modules}
+    if unknown or not wanted:
+        raise ValueError(f"The maps are for layers {sorted(wanted)}; the model has {len(modules)} attentions.")
     hybrids = []
     for module in modules:
+        if layer_index(module) not in wanted:
+            module.keeps_softmax = True  # type: ignore[assignment]
+            continue
         hybrid = HybridAttention(config, num_heads, head_dim, layer_index(module))
         weight = next(module.parameters())
         module.hybrid = hybrid.to(device=weight.device, dtype=torch.float32).requires_grad_(False)
@@ -190,7 +195,9 @@ def _hand_cache_over(module: nn.Module, args: tuple, kwargs: dict) -> None:
     for past in given:
         if past is not None:
             layer = _check_cache(past).layers[layer_index(module)]
-            cast(HybridAttention, module.hybrid).cache_layer = cast(LolcatsCacheLayer, layer)
+            if not isinstance(layer, LolcatsCacheLayer):
+                raise ValueError(f"The cache has no state for layer {layer_index(module)}: it is of another student.")
+            cast(HybridAttention, module.hybrid).cache_layer = layer
 
 
 def _take_cache_back(module: nn.Module, args: tuple, output: object) -> None:
@@ -207,7 +214,7 @@ def _prepare_inputs(base: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, 
     if past is not None:
         _check_cache(past)
     elif use_cache and not _is_checkpointing(base):
-        kwargs["past_key_values"] = LolcatsCache(len(attention_modules(base)))
+        kwargs["past_key_values"] = LolcatsCache(attention_modules(base))
     if positions is None and "position_ids" in parameters and isinstance(mask, Tensor) and mask.ndim == 2:
         kwargs["position_ids"] = _positions(mask, _num_tokens(kwargs))
     elif positions is not None and mask is None and past is None and not torch.compiler.is_compiling():

@@ -542,3 +542,22 @@ def test_lineage_is_shown_whole_when_nothing_of_it_is_at_hand(
     (copy / "manifest.json").write_text(json.dumps(manifest))
     result = invoke("inspect", copy, "--lineage")
     assert (result.code, [line.split()[-1] for line in result.out.splitlines()[2:6]]) == (0, ["True"] + 3 * ["False"])
+
+
+@pytest.mark.parametrize(
+    ("given", "code", "expected"),
+    [
+        ("0", 0, [0]),
+        ("sliding", 0, None),
+        ("1,sliding", 0, [1]),
+        ("first", 2, "--keep-softmax first"),
+        ("0-1", 2, "no layer"),
+    ],
+)
+def test_keep_softmax(pipeline: SimpleNamespace, invoke, tmp_path: Path, given: str, code: int, expected) -> None:
+    result = invoke("transfer", pipeline.capture, "-o", tmp_path / "t", "--steps", "0", "--keep-softmax", given)
+    assert result.code == code
+    if code:
+        assert expected in " ".join(result.err.split())
+    else:
+        assert Artifact.open(tmp_path / "t").config.get("keep_softmax") == expected

@@ -69,3 +69,22 @@ def test_a_task_that_was_stopped_is_requeued(shell: dict[str, str], tmp_path: Pa
     done = subprocess.run(["bash", "-c", script("Slurm")], cwd=tmp_path, env=shell, timeout=60)
     assert done.returncode == 75
     assert (tmp_path / "requeued").read_text() == "requeue 7_1\n"
+
+
+def test_the_python_of_serving_runs_on_a_merged_folder(pipeline: SimpleNamespace, tmp_path: Path) -> None:
+    """In a process that has no lolcats on its path."""
+    found = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "serving.md").read_text(), re.DOTALL)
+    assert found
+    # From the state or from nothing: the same tokens.
+    code = found[1] + "\nprint(torch.equal(again, model.generate(both, max_new_tokens=8, do_sample=False)))\n"
+    code = "import sys\nfor name in ('lolcats_cli', 'lolcats_kernels'): sys.modules[name] = None\n" + code
+    (tmp_path / "student").symlink_to(pipeline.student)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("the ship")
+    assert lines[-1] == "True"

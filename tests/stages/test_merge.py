@@ -114,20 +114,6 @@ def load(folder: Path, **options: object) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options).eval()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def settings(tmp_path_factory):
-    """One thread; code of merged folders is cached in a folder of the tests' own."""
-    torch.set_num_threads(1)
-    patch = pytest.MonkeyPatch()
-    modules = str(tmp_path_factory.mktemp("modules"))
-    for place in ("transformers.dynamic_module_utils", "transformers.utils", "transformers.utils.hub"):
-        patch.setattr(f"{place}.HF_MODULES_CACHE", modules)
-    path = list(sys.path)
-    yield
-    sys.path[:] = path
-    patch.undo()
-
-
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory) -> Path:
     return save_teacher(tmp_path_factory.mktemp("teacher"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import pytest
 import torch
@@ -51,9 +51,12 @@ def tiny_maps(
     return maps
 
 
-def tiny_student(config: HybridConfig | None = None, **changes: object) -> PreTrainedModel:
+def tiny_student(
+    config: HybridConfig | None = None, keep_softmax: Collection[int] = (), **changes: object
+) -> PreTrainedModel:
     config = config or HybridConfig(window=6, feature_dim=8)
-    return linearize(tiny_teacher(**changes), config, tiny_maps(config))
+    maps = {layer: value for layer, value in tiny_maps(config).items() if layer not in keep_softmax}
+    return linearize(tiny_teacher(**changes), config, maps, keep_softmax)
 
 
 @pytest.fixture(scope="session")

@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lolcats_kernels.maps import HybridConfig
-from transformers import DynamicCache
+from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 
 from lolcats_cli.student.attention import lolcats_mask
+from lolcats_cli.student.build import linearize
 from lolcats_cli.student.cache import LolcatsCache
 
 CONFIGS = [
@@ -20,11 +21,17 @@ CONFIGS = [
     HybridConfig(window=4, feature_dim=8, layout="terraced", linear_factor="affine"),
     HybridConfig(window=0, feature_map="t2r"),
     HybridConfig(window=3, feature_map="elu"),
+    HybridConfig(window=6, feature_dim=8, linear_factor="exp"),
+    HybridConfig(window=4, feature_dim=8, layout="terraced", linear_factor="exp"),
 ]
+KEPT = [[0], [1]]
 
 
-@pytest.fixture(params=CONFIGS, ids=lambda c: f"{c.feature_map}-{c.layout}-{c.window}", scope="module")
+@pytest.fixture(params=[*CONFIGS, *KEPT], ids=str, scope="module")
 def any_student(request, make_student):
+    """Of every kind; and with one of its two layers kept softmax."""
+    if isinstance(request.param, list):
+        return make_student(keep_softmax=request.param)
     return make_student(request.param)
 
 
@@ -72,7 +79,8 @@ def test_a_prefix_gives_what_the_whole_gives(student, length):
 
 @settings(max_examples=12, deadline=None)
 @given(cuts=st.lists(st.integers(1, 22), max_size=6))
-def test_any_chunking_of_the_input_gives_the_same_logits(student, cuts):
+def test_any_chunking_of_the_input_gives_the_same_logits(any_student, cuts):
+    student = any_student
     tokens = torch.randint(3, 128, (2, 23), generator=torch.Generator().manual_seed(2))
     cache = student.new_cache()
     bounds = [0, *sorted(set(cuts)), 23]
@@ -125,16 +133,55 @@ def test_continuing_from_a_returned_cache(student, tokens):
         assert torch.equal(student.generate(longer, past_key_values=cache, **common), expected)
 
 
-def test_the_cache_does_not_grow(any_student, tokens):
-    cache = any_student.new_cache()
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_the_cache_does_not_grow(make_student, config, tokens):
+    student = make_student(config)
+    cache = student.new_cache()
     sizes = []
     for _ in range(3):
-        any_student(tokens, past_key_values=cache)
+        student(tokens, past_key_values=cache)
         sizes.append(cache.nbytes)
     assert sizes[0] == sizes[1] == sizes[2] > 0
     assert cache.get_seq_length() == 69
     cache.reset()
     assert cache.get_seq_length() == cache.nbytes == 0
+
+
+def test_a_kept_layer_is_the_teachers_own(make_teacher, make_student, make_maps, tokens):
+    """Up to the first converted layer nothing differs; a teacher's sliding window stays one, and so does its cache."""
+    config = HybridConfig(window=40, feature_dim=8)  # over all tokens: converted layers are softmax too
+    for changes in ({}, {"num_hidden_layers": 2}):
+        student = make_student(config, keep_softmax=[1], **changes)
+        torch.testing.assert_close(student(tokens).logits, make_teacher(**changes)(tokens).logits)
+    assert student.new_cache().nbytes == 0
+    cache = student(tokens, use_cache=True).past_key_values
+    before = cache.nbytes
+    student(tokens, past_key_values=cache)
+    assert cache.nbytes - before == 2 * tokens.numel() * 2 * 16 * 4  # keys and values of one layer: 2 heads of 16
+
+
+def test_kept_sliding_windows_stay_as_they_are(sizes, make_maps, tokens):
+    """Mistral's, kept in the first layer alone; the second imitates a window that is longer than the text."""
+    torch.manual_seed(0)
+    teacher = MistralForCausalLM(MistralConfig(**sizes, head_dim=16, sliding_window=8)).eval()
+    config = HybridConfig(window=8, feature_dim=8, linear_factor="exp")
+    maps = make_maps(config)
+    with torch.no_grad():
+        maps[1].linear_logit.fill_(-1e4)  # the window alone: the teacher's own attention
+    expected = teacher(tokens).logits
+    student = linearize(teacher, config, {1: maps[1]}, keep_softmax=[0])
+    torch.testing.assert_close(student(tokens).logits, expected)
+    padded, mask, places = pad(tokens, [3, 9], [0, 0])
+    cache = student.new_cache()
+    parts = []
+    for begin, end in itertools.pairwise([0, 6, 20, padded.shape[1] - 1, padded.shape[1]]):
+        parts.append(student(padded[:, begin:end], attention_mask=mask[:, :end], past_key_values=cache).logits)
+    logits = torch.cat(parts, 1)
+    for row, place in enumerate(places):
+        torch.testing.assert_close(logits[row, place], expected[row], atol=1e-4, rtol=1e-4)
+    size = cache.nbytes
+    student(tokens, past_key_values=cache)
+    assert cache.nbytes == size
 
 
 def test_cache_rows_can_be_selected_and_repeated(student, tokens):
@@ -182,7 +229,8 @@ def test_a_failed_call_leaves_no_cache_behind(make_student, tokens):
 def test_the_mask_function():
     mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
     assert lolcats_mask(2, 4, 4, attention_mask=None) is None
-    assert lolcats_mask(2, 3, 4, attention_mask=mask) is None
-    assert lolcats_mask(2, 4, 4, attention_mask=mask).tolist() == mask.bool().tolist()
+    assert lolcats_mask(2, 3, 4, attention_mask=torch.ones_like(mask)) is None
+    for length in (3, 4):
+        assert lolcats_mask(2, length, 4, attention_mask=mask).tolist() == mask.bool().tolist()
     with pytest.raises(ValueError, match="covers 4 tokens"):
         lolcats_mask(2, 5, 5, attention_mask=mask)

@@ -1,0 +1,144 @@
+"""--keep-softmax: layers that stay what they are, from transfer to the merged folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lolcats_formats import Artifact
+from lolcats_kernels import HybridConfig
+from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
+
+from lolcats_cli.errors import IdentityMismatch, UsageError
+from lolcats_cli.stages.capture import capture
+from lolcats_cli.stages.evaluate import evaluate
+from lolcats_cli.stages.join import join
+from lolcats_cli.stages.layer_training import TransferOptions
+from lolcats_cli.stages.lora import LoraOptions, lora
+from lolcats_cli.stages.merge import merge
+from lolcats_cli.stages.models import load_any
+from lolcats_cli.stages.transfer import transfer
+from lolcats_cli.teacher.data import DataOptions
+from lolcats_cli.teacher.load import LoadOptions
+
+HYBRID = HybridConfig(window=8, feature_dim=16, linear_factor="exp")
+OPTIONS = TransferOptions(HYBRID, steps=2, grad_accum=2)
+LORA = LoraOptions(steps=2, grad_accum=1, lr=1e-2, train_maps=True)
+
+
+@pytest.fixture(scope="module")
+def deep(pipeline: SimpleNamespace, new_teacher, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """Three layers, of which the second is kept, through all stages."""
+    root = tmp_path_factory.mktemp("kept")
+    made = SimpleNamespace(text=pipeline.text, teacher=new_teacher(root / "teacher", num_hidden_layers=3))
+    data = DataOptions(seq_len=48, samples=10)
+    made.capture = capture(str(made.teacher), str(made.text), root / "capture", options=data).path
+    made.transfer = transfer(made.capture, root / "transfer", options=OPTIONS, keep_softmax=[1]).path
+    made.lora = lora(made.transfer, root / "lora", options=LORA).path
+    made.student = merge(made.lora, root / "student").path
+    return made
+
+
+def test_the_choice_travels_through_every_stage(deep: SimpleNamespace) -> None:
+    for name in ("transfer", "lora", "student"):
+        assert Artifact.open(getattr(deep, name)).config["keep_softmax"] == [1]
+    for name in ("transfer", "lora"):
+        maps = [file for file in Artifact.open(getattr(deep, name)).files if file.startswith("maps/")]
+        assert sorted(maps) == ["maps/layer-000.safetensors", "maps/layer-002.safetensors"]
+    assert list(Artifact.open(deep.transfer).summary["layers"]) == ["0", "2"]
+    assert json.loads((deep.student / "config.json").read_text())["lolcats"]["layers"] == [0, 2]
+    assert "layers that stay softmax: 1" in (deep.student / "README.md").read_text()
+
+
+def test_the_merged_folder_is_the_student(deep: SimpleNamespace) -> None:
+    unmerged = load_any(str(deep.lora), LoadOptions(dtype="float32")).model
+    merged = AutoModelForCausalLM.from_pretrained(deep.student, trust_remote_code=True, dtype=torch.float32)
+    tokens = torch.randint(3, 260, (2, 40), generator=torch.Generator().manual_seed(0))
+    expected = unmerged(tokens, use_cache=False).logits
+    torch.testing.assert_close(merged(tokens).logits, expected, atol=1e-4, rtol=1e-4)
+    assert [hasattr(layer.self_attn, "hybrid") for layer in merged.model.layers] == [True, False, True]
+    common = {"max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(merged.generate(tokens, **common), merged.generate(tokens, use_cache=False, **common))
+
+
+def test_eval_measures_the_layers_that_were_converted(deep: SimpleNamespace) -> None:
+    loaded = load_any(str(deep.student), LoadOptions(dtype="float32"))
+    options = DataOptions(seq_len=48, samples=4)
+    results = evaluate(loaded, str(deep.text), options=options, recall_count=0)["results"]
+    assert results["both"]["relative_attention_mse"] > 0
+    assert results["window"]["nats_per_token"] != results["both"]["nats_per_token"]
+
+
+def test_parts_are_joined_without_the_kept_layer(deep: SimpleNamespace, tmp_path: Path) -> None:
+    parts = [
+        transfer(deep.capture, tmp_path / str(i), options=OPTIONS, layers=[i], keep_softmax=[1]).path for i in (0, 2)
+    ]
+    assert join(parts, tmp_path / "joined").id == Artifact.open(deep.transfer).id
+    with pytest.raises(IdentityMismatch, match="No part has layer 1"):
+        others = [transfer(deep.capture, tmp_path / f"all-{i}", options=OPTIONS, layers=[i]).path for i in (0, 2)]
+        join(others, tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("kept", "layers", "message"),
+    [
+        ([3], None, "--keep-softmax 3: the layers are 0 to 2"),
+        ([0, 1, 2], None, "leaves no layer"),
+        ([1], [0, 1], "Layer 1 is in --layers and in --keep-softmax"),
+    ],
+)
+def test_what_cannot_be_kept(deep: SimpleNamespace, tmp_path: Path, kept, layers, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        transfer(deep.capture, tmp_path / "t", options=OPTIONS, layers=layers, keep_softmax=kept)
+    assert not (tmp_path / "t").exists()
+
+
+def test_maps_of_a_layer_that_should_be_kept_are_refused(deep: SimpleNamespace, tmp_path: Path) -> None:
+    from lolcats_formats import artifact_id
+
+    forged = shutil.copytree(deep.transfer, tmp_path / "forged")
+    manifest = json.loads((forged / "manifest.json").read_text())
+    manifest["config"]["keep_softmax"] = [0]
+    manifest["id"] = artifact_id(manifest)
+    (forged / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(IdentityMismatch):
+        merge(forged, tmp_path / "student")
+    with pytest.raises(IdentityMismatch):
+        load_any(str(forged), LoadOptions())
+
+
+def test_sliding_keeps_the_layers_with_a_sliding_window(pipeline: SimpleNamespace, tmp_path: Path) -> None:
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 260, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "max_position_embeddings": 128, "head_dim": 16, "num_hidden_layers": 3}
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    teacher = tmp_path / "teacher"
+    shutil.copytree(pipeline.teacher, teacher, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    Gemma3ForCausalLM(Gemma3TextConfig(**sizes, sliding_window=8, layer_types=kinds)).save_pretrained(teacher)
+    data = DataOptions(seq_len=48, samples=6)
+    captured = capture(str(teacher), str(pipeline.text), tmp_path / "capture", options=data).path
+    made = transfer(captured, tmp_path / "transfer", options=OPTIONS, keep_softmax=["sliding"])
+    assert (made.config["keep_softmax"], made.config["layers"]) == ([0, 2], [1])
+    student = AutoModelForCausalLM.from_pretrained(merge(made.path, tmp_path / "s").path, trust_remote_code=True)
+    tokens = torch.randint(3, 260, (2, 40), generator=torch.Generator().manual_seed(0))
+    common = {"max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(student.generate(tokens, **common), student.generate(tokens, use_cache=False, **common))
+    sizes_seen = []
+    cache = student.new_cache()
+    for _ in range(3):
+        student(tokens, past_key_values=cache)
+        sizes_seen.append(cache.nbytes)
+    assert sizes_seen[0] == sizes_seen[1] == sizes_seen[2]  # nothing grows: full attention alone was converted
+
+    torch.manual_seed(0)
+    every = MistralForCausalLM(MistralConfig(**sizes, sliding_window=8))
+    every.save_pretrained(teacher)
+    captured = capture(str(teacher), str(pipeline.text), tmp_path / "capture-2", options=data).path
+    with pytest.raises(UsageError, match="leaves no layer"):
+        transfer(captured, tmp_path / "transfer-2", options=OPTIONS, keep_softmax=["sliding"])
