@@ -19,7 +19,7 @@ from lolcats_cli.commands.eval import table
 ASSETS = Path(__file__).parent.parent / "assets"
 TEACHER, TRAIN, VALIDATION = ASSETS / "teacher", ASSETS / "text" / "train.jsonl", ASSETS / "text" / "validation.jsonl"
 # Sized for five minutes on two cores.
-SAMPLES, TRANSFER_STEPS, LORA_STEPS, RECALL_ROWS = 120, 240, 40, 32
+SAMPLES, TRANSFER_STEPS, LORA_STEPS, RECALL_ROWS = 120, 240, 160, 32
 
 
 def demo(
@@ -37,20 +37,7 @@ def demo(
     stages = [
         ["capture", str(TEACHER), str(TRAIN), "-o", capture, "--samples", str(SAMPLES), "--dtype", "float32"],
         ["transfer", capture, "-o", maps, "--steps", str(TRANSFER_STEPS), "--eval-steps", "120", "--window", "64"],
-        [
-            "lora",
-            maps,
-            "-o",
-            lora,
-            "--steps",
-            str(LORA_STEPS),
-            "--eval-steps",
-            "20",
-            "--lr",
-            "1e-3",
-            "--dtype",
-            "float32",
-        ],
+        ["lora", maps, "-o", lora, "--steps", str(LORA_STEPS), "--eval-steps", "80", "--dtype", "float32"],
         ["merge", lora, "-o", student],
     ]
     # As published: the default recipe starts from what the teacher's softmax does.

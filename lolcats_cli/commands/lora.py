@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -12,11 +12,17 @@ from lolcats_cli.commands import _options as o
 def lora(
     transfer: o.ArtifactIn,
     output: o.Output,
+    recipe: Annotated[
+        Literal["best", "lolcats"],
+        typer.Option(help="Defaults of --train-maps, --grad-accum, --lr and --eval-steps; lolcats: the paper's."),
+    ] = "best",
     rank: Annotated[int, typer.Option(min=1, help="LoRA's r.")] = 8,
     alpha: Annotated[float, typer.Option(help="LoRA's alpha; its update is scaled by alpha / r.")] = 16.0,
     dropout: Annotated[float, typer.Option(min=0, max=1, help="LoRA's dropout.")] = 0.0,
     targets: Annotated[str, typer.Option(help="Modules that get an adapter.")] = "q_proj,k_proj,v_proj,o_proj",
-    train_maps: Annotated[bool, typer.Option("--train-maps", help="Train the feature maps too.")] = False,
+    train_maps: Annotated[
+        bool | None, typer.Option("--train-maps/--freeze-maps", help="Train the feature maps too (best), or not.")
+    ] = None,
     data: Annotated[
         str | None,
         typer.Option(help="Train on this instead of the capture's tokens: a capture, or data as for capture."),
@@ -27,11 +33,17 @@ def lora(
     text_field: o.TextField = "text",
     split: o.Split = "train",
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 1,
-    grad_accum: Annotated[int, typer.Option(min=1, help="Forward passes per optimizer step.")] = 8,
+    grad_accum: Annotated[
+        int | None, typer.Option(min=1, help="Forward passes per optimizer step: 2, or 8 (lolcats).")
+    ] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the rows.")] = 2,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps, instead of --epochs.")] = None,
-    lr: Annotated[float, typer.Option(min=0, help="AdamW's learning rate, reduced on plateau.")] = 1e-4,
-    eval_steps: Annotated[int, typer.Option(min=1, help="Optimizer steps between validations.")] = 100,
+    lr: Annotated[
+        float | None, typer.Option(min=0, help="AdamW's learning rate, reduced on plateau: 5e-4, or 1e-4 (lolcats).")
+    ] = None,
+    eval_steps: Annotated[
+        int | None, typer.Option(min=1, help="Optimizer steps between validations: 400, or 100 (lolcats).")
+    ] = None,
     teacher: o.Teacher = None,
     trust_remote_code: o.TrustRemoteCode = False,
     dtype: o.Dtype = "auto",
@@ -44,11 +56,13 @@ def lora(
     """Train a LoRA adapter end to end on next-token loss, with the transferred attentions in place."""
     given = o.artifact_path(transfer, data)
 
-    from lolcats_cli.stages.lora import LoraOptions
+    from lolcats_cli.stages.lora import RECIPES, LoraOptions
     from lolcats_cli.stages.lora import lora as run
     from lolcats_cli.teacher.data import DataOptions
     from lolcats_cli.teacher.load import LoadOptions
 
+    given_here = {"train_maps": train_maps, "grad_accum": grad_accum, "lr": lr, "eval_steps": eval_steps}
+    chosen = RECIPES[recipe] | {name: value for name, value in given_here.items() if value is not None}
     artifact = run(
         given,
         output,
@@ -57,14 +71,11 @@ def lora(
             alpha=alpha,
             dropout=dropout,
             targets=tuple(targets.split(",")),
-            train_maps=train_maps,
             batch_size=batch_size,
-            grad_accum=grad_accum,
             epochs=epochs,
             steps=steps,
-            lr=lr,
-            eval_steps=eval_steps,
             seed=seed,
+            **chosen,
         ),
         data=data,
         data_options=DataOptions(seq_len, True, template, text_field, split, samples=samples),

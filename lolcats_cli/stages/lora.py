@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lolcats_formats import Artifact, ArtifactWriter
@@ -34,6 +34,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from lolcats_cli.student.attention import HybridAttention
+
+
+# What a recipe means, where an option does not say otherwise. lolcats: the paper's, as in LoraOptions; best: what did
+# better at the same number of tokens (docs/quality.md).
+RECIPES: dict[str, dict[str, Any]] = {
+    "best": {"train_maps": True, "grad_accum": 2, "lr": 5e-4, "eval_steps": 400},
+    "lolcats": {"train_maps": False, "grad_accum": 8, "lr": 1e-4, "eval_steps": 100},
+}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
-from functools import cache
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -153,7 +153,9 @@ def attach(
         module.register_forward_pre_hook(_hand_cache_over, with_kwargs=True)
         module.register_forward_hook(_take_cache_back, always_call=True)
         hybrids.append(module.hybrid)
-    _decoder(model, modules).register_forward_pre_hook(_prepare_inputs, with_kwargs=True)
+    decoder = _decoder(model, modules)
+    parameters = list(inspect.signature(type(decoder).forward).parameters)[1:]
+    decoder.register_forward_pre_hook(partial(_prepare_inputs, parameters), with_kwargs=True)
     _fix_rotation(model)
     # Loaded maps stay in fp32 whatever dtype the model is loaded in: features are computed in fp32.
     model._keep_in_fp32_modules_strict = set(model._keep_in_fp32_modules_strict or ()) | {"hybrid"}
@@ -204,9 +206,11 @@ def _take_cache_back(module: nn.Module, args: tuple, output: object) -> None:
     cast(HybridAttention, module.hybrid).cache_layer = None
 
 
-def _prepare_inputs(base: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Before the base model runs: make the cache that it would make itself, as ours, and positions from padding."""
-    parameters = _forward_parameters(cast(Any, type(base)))
+def _prepare_inputs(parameters: list[str], base: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Before the base model runs: make the cache that it would make itself, as ours, and positions from padding.
+
+    parameters: the names of its forward's, bound when the student is made, as torch.compile cannot look them up.
+    """
     kwargs = {**dict(zip(parameters, args, strict=False)), **kwargs}
     use_cache = kwargs.get("use_cache")
     use_cache = getattr(base.config, "use_cache", False) if use_cache is None else use_cache
@@ -220,11 +224,6 @@ def _prepare_inputs(base: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, 
     elif positions is not None and mask is None and past is None and not torch.compiler.is_compiling():
         _refuse_packed(positions)
     return (), kwargs
-
-
-@cache
-def _forward_parameters(model_class: Any) -> list[str]:
-    return list(inspect.signature(model_class.forward).parameters)[1:]
 
 
 def _refuse_packed(positions: Tensor) -> None:

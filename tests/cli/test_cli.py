@@ -22,7 +22,7 @@ from lolcats_cli.main import EXIT_CODES, exit_code
 
 CAPTURE = ("--seq-len", "64", "--samples", "20")
 TRANSFER = ("--window", "8", "--feature-dim", "16", "--steps", "6", "--grad-accum", "4", "--eval-steps", "3")
-LORA = ("--steps", "6", "--grad-accum", "2", "--eval-steps", "3", "--lr", "1e-2")
+LORA = ("--steps", "6", "--grad-accum", "2", "--eval-steps", "3", "--lr", "1e-2", "--freeze-maps")
 
 
 # --- results ---------------------------------------------------------------------------------------------------------
@@ -433,7 +433,9 @@ def test_command_line_wins_over_file_wins_over_defaults(pipeline: SimpleNamespac
         (("--recipe", "lolcats", "--linear-factor", "affine", "--grad-accum", "3"), ("affine", 3, 1e-2, 100)),
     ],
 )
-def test_recipes(pipeline: SimpleNamespace, invoke, tmp_path: Path, options: tuple, expected: tuple) -> None:
+def test_recipes_of_transfer(
+    pipeline: SimpleNamespace, invoke, tmp_path: Path, options: tuple, expected: tuple
+) -> None:
     result = invoke("transfer", pipeline.capture, "-o", tmp_path / "t", "--steps", "0", "--layers", "0", *options)
     assert result.code == 0
     found = Artifact.open(tmp_path / "t").config
@@ -542,6 +544,21 @@ def test_lineage_is_shown_whole_when_nothing_of_it_is_at_hand(
     (copy / "manifest.json").write_text(json.dumps(manifest))
     result = invoke("inspect", copy, "--lineage")
     assert (result.code, [line.split()[-1] for line in result.out.splitlines()[2:6]]) == (0, ["True"] + 3 * ["False"])
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ((), (True, 2, 5e-4, 400)),
+        (("--freeze-maps", "--lr", "0.5"), (False, 2, 0.5, 400)),
+        (("--recipe", "lolcats"), (False, 8, 1e-4, 100)),
+        (("--recipe", "lolcats", "--train-maps", "--grad-accum", "3"), (True, 3, 1e-4, 100)),
+    ],
+)
+def test_recipes_of_lora(pipeline: SimpleNamespace, invoke, tmp_path: Path, options: tuple, expected: tuple) -> None:
+    assert invoke("lora", pipeline.transfer, "-o", tmp_path / "l", "--steps", "1", *options).code == 0
+    found = Artifact.open(tmp_path / "l").config
+    assert (found["train_maps"], found["grad_accum"], found["lr"], found["eval_steps"]) == expected
 
 
 @pytest.mark.parametrize(

@@ -234,3 +234,22 @@ def test_the_mask_function():
         assert lolcats_mask(2, length, 4, attention_mask=mask).tolist() == mask.bool().tolist()
     with pytest.raises(ValueError, match="covers 4 tokens"):
         lolcats_mask(2, 5, 5, attention_mask=mask)
+
+
+@pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[1], CONFIGS[2], CONFIGS[4], CONFIGS[5]], ids=str)
+@torch.no_grad()
+def test_a_compiled_decoding_step_is_one_graph_for_all_tokens(make_student, config, tokens):
+    """Through torch.compile without a break, and compiled no more than twice: the number of tokens seen is a number."""
+    student = make_student(config)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    step = torch.compile(student.forward, backend="aot_eager", fullgraph=True)
+    caches = [student.new_cache(), student.new_cache()]
+    for cache in caches:
+        student(tokens, past_key_values=cache)
+    token = tokens[:, :1]
+    for _ in range(7):
+        expected = student(token, past_key_values=caches[0]).logits
+        torch.testing.assert_close(step(token, past_key_values=caches[1]).logits, expected, atol=1e-5, rtol=1e-5)
+        token = expected[:, -1:].argmax(-1)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
