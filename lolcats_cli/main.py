@@ -22,6 +22,7 @@ from lolcats_cli.commands.inspect import inspect
 from lolcats_cli.commands.join import join
 from lolcats_cli.commands.lora import lora
 from lolcats_cli.commands.merge import merge
+from lolcats_cli.commands.published import import_published
 from lolcats_cli.commands.transfer import transfer
 from lolcats_cli.commands.verify import verify
 from lolcats_cli.errors import LolcatsError, Stopped, is_out_of_memory
@@ -50,6 +51,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "verify": verify,
     "eval": evaluate,
     "generate": generate,
+    "import": import_published,
     "demo": demo,
 }
 for name, command in COMMANDS.items():

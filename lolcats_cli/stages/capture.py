@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lolcats_formats import Artifact, ArtifactWriter
@@ -104,7 +104,7 @@ def capture(
             "val_fraction": val_fraction,
             "seed": seed,
         },
-        teacher=_describe(model, folder, revision, layers),
+        teacher=describe_teacher(model, folder, revision, layers),
         data=describe_rows(rows, data),
         tool=f"lolcats {__version__}",
         resume=resume,
@@ -145,7 +145,10 @@ def _auto_config(folder: Path, load: LoadOptions):
         raise BadInput(f"transformers cannot read the configuration in {folder}: {reason}") from error
 
 
-def _describe(model: PreTrainedModel, folder: Path, revision: str | None, layers: list[LayerInfo]) -> dict:
+def describe_teacher(
+    model: PreTrainedModel, folder: Path, revision: str | None, layers: list[LayerInfo]
+) -> dict[str, Any]:
+    """What an artifact says of its teacher: where it lay, its identity, its layers."""
     config = model.config.get_text_config()
     return {
         "path": str(folder),

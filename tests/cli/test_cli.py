@@ -578,3 +578,34 @@ def test_keep_softmax(pipeline: SimpleNamespace, invoke, tmp_path: Path, given: 
         assert expected in " ".join(result.err.split())
     else:
         assert Artifact.open(tmp_path / "t").config.get("keep_softmax") == expected
+
+
+def test_import(pipeline: SimpleNamespace, invoke, tmp_path: Path) -> None:
+    import torch
+
+    name = "model.layers.{}.self_attn.{}"
+    maps = {name.format(i, f"feature_map_{s}.mlp.layer"): torch.ones(4, 16, 8) for i in range(2) for s in "qk"}
+    maps |= {name.format(i, "window_factors"): torch.zeros(1, 4, 1, 1) for i in range(2)}
+    lora = {
+        f"base_model.model.{name.format(i, 'o_proj')}.lora_{x}.default.weight": torch.ones(2, 64)
+        for i, x in ((0, "A"),)
+    }
+    lora |= {key.replace("lora_A", "lora_B"): value.T.contiguous() for key, value in lora.items()}
+    for file, weights in (("maps.pt", maps), ("lora.pt", lora)):
+        torch.save({"model_state_dict": weights, "step": 1}, tmp_path / file)
+    into = ("-o", tmp_path / "m")
+    for wrong, words in ((("maps.pt",), "--teacher MODEL"), (("lora.pt",), "--transfer MAPS")):
+        result = invoke("import", tmp_path / wrong[0], *into)
+        assert (result.code, result.out) == (2, "")
+        assert words in result.err
+    result = invoke("import", tmp_path / "maps.pt", *into, "--teacher", pipeline.teacher, "--window", "8")
+    assert (result.code, result.out) == (0, f"{tmp_path / 'm'}\n")
+    hybrid = Artifact.open(tmp_path / "m", "transfer").config["hybrid"]
+    assert (hybrid["window"], hybrid["layout"], hybrid["feature_dim"]) == (8, "terraced", 8)
+    result = invoke("import", tmp_path / "lora.pt", "-o", tmp_path / "l", "--transfer", tmp_path / "m", "--alpha", "3")
+    assert (result.code, result.out) == (0, f"{tmp_path / 'l'}\n")
+    assert Artifact.open(tmp_path / "l", "lora").config["alpha"] == 3
+    assert invoke("merge", tmp_path / "l", "-o", tmp_path / "s").code == 0
+    assert invoke("inspect", tmp_path / "m").code == 0
+    result = invoke("import", tmp_path / "gone.pt", *into)
+    assert (result.code, result.out) == (3, "")

@@ -8,7 +8,20 @@ from pathlib import Path
 import pytest
 
 FROZEN = Path(__file__).with_name("help.txt")
-COMMANDS = ("", "capture", "transfer", "lora", "merge", "join", "inspect", "verify", "eval", "generate", "demo")
+COMMANDS = (
+    "",
+    "capture",
+    "transfer",
+    "lora",
+    "merge",
+    "join",
+    "inspect",
+    "verify",
+    "eval",
+    "generate",
+    "import",
+    "demo",
+)
 RENEW = "RENEW_HELP=1 python -m pytest tests/cli/test_help.py"
 
 

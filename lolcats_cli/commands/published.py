@@ -1,0 +1,52 @@
+"""lolcats import"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from lolcats_cli.commands import _options as o
+
+
+def import_published(
+    checkpoint: Annotated[Path, typer.Argument(help="A .pt file: feature maps, or a LoRA adapter.")],
+    output: o.Output,
+    teacher: o.Teacher = None,
+    transfer: Annotated[str | None, typer.Option(help="For an adapter: the imported maps that it goes with.")] = None,
+    feature_map: Annotated[Literal["hedgehog", "t2r"], typer.Option(help="The feature map.")] = "hedgehog",
+    window: Annotated[int, typer.Option(min=0, help="Keys seen by softmax; 0 is pure linear attention.")] = 64,
+    layout: Annotated[
+        Literal["terraced", "sliding"], typer.Option(help="terraced: configurations named wtk; sliding: wsw.")
+    ] = "terraced",
+    linear_factor: Annotated[
+        Literal["one", "affine"], typer.Option(help="affine: where affine_attention_factors was set.")
+    ] = "one",
+    alpha: Annotated[float | None, typer.Option(help="LoRA's alpha; twice its rank unless given.")] = None,
+    trust_remote_code: o.TrustRemoteCode = False,
+    device: o.Device = "auto",
+    dtype: o.Dtype = "auto",
+    resume: o.Resume = "auto",
+    force: o.Force = False,
+    json: o.Json = False,
+) -> None:
+    """Take over a checkpoint of the LoLCATs authors' code: a transfer (with --teacher), or a LoRA (with --transfer)."""
+    from lolcats_kernels import HybridConfig
+
+    from lolcats_cli.errors import UsageError
+    from lolcats_cli.stages.published import holds_adapter, import_adapter, import_maps
+    from lolcats_cli.teacher.load import LoadOptions
+
+    common = {"resume": resume, "force": force, "progress": o.progress()}
+    if holds_adapter(checkpoint):
+        if transfer is None:
+            raise UsageError(f"{checkpoint} holds a LoRA adapter: give the maps that it goes with, --transfer MAPS.")
+        artifact = import_adapter(checkpoint, output, transfer, alpha=alpha, teacher=teacher, **common)
+    else:
+        if teacher is None:
+            raise UsageError(f"{checkpoint} holds feature maps: give the model that they are for, --teacher MODEL.")
+        hybrid = HybridConfig(feature_map, window=window, layout=layout, linear_factor=linear_factor)
+        load = LoadOptions(dtype, device, trust_remote_code)
+        artifact = import_maps(checkpoint, output, teacher, hybrid=hybrid, load=load, **common)
+    o.print_result(output, {"id": artifact.id, **artifact.summary}, json)

@@ -1,0 +1,231 @@
+"""import: checkpoints of the LoLCATs authors' code as transfer and LoRA artifacts.
+
+Such a file is a pickle of {"model_state_dict": trained weights, "step", a metric}: per layer the feature maps
+`layers.N.self_attn.feature_map_{q,k}.mlp.layer` [H, D, F] and `window_factors` [1, H, 1, 1] (the logits of γ), or
+PEFT's `….lora_{A,B}.default.weight`. It does not say window, layout, feature map or alpha; those are options.
+
+Source of the names and layouts: github.com/HazyResearch/lolcats, `src/model` and `src/trainer`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from lolcats_formats import Artifact, ArtifactWriter
+from lolcats_formats.writer import Resume
+from lolcats_kernels.maps import HybridConfig, HybridMaps
+from torch import Tensor
+
+from lolcats_cli import __version__
+from lolcats_cli.errors import BadInput, IdentityMismatch, UsageError
+from lolcats_cli.progress import Progress
+from lolcats_cli.stages.capture import describe_teacher
+from lolcats_cli.stages.models import check_finite, kept_config, maps_file, teacher_folder
+from lolcats_cli.student.build import check_servable
+from lolcats_cli.teacher.load import LoadOptions, load_model, resolve_folder
+from lolcats_cli.teacher.record import probe
+
+_MAP = re.compile(r"(?:^|\.)layers\.(\d+)\.self_attn\.(?:feature_map_([qk])\.mlp\.(layer|bias)|(window_factors))$")
+_LORA = re.compile(r"^(?:base_model\.model\.)?(.+)\.(lora_[AB])(?:\.default)?\.weight$")
+
+
+def import_maps(
+    checkpoint: Path,
+    output: Path | str,
+    teacher: str,
+    *,
+    hybrid: HybridConfig,
+    load: LoadOptions = LoadOptions(),
+    resume: Resume = "auto",
+    force: bool = False,
+    progress: Progress = Progress(),
+) -> Artifact:
+    """A transfer artifact from a checkpoint of attention transfer. Layers that it has no maps for stay softmax.
+
+    hybrid: the attention that was trained; its feature size is the checkpoint's.
+
+    Raises:
+        BadInput: a file that is no such checkpoint, or a teacher that cannot be linearized.
+        IdentityMismatch: maps of other shapes than the teacher and options need.
+    """
+    weights, digest = _read(checkpoint)
+    found: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in weights.items():
+        match = _MAP.search(name)
+        if match is None:
+            raise BadInput(f"{checkpoint} holds {name}, which is neither a feature map nor a window factor.")
+        layer, side, kind, window = match.groups()
+        key = "window_logit" if window else f"{side}_{'weight' if kind == 'layer' else 'bias'}"
+        found.setdefault(int(layer), {})[key] = tensor.float()
+    folder = resolve_folder(teacher)
+    model = load_model(folder, load)
+    infos = probe(model)
+    check_servable(model)
+    unknown = sorted(set(found) - set(range(len(infos))))
+    if unknown:
+        raise IdentityMismatch(f"{checkpoint} has maps for layer {unknown[0]}; {teacher} has {len(infos)} layers.")
+    sizes = {maps["q_weight"].shape[-1] for maps in found.values() if "q_weight" in maps}
+    if hybrid.feature_map == "hedgehog" and len(sizes) == 1:
+        hybrid = HybridConfig(**{**asdict(hybrid), "feature_dim": sizes.pop()})
+    states = {
+        layer: _state(checkpoint, layer, maps, HybridMaps(hybrid, infos[layer].num_heads, infos[layer].head_dim))
+        for layer, maps in sorted(found.items())
+    }
+    kept = sorted(set(range(len(infos))) - set(states))
+    with ArtifactWriter.create(
+        output,
+        "transfer",
+        config={
+            "hybrid": asdict(hybrid),
+            "layers": sorted(states),
+            "imported": {"path": str(checkpoint), "sha256": digest},
+            **({"keep_softmax": kept} if kept else {}),
+        },
+        teacher=describe_teacher(model, folder, None, infos),
+        data={"path": str(checkpoint)},
+        tool=f"lolcats {__version__}",
+        resume=resume,
+        force=force,
+    ) as writer:
+        if writer.finished:
+            return writer.finished
+        for layer, state in states.items():
+            writer.save(maps_file(layer), state)
+        progress.note(f"{checkpoint}: maps of {len(states)} layers, {len(kept)} stay softmax")
+        return writer.finish({"layers": {}})
+
+
+def import_adapter(
+    checkpoint: Path,
+    output: Path | str,
+    transfer: Path | str,
+    *,
+    alpha: float | None = None,
+    teacher: str | None = None,
+    resume: Resume = "auto",
+    force: bool = False,
+    progress: Progress = Progress(),
+) -> Artifact:
+    """A LoRA artifact from a checkpoint of low-rank linearizing and the transfer artifact that it goes with.
+
+    alpha: LoRA's; twice the rank by default, as in the authors' configurations. Maps in the file, if it has any,
+    must be those of `transfer`.
+
+    Raises:
+        BadInput: a file that is no such checkpoint.
+        IdentityMismatch: an adapter that does not fit the teacher.
+    """
+    parent = Artifact.open(transfer, "transfer")
+    folder = teacher_folder(parent, teacher)
+    weights, digest = _read(checkpoint)
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in weights.items():
+        match = _LORA.match(name)
+        if match is None:
+            raise BadInput(f"{checkpoint} holds {name}, which is not a weight of a LoRA adapter.")
+        pairs.setdefault(match[1], {})[match[2]] = tensor.contiguous()
+    ranks = {pair["lora_A"].shape[0] for pair in pairs.values() if "lora_A" in pair}
+    if len(ranks) != 1 or any(pair.keys() != {"lora_A", "lora_B"} for pair in pairs.values()):
+        raise BadInput(f"{checkpoint} does not hold LoRA's A and B, of one rank, for every module.")
+    _check_adapter(checkpoint, folder, pairs)
+    rank = ranks.pop()
+    config = {
+        "rank": rank,
+        "alpha": float(2 * rank if alpha is None else alpha),
+        "targets": sorted({name.rsplit(".", 1)[-1] for name in pairs}),
+    }
+    attention = {"hybrid": parent.config["hybrid"], **kept_config(parent)}
+    with ArtifactWriter.create(
+        output,
+        "lora",
+        config={**config, **attention, "imported": {"path": str(checkpoint), "sha256": digest}},
+        teacher=parent.teacher,
+        data={"path": str(checkpoint)},
+        parents=[parent],
+        tool=f"lolcats {__version__}",
+        resume=resume,
+        force=force,
+    ) as writer:
+        if writer.finished:
+            return writer.finished
+        for name in sorted(file for file in parent.files if file.startswith("maps/")):
+            writer.copy(name, (parent, name))
+        tensors = {f"base_model.model.{m}.{name}.weight": t for m, pair in pairs.items() for name, t in pair.items()}
+        writer.save("adapter/adapter_model.safetensors", tensors)
+        writer.write_json("adapter/adapter_config.json", _adapter_config(config))
+        progress.note(f"{checkpoint}: LoRA of rank {rank} on {len(pairs)} modules")
+        return writer.finish({"layers": parent.summary["layers"]})
+
+
+def holds_adapter(checkpoint: Path) -> bool:
+    """Whether a checkpoint is of LoRA rather than of feature maps. Raises BadInput if it is no checkpoint."""
+    return any("lora_" in name for name in _read(checkpoint)[0])
+
+
+def _read(checkpoint: Path) -> tuple[dict[str, Tensor], str]:
+    """The trained weights and the file's SHA-256."""
+    try:
+        with checkpoint.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            file.seek(0)
+            content: Any = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BadInput(f"{checkpoint} is not a checkpoint of tensors alone: {reason}") from error
+    weights = content.get("model_state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(weights, dict) or not weights or not all(isinstance(x, Tensor) for x in weights.values()):
+        raise BadInput(f"{checkpoint} holds no model_state_dict of tensors, as the LoLCATs authors' code saves one.")
+    check_finite(checkpoint, weights)
+    return weights, digest
+
+
+def _state(checkpoint: Path, layer: int, maps: dict[str, Tensor], like: HybridMaps) -> dict[str, Tensor]:
+    """A layer's maps as `like` holds them. Raises IdentityMismatch for other names or shapes."""
+    heads = like.num_heads
+    if like.config.window == 0 and "window_logit" not in maps:
+        maps = {**maps, "window_logit": torch.zeros(heads)}  # without a window it has no effect
+    shaped = {
+        name: tensor.reshape(heads) if name == "window_logit" and tensor.numel() == heads else tensor
+        for name, tensor in maps.items()
+    }
+    for name in ("q_bias", "k_bias"):  # [1, H, 1, 1] there, one for all columns
+        if name in shaped and shaped[name].numel() == heads:
+            shaped[name] = shaped[name].reshape(heads, 1).expand(heads, like.num_features)
+    got = {name: tuple(tensor.shape) for name, tensor in shaped.items()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in like.state_dict().items()}
+    if got != wanted:
+        raise IdentityMismatch(
+            f"The maps of layer {layer} in {checkpoint} are {got}; the teacher and options need {wanted}. "
+            "Check --feature-map and --window."
+        )
+    return {name: tensor.contiguous() for name, tensor in shaped.items()}
+
+
+def _check_adapter(checkpoint: Path, folder: Path, pairs: dict[str, dict[str, Tensor]]) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        modules = dict(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).named_modules())
+    for name, pair in pairs.items():
+        shape = tuple(getattr(getattr(modules.get(name), "weight", None), "shape", ()))
+        if shape != (pair["lora_B"].shape[0], pair["lora_A"].shape[-1]):
+            raise IdentityMismatch(f"{checkpoint} changes {name}, which the teacher in {folder} has not, or otherwise.")
+
+
+def _adapter_config(config: dict[str, Any]) -> dict[str, Any]:
+    """PEFT's description of a plain LoRA."""
+    from peft import LoraConfig
+
+    if config["alpha"] <= 0:
+        raise UsageError(f"--alpha {config['alpha']:g} must be above 0.")
+    made = LoraConfig(
+        r=config["rank"], lora_alpha=config["alpha"], target_modules=config["targets"], task_type="CAUSAL_LM"
+    ).to_dict()
+    return json.loads(json.dumps(made | {"target_modules": config["targets"]}, default=lambda value: str(value.value)))
