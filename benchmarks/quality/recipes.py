@@ -134,6 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
     parser.add_argument("--windows", type=int, nargs="+", default=[64, 16])
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--pieces", action="store_true")
     parser.add_argument("--csv", type=Path)
@@ -141,7 +142,7 @@ def main() -> None:
     args.work = args.work.absolute()
     args.work.mkdir(parents=True, exist_ok=True)
     captured(args.work)
-    names, measure = (PIECES, piece_row) if args.pieces else (RECIPES, recipe_row)
+    names, measure = (list(PIECES), piece_row) if args.pieces else (args.recipes, recipe_row)
     rows, table = [], []
     for window in args.windows:
         for name in names:

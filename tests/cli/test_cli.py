@@ -425,24 +425,6 @@ def test_command_line_wins_over_file_wins_over_defaults(pipeline: SimpleNamespac
 
 
 @pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ((), ("exp", 2, 2e-2, 400)),
-        (("--recipe", "best", "--lr", "0.5"), ("exp", 2, 0.5, 400)),
-        (("--recipe", "lolcats"), ("one", 8, 1e-2, 100)),
-        (("--recipe", "lolcats", "--linear-factor", "affine", "--grad-accum", "3"), ("affine", 3, 1e-2, 100)),
-    ],
-)
-def test_recipes_of_transfer(
-    pipeline: SimpleNamespace, invoke, tmp_path: Path, options: tuple, expected: tuple
-) -> None:
-    result = invoke("transfer", pipeline.capture, "-o", tmp_path / "t", "--steps", "0", "--layers", "0", *options)
-    assert result.code == 0
-    found = Artifact.open(tmp_path / "t").config
-    assert (found["hybrid"]["linear_factor"], found["grad_accum"], found["lr"], found["eval_steps"]) == expected
-
-
-@pytest.mark.parametrize(
     ("content", "message"),
     [
         ({"transfer": {"windows": 5}}, "transfer.windows is not a command's option"),
@@ -544,68 +526,3 @@ def test_lineage_is_shown_whole_when_nothing_of_it_is_at_hand(
     (copy / "manifest.json").write_text(json.dumps(manifest))
     result = invoke("inspect", copy, "--lineage")
     assert (result.code, [line.split()[-1] for line in result.out.splitlines()[2:6]]) == (0, ["True"] + 3 * ["False"])
-
-
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ((), (True, 2, 5e-4, 400)),
-        (("--freeze-maps", "--lr", "0.5"), (False, 2, 0.5, 400)),
-        (("--recipe", "lolcats"), (False, 8, 1e-4, 100)),
-        (("--recipe", "lolcats", "--train-maps", "--grad-accum", "3"), (True, 3, 1e-4, 100)),
-    ],
-)
-def test_recipes_of_lora(pipeline: SimpleNamespace, invoke, tmp_path: Path, options: tuple, expected: tuple) -> None:
-    assert invoke("lora", pipeline.transfer, "-o", tmp_path / "l", "--steps", "1", *options).code == 0
-    found = Artifact.open(tmp_path / "l").config
-    assert (found["train_maps"], found["grad_accum"], found["lr"], found["eval_steps"]) == expected
-
-
-@pytest.mark.parametrize(
-    ("given", "code", "expected"),
-    [
-        ("0", 0, [0]),
-        ("sliding", 0, None),
-        ("1,sliding", 0, [1]),
-        ("first", 2, "--keep-softmax first"),
-        ("0-1", 2, "no layer"),
-    ],
-)
-def test_keep_softmax(pipeline: SimpleNamespace, invoke, tmp_path: Path, given: str, code: int, expected) -> None:
-    result = invoke("transfer", pipeline.capture, "-o", tmp_path / "t", "--steps", "0", "--keep-softmax", given)
-    assert result.code == code
-    if code:
-        assert expected in " ".join(result.err.split())
-    else:
-        assert Artifact.open(tmp_path / "t").config.get("keep_softmax") == expected
-
-
-def test_import(pipeline: SimpleNamespace, invoke, tmp_path: Path) -> None:
-    import torch
-
-    name = "model.layers.{}.self_attn.{}"
-    maps = {name.format(i, f"feature_map_{s}.mlp.layer"): torch.ones(4, 16, 8) for i in range(2) for s in "qk"}
-    maps |= {name.format(i, "window_factors"): torch.zeros(1, 4, 1, 1) for i in range(2)}
-    lora = {
-        f"base_model.model.{name.format(i, 'o_proj')}.lora_{x}.default.weight": torch.ones(2, 64)
-        for i, x in ((0, "A"),)
-    }
-    lora |= {key.replace("lora_A", "lora_B"): value.T.contiguous() for key, value in lora.items()}
-    for file, weights in (("maps.pt", maps), ("lora.pt", lora)):
-        torch.save({"model_state_dict": weights, "step": 1}, tmp_path / file)
-    into = ("-o", tmp_path / "m")
-    for wrong, words in ((("maps.pt",), "--teacher MODEL"), (("lora.pt",), "--transfer MAPS")):
-        result = invoke("import", tmp_path / wrong[0], *into)
-        assert (result.code, result.out) == (2, "")
-        assert words in result.err
-    result = invoke("import", tmp_path / "maps.pt", *into, "--teacher", pipeline.teacher, "--window", "8")
-    assert (result.code, result.out) == (0, f"{tmp_path / 'm'}\n")
-    hybrid = Artifact.open(tmp_path / "m", "transfer").config["hybrid"]
-    assert (hybrid["window"], hybrid["layout"], hybrid["feature_dim"]) == (8, "terraced", 8)
-    result = invoke("import", tmp_path / "lora.pt", "-o", tmp_path / "l", "--transfer", tmp_path / "m", "--alpha", "3")
-    assert (result.code, result.out) == (0, f"{tmp_path / 'l'}\n")
-    assert Artifact.open(tmp_path / "l", "lora").config["alpha"] == 3
-    assert invoke("merge", tmp_path / "l", "-o", tmp_path / "s").code == 0
-    assert invoke("inspect", tmp_path / "m").code == 0
-    result = invoke("import", tmp_path / "gone.pt", *into)
-    assert (result.code, result.out) == (3, "")
