@@ -12,10 +12,13 @@ import errno
 import hashlib
 import os
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .limits import TEMPORARY_SUFFIX
+
+WORTH_A_THREAD = 2**20  # bytes of a chunk that is hashed beside its writing
 
 
 class Written(NamedTuple):
@@ -40,13 +43,20 @@ def write(path: Path, chunks: Iterable[Any]) -> Written:
     digest, size = hashlib.sha256(), 0
     try:
         descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-        with open(descriptor, "wb", buffering=0) as file:
+        # Hashed while it is written: both take about as long, and neither holds the interpreter's lock.
+        with open(descriptor, "wb", buffering=0) as file, ThreadPoolExecutor(1) as hasher:
             for chunk in chunks:
                 view = memoryview(chunk).cast("B")
-                digest.update(view)
+                hashed: Future[None] | None = None
+                if len(view) >= WORTH_A_THREAD:
+                    hashed = hasher.submit(digest.update, view)
+                else:
+                    digest.update(view)
                 size += len(view)
                 while len(view):  # a raw write may be short
                     view = view[file.write(view) or 0 :]
+                if hashed is not None:
+                    hashed.result()
             fsync(descriptor)
         rename(beside, path)
     except BaseException:
