@@ -39,6 +39,7 @@ class Plan:
     reach: int  # P
     group: int  # G
     scaling: float
+    softcap: float | None
     win: Tensor | None  # [L, P L], added to the scores: 0 where softmax sees the key, else -inf; None: no window
     old: Tensor  # [L, columns]: 1 where a key of the band enters the linear term; all lie in these columns
     sums: bool  # whether the linear term reaches before the band
@@ -61,7 +62,16 @@ class Plan:
             ]
 
 
-def make_plan(q: Tensor, group: int, config: HybridConfig, *, scaling: float, terms: str, has_state: bool) -> Plan:
+def make_plan(
+    q: Tensor,
+    group: int,
+    config: HybridConfig,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    terms: str,
+    has_state: bool,
+) -> Plan:
     """The plan for q [R, T, D]. Unless G is 1 or the device is a CPU, rows must share no keys."""
     rows, time, _ = q.shape
     window = config.window
@@ -84,6 +94,7 @@ def make_plan(q: Tensor, group: int, config: HybridConfig, *, scaling: float, te
         reach=reach,
         group=group,
         scaling=scaling,
+        softcap=softcap,
         win=torch.zeros_like(win, dtype=q.dtype).masked_fill_(~win, -torch.inf) if has_window else None,
         old=old[:, :columns].to(q.dtype),
         sums=has_linear and (has_state or blocks > reach),
@@ -126,11 +137,15 @@ class _Tile:
             self.of(total[rows], shift=part)[:, :, : piece.shape[2]].add_(piece)
 
     def scores(self, qp: Tensor, kp: Tensor) -> Tensor:
-        """[r m, L, P L]: scaling q . k, and -inf for what softmax does not see."""
+        """[r m, L, P L]: scaling q . k, capped, and -inf for what softmax does not see."""
         plan = self.plan
         assert plan.win is not None
         keys = self.band(kp, self.keys).transpose(-1, -2)
-        scores = torch.baddbmm(plan.win, self.queries(qp), keys, alpha=plan.scaling)
+        if plan.softcap is None:
+            scores = torch.baddbmm(plan.win, self.queries(qp), keys, alpha=plan.scaling)
+        else:
+            scores = (self.queries(qp) @ keys).mul_(plan.scaling / plan.softcap).tanh_().mul_(plan.softcap)
+            scores += plan.win
         if plan.reach == 2 and self.first == 0:  # the padding before the first key
             scores.unflatten(0, (-1, self.last))[:, 0, :, : plan.block] = -torch.inf
         return scores
@@ -290,6 +305,8 @@ class BlockAttention(torch.autograd.Function):
                 window = None
                 if need_window:
                     scores = tile.scores(qp, kp)
+                    # tanh's slope; 0 for what is not seen, -inf
+                    slope = 1 - (scores / plan.softcap).clamp_(min=-1).square_() if plan.softcap else None
                     if need_scores and share is None:
                         is_top = (scores >= tile.queries(top)).to(scores.dtype)
                     window = tile.window(scores, top, gamma)
@@ -302,6 +319,8 @@ class BlockAttention(torch.autograd.Function):
                             dtop = dscores.sum(-1, keepdim=True) / is_top.sum(-1, keepdim=True).clamp_(min=1)
                             dscores -= dtop * is_top
                         dscores *= plan.scaling
+                        if slope is not None:
+                            dscores *= slope
                         if dq is not None:
                             tile.of(dq[here]).add_((dscores @ tile.band(kp, keys)).view(tile.of(dq[here]).shape))
                         if dk is not None:

@@ -28,6 +28,7 @@ def chunked_attention(
     maps: HybridMaps,
     *,
     scaling: float,
+    softcap: float | None = None,
     valid: Tensor | None = None,
     state: KVState | None = None,
     return_state: bool = False,
@@ -37,7 +38,9 @@ def chunked_attention(
     if valid is not None and bool(valid.all()):
         valid = None
     if state is not None and q.shape[2] == 1 and valid is None:
-        return decode_step(q, k, v, maps, scaling=scaling, state=state, return_state=return_state, terms=terms)
+        return decode_step(
+            q, k, v, maps, scaling=scaling, softcap=softcap, state=state, return_state=return_state, terms=terms
+        )
 
     batch, _, time, _ = q.shape
     held = 0 if state is None else state.keys.shape[2]
@@ -66,7 +69,7 @@ def chunked_attention(
         position, live = position.gather(1, order), live.gather(1, order)
 
     phi_k = k_features(maps, k) if terms != "window" or return_state else None
-    out = _rows_attention(q, k, v, phi_k, maps, scaling, state, terms)
+    out = _rows_attention(q, k, v, phi_k, maps, scaling, softcap, state, terms)
     if back is not None:
         out = _take(out, back)
     if valid is not None:
@@ -85,6 +88,7 @@ def _rows_attention(
     phi_k: Tensor | None,
     maps: HybridMaps,
     scaling: float,
+    softcap: float | None,
     state: KVState | None,
     terms: str,
 ) -> Tensor:
@@ -100,7 +104,15 @@ def _rows_attention(
         start = torch.cat([state.sums, state.norms[..., None]], -1).flatten(0, 1)
     gamma, factor = (x.repeat(batch) for x in maps.factors(dtype))
     rows = q.to(dtype).flatten(0, 1)
-    plan = make_plan(rows, heads // k.shape[1], maps.config, scaling=scaling, terms=terms, has_state=start is not None)
+    plan = make_plan(
+        rows,
+        heads // k.shape[1],
+        maps.config,
+        scaling=scaling,
+        softcap=softcap,
+        terms=terms,
+        has_state=start is not None,
+    )
     if plan.win is None and not plan.old.numel() and not plan.sums:  # `terms` leaves nothing to sum
         return rows.new_zeros(batch, heads, q.shape[2], v.shape[3])
     logits = maps.query_logits(q) if linear and plan.win is not None else None

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .maps import QUERY_BOUND, HybridMaps, compute_dtype
-from .reference import safe_divide
+from .reference import cap_scores, safe_divide
 from .state import KVState, window_start
 
 
@@ -18,6 +18,7 @@ def decode_step(
     maps: HybridMaps,
     *,
     scaling: float,
+    softcap: float | None,
     state: KVState,
     return_state: bool,
     terms: str,
@@ -47,7 +48,7 @@ def decode_step(
     if terms != "linear":
         gamma = maps.factors(dtype)[0].view(key_heads, -1, 1)
         query = q.to(dtype).unflatten(1, (key_heads, -1)).squeeze(3)  # [B, K, G, D]
-        scores = query @ keys.to(dtype).transpose(-1, -2) * scaling  # [B, K, G, C]
+        scores = cap_scores(query @ keys.to(dtype).transpose(-1, -2) * scaling, softcap)  # [B, K, G, C]
         seen = position >= window_start(state.length, config)[:, None]
         scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
         top = scores.amax(-1, keepdim=True)

@@ -32,6 +32,7 @@ def hybrid_attention(
     maps: HybridMaps,
     *,
     scaling: float,
+    softcap: float | None = ...,
     valid: Tensor | None = ...,
     state: KVState | None = ...,
     return_state: Literal[False] = ...,
@@ -46,6 +47,7 @@ def hybrid_attention(
     maps: HybridMaps,
     *,
     scaling: float,
+    softcap: float | None = ...,
     valid: Tensor | None = ...,
     state: KVState | None = ...,
     return_state: Literal[True],
@@ -59,6 +61,7 @@ def hybrid_attention(
     maps: HybridMaps,
     *,
     scaling: float,
+    softcap: float | None = None,
     valid: Tensor | None = None,
     state: KVState | None = None,
     return_state: bool = False,
@@ -70,6 +73,7 @@ def hybrid_attention(
     q [B, H, T, D]; k [B, K, T, D], v [B, K, T, Dv], not repeated (K divides H), after RoPE; float dtypes.
     maps: the layer's feature maps and gamma, for H heads of size D.
     scaling: factor of q . k in the softmax scores (the feature maps take q and k as they are).
+    softcap: the scores become softcap tanh(scores / softcap), as in Gemma 2.
     valid [B, T] bool: False is padding, anywhere in the row. It contributes nothing, its outputs are 0, and
         positions count valid tokens only, so the others get what they would get in the row without it.
     state: from the tokens before these; None at the start. Not changed.
@@ -82,13 +86,22 @@ def hybrid_attention(
     Differentiable in q, k, v and the parameters of `maps`.
     Raises ValueError when shapes, dtypes or options do not fit together.
     """
-    _check(q, k, v, maps, valid, state, terms, backend)
+    _check(q, k, v, maps, softcap, valid, state, terms, backend)
     run = _BACKENDS["chunked" if backend == "auto" else backend]
     wanted = q.dtype
     q, k, v = (x.to(_common_dtype(q, k, v)) for x in (q, k, v))
     with torch.autocast(q.device.type, enabled=False):  # sums stay in fp32
         out, after = run(
-            q, k, v, maps, scaling=scaling, valid=valid, state=state, return_state=return_state, terms=terms
+            q,
+            k,
+            v,
+            maps,
+            scaling=scaling,
+            softcap=softcap,
+            valid=valid,
+            state=state,
+            return_state=return_state,
+            terms=terms,
         )
     out = out.to(wanted)
     if not return_state:
@@ -102,6 +115,7 @@ def _check(
     k: Tensor,
     v: Tensor,
     maps: HybridMaps,
+    softcap: float | None,
     valid: Tensor | None,
     state: KVState | None,
     terms: str,
@@ -110,6 +124,8 @@ def _check(
     def shapes() -> str:
         return f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
 
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap is {softcap!r}; it must be above 0, or None.")
     if terms not in TERMS:
         raise ValueError(f"terms is {terms!r}; choose one of {', '.join(TERMS)}.")
     if backend not in BACKENDS:

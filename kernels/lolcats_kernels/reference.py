@@ -4,7 +4,8 @@ Shapes: B batch, H query heads, K key heads, T time, D head, Dv value head, F' f
 J keys (those that the state still holds, then the T new ones).
 
 Source: LoLCATs, arXiv 2410.10254, eq. 7. For the query at position n, with win the keys that it sees by
-softmax, old the keys before those, s_ni = scaling q_n . k_i, and c_n = max_win s_ni:
+softmax, old the keys before those, s_ni = scaling q_n . k_i (capped if the model
+caps it), and c_n = max_win s_ni:
 
           sum_win gamma exp(s_ni - c_n) v_i  +  lambda phi_q(q_n) . sum_old phi_k(k_i) v_i^T
     y_n = ----------------------------------------------------------------------------------
@@ -41,12 +42,13 @@ def _unnormalised(
     phi_k: Tensor,
     maps: HybridMaps,
     scaling: float,
+    softcap: float | None,
     win: Tensor,
     old: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """[B, H, T, J], every key's weight before the division, and lambda [B, H, T, 1]. win, old: bool [B, 1, T, J]."""
     gamma, factor = (x[:, None, None] for x in maps.factors(q.dtype))
-    scores = (q @ k.transpose(-1, -2) * scaling).masked_fill(~win, -torch.inf)
+    scores = cap_scores(q @ k.transpose(-1, -2) * scaling, softcap).masked_fill(~win, -torch.inf)
     # c_n; any number will do where there is no window
     top = torch.where(win.any(-1, keepdim=True), scores.amax(-1, keepdim=True), 0)
     logits = maps.query_logits(q)
@@ -56,6 +58,11 @@ def _unnormalised(
     window = gamma * torch.exp(scores - top)
     linear = factor * (phi_q @ phi_k.transpose(-1, -2)).masked_fill(~old, 0)
     return window + linear, factor
+
+
+def cap_scores(scores: Tensor, softcap: float | None) -> Tensor:
+    """softcap tanh(scores / softcap), as in Gemma 2; the scores themselves without a cap."""
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
 
 
 def linear_weight(logits: Tensor, top: Tensor, has_window: Tensor) -> Tensor:
@@ -69,6 +76,7 @@ def hybrid_attention_weights(
     maps: HybridMaps,
     *,
     scaling: float,
+    softcap: float | None = None,
     valid: Tensor | None = None,
     terms: str = "both",
 ) -> Tensor:
@@ -78,10 +86,18 @@ def hybrid_attention_weights(
     The rows sum to 1; rows of invalid queries, and of queries that see no key, are 0.
     """
     with torch.autocast(q.device.type, enabled=False):
-        return _weights(q, k, maps, scaling, valid, terms)
+        return _weights(q, k, maps, scaling, softcap, valid, terms)
 
 
-def _weights(q: Tensor, k: Tensor, maps: HybridMaps, scaling: float, valid: Tensor | None, terms: str) -> Tensor:
+def _weights(
+    q: Tensor,
+    k: Tensor,
+    maps: HybridMaps,
+    scaling: float,
+    softcap: float | None,
+    valid: Tensor | None,
+    terms: str,
+) -> Tensor:
     batch, _, time, _ = q.shape
     valid = torch.ones(batch, time, dtype=torch.bool, device=q.device) if valid is None else valid
     mask = valid[:, None, :, None]
@@ -90,7 +106,7 @@ def _weights(q: Tensor, k: Tensor, maps: HybridMaps, scaling: float, valid: Tens
     position = valid.cumsum(1) - 1
     win, old = _masks(position, position, valid, valid, maps.config, terms)
     phi_q, phi_k = maps.q_features(q), maps.k_features(k)
-    a, _ = _unnormalised(q, repeat_heads(k, maps.num_heads), phi_q, phi_k, maps, scaling, win, old)
+    a, _ = _unnormalised(q, repeat_heads(k, maps.num_heads), phi_q, phi_k, maps, scaling, softcap, win, old)
     return safe_divide(a, a.sum(-1, keepdim=True))
 
 
@@ -110,6 +126,7 @@ def reference_attention(
     maps: HybridMaps,
     *,
     scaling: float,
+    softcap: float | None = None,
     valid: Tensor | None = None,
     state: KVState | None = None,
     return_state: bool = False,
@@ -138,7 +155,7 @@ def reference_attention(
     win, old = _masks(position, key_position, valid, live, config, terms)
     qs, ks, vs = q.to(dtype), repeat_heads(k, heads).to(dtype), repeat_heads(v, heads).to(dtype)
     phi_q, phi_k = maps.q_features(q), maps.k_features(k)
-    a, factor = _unnormalised(qs, ks, phi_q, phi_k, maps, scaling, win, old)
+    a, factor = _unnormalised(qs, ks, phi_q, phi_k, maps, scaling, softcap, win, old)
     numerator, denominator = a @ vs, a.sum(-1, keepdim=True)
     if state is not None and terms != "window":
         numerator = numerator + factor * (phi_q @ state.sums)

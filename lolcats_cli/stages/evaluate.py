@@ -123,7 +123,7 @@ def _attention_error(model: PreTrainedModel, layers: list[AttentionSpec] | None)
     specs = layers or []  # a teacher's attention is its own target
 
     def add(module, args, out) -> None:
-        query, key, value, valid, _ = args
+        query, key, value, valid, *_ = args
         target = softmax_attention(query, key, value, specs[module.layer_idx], valid).transpose(1, 2).float()
         total["squared"] += (out.float() - target).square().sum(dtype=torch.float64).item()
         total["power"] += target.square().sum(dtype=torch.float64).item()

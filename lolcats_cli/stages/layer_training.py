@@ -262,7 +262,16 @@ def _errors(
 
 
 def _hybrid(batch: Batch, maps: HybridMaps, info: LayerInfo, terms: str = "both") -> Tensor:
-    return hybrid_attention(batch.q, batch.k, batch.v, maps, scaling=info.spec.scaling, valid=batch.valid, terms=terms)
+    return hybrid_attention(
+        batch.q,
+        batch.k,
+        batch.v,
+        maps,
+        scaling=info.spec.scaling,
+        softcap=info.spec.softcap,
+        valid=batch.valid,
+        terms=terms,
+    )
 
 
 def _loss(batch: Batch, maps: HybridMaps, info: LayerInfo, options: TransferOptions) -> Tensor:
@@ -278,7 +287,7 @@ def _loss(batch: Batch, maps: HybridMaps, info: LayerInfo, options: TransferOpti
         with torch.no_grad():
             wanted = softmax_weights(batch.q, batch.k, info.spec, batch.valid)
         given = hybrid_attention_weights(
-            batch.q, batch.k, maps, scaling=info.spec.scaling, valid=batch.valid
+            batch.q, batch.k, maps, scaling=info.spec.scaling, softcap=info.spec.softcap, valid=batch.valid
         ).clamp_min(1e-12)  # as far as the maps' own floor
         loss = loss - options.xent_factor * (wanted * given.log()).sum() / (tokens * info.num_heads)
     return loss

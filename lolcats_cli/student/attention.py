@@ -11,7 +11,8 @@ from typing import Any, cast
 
 import torch
 from lolcats_kernels.hybrid import hybrid_attention
-from lolcats_kernels.maps import HybridConfig, HybridMaps
+from lolcats_kernels.maps import HybridConfig, HybridMaps, repeat_heads
+from lolcats_kernels.reference import cap_scores
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -34,11 +35,15 @@ class HybridAttention(HybridMaps):
         self.terms = "both"
         self.cache_layer: LolcatsCacheLayer | None = None
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scaling: float) -> Tensor:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scaling: float, softcap: float | None
+    ) -> Tensor:
         """query [B, H, T, D], key and value [B, K, T, D] (new tokens only), valid [B, T] bool or None
         -> [B, T, H, D]. Continues from, and advances, the cache layer when there is one."""
         if self.cache_layer is None:
-            out = hybrid_attention(query, key, value, self, scaling=scaling, valid=valid, terms=self.terms)
+            out = hybrid_attention(
+                query, key, value, self, scaling=scaling, softcap=softcap, valid=valid, terms=self.terms
+            )
         else:
             out, state = hybrid_attention(
                 query,
@@ -46,6 +51,7 @@ class HybridAttention(HybridMaps):
                 value,
                 self,
                 scaling=scaling,
+                softcap=softcap,
                 valid=valid,
                 state=self.cache_layer.state,
                 return_state=True,
@@ -62,6 +68,7 @@ def lolcats_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
+    softcap: float | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """The function behind the attention implementation "lolcats" -> ([B, T, H, D], None).
@@ -69,8 +76,7 @@ def lolcats_attention(
     The work is done by `module.hybrid`, so that students of different versions live in one process; a layer that was
     kept says so (`keeps_softmax`). A sliding window of the teacher is applied in kept layers alone: the maps were
     trained to imitate it. Attention dropout is not applied.
-    Raises ValueError for what would silently give something else: a layer without maps, a custom 4-D mask, a soft
-    cap on the scores, sinks.
+    Raises ValueError for what would silently give something else: a layer without maps, a custom 4-D mask, sinks.
     """
     hybrid = getattr(module, "hybrid", None)
     kept = getattr(module, "keeps_softmax", False)
@@ -82,40 +88,52 @@ def lolcats_attention(
             f"{where} got a custom attention mask of shape {tuple(attention_mask.shape)}; linear attention is causal "
             "and takes a padding mask [batch, tokens] only."
         )
-    for name in ("softcap", "s_aux"):
-        if kwargs.get(name) is not None:
-            raise ValueError(f"{where} uses {name}, which hybrid attention does not serve.")
+    if kwargs.get("s_aux") is not None:
+        raise ValueError(f"{where} uses s_aux, which hybrid attention does not serve.")
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     if kept:
         window = cast(int | None, kwargs.get("sliding_window"))
-        return _softmax(query, key, value, attention_mask, scaling, window).transpose(1, 2).contiguous(), None
+        out = _softmax(query, key, value, attention_mask, scaling, softcap, window)
+        return out.transpose(1, 2).contiguous(), None
     assert hybrid is not None
     valid = None if attention_mask is None else attention_mask[:, -query.shape[2] :]
-    return hybrid(query, key, value, valid, scaling), None
+    return hybrid(query, key, value, valid, scaling, softcap), None
 
 
 def _softmax(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    window: int | None,
 ) -> Tensor:
     """Causal softmax attention of the last tokens, query [B, H, T, D], to all that the cache holds, key and value
     [B, K, J, D]; mask [B, at least J] bool or None -> [B, H, T, D]. Outputs of padding are 0."""
     new, seen = query.shape[2], key.shape[2]
     options: dict[str, Any] = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
-    if mask is None and (window is None or seen <= window) and new in (1, seen):
+    if mask is None and softcap is None and (window is None or seen <= window) and new in (1, seen):
         return scaled_dot_product_attention(query, key, value, is_causal=new > 1, **options)
     last = torch.arange(seen - new, seen, device=query.device)[:, None]
     position = torch.arange(seen, device=query.device)
     allowed = position <= last
     if window is not None:
         allowed &= position > last - window
-    if mask is None:
-        return scaled_dot_product_attention(query, key, value, attn_mask=allowed, **options)
-    mask = mask[:, -seen:]
-    real = mask[:, None, -new:, None]
-    # A query that sees no key gives NaN: one in padding may see all, and its output is put to 0.
-    allowed = (allowed & mask[:, None, None]) | ~real
-    return scaled_dot_product_attention(query, key, value, attn_mask=allowed, **options) * real
+    real = None
+    if mask is not None:
+        mask = mask[:, -seen:]
+        real = mask[:, None, -new:, None]
+        # A query that sees no key gives NaN: one in padding may see all, and its output is put to 0.
+        allowed = (allowed & mask[:, None, None]) | ~real
+    if softcap is None:
+        out = scaled_dot_product_attention(query, key, value, attn_mask=allowed, **options)
+    else:
+        key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
+        scores = cap_scores(query.float() @ key.float().transpose(-1, -2) * scaling, softcap)
+        out = (scores.masked_fill(~allowed, -torch.inf).softmax(-1) @ value.float()).to(query.dtype)
+    return out if real is None else out * real
 
 
 def lolcats_mask(

@@ -70,8 +70,6 @@ def check_servable(model: PreTrainedModel) -> None:
         raise BadInput(f"{error} lolcats serves decoders that use transformers' attention interface.") from error
     if not model._can_set_attn_implementation():
         raise BadInput(f"{name} does not use transformers' attention interface; lolcats cannot convert it.")
-    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
-        raise BadInput(f"{name} caps its attention scores (attn_logit_softcapping), which lolcats does not serve yet.")
     for module in model.modules():
         by_type = getattr(module, "rope_type", None)
         if isinstance(by_type, dict) and set(by_type.values()) & set(LENGTH_DEPENDENT_ROPE):

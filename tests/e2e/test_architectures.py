@@ -78,6 +78,7 @@ SERVED: dict[str, tuple[str, dict, tuple[str, ...]]] = {
     "OLMo 2": ("olmo2", {}, ()),
     "Granite": ("granite", {"attention_multiplier": 0.2}, ()),
     "SmolLM3": ("smollm3", {"no_rope_layers": [1, 0]}, ()),
+    "Gemma 2": ("gemma2", {"head_dim": 16, "attn_logit_softcapping": 2.0, **MIXED}, ()),
     "Gemma 3": ("gemma3_text", {"head_dim": 16, **MIXED}, ()),
     "GPT-NeoX": ("gpt_neox", {}, ("query_key_value", "dense")),
     "GLM-4": ("glm4", {"head_dim": 16}, ()),
@@ -86,7 +87,6 @@ SERVED: dict[str, tuple[str, dict, tuple[str, ...]]] = {
     "Qwen3-MoE": ("qwen3_moe", {"head_dim": 16, **EXPERTS}, ()),
 }
 REFUSED = {
-    "Gemma 2": ("gemma2", {"head_dim": 16}, "attn_logit_softcapping"),
     "gpt-oss": ("gpt_oss", {"head_dim": 16, "num_local_experts": 4}, "sinks"),
     "BLOOM": ("bloom", {}, "attention interface"),
 }

@@ -38,6 +38,7 @@ class Case:
     valid: Tensor | None = None
     terms: str = "both"
     cuts: Sequence[int] = field(default_factory=list)
+    softcap: float | None = None
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -50,6 +51,7 @@ class Case:
             self.v,
             self.maps,
             scaling=SCALING,
+            softcap=self.softcap,
             valid=self.valid,
             terms=self.terms,
             backend=backend,
@@ -59,7 +61,7 @@ class Case:
     def part(self, begin: int, end: int) -> "Case":
         valid = None if self.valid is None else self.valid[:, begin:end]
         q, k, v = (x[:, :, begin:end] for x in (self.q, self.k, self.v))
-        return Case(q, k, v, self.maps, valid, self.terms)
+        return Case(q, k, v, self.maps, valid, self.terms, softcap=self.softcap)
 
     def run_in_parts(self, backend: str, cuts: Sequence[int]) -> tuple[Tensor, KVState | None]:
         """The outputs of the parts between `cuts` put together, and the last state."""
@@ -94,6 +96,7 @@ def build_case(
     padding: str = "none",
     terms: str = "both",
     cuts: Sequence[int] = (),
+    softcap: float | None = None,
     **config: object,
 ) -> Case:
     """padding: none, left, right, holes, or empty (a row without a token)."""
@@ -128,6 +131,7 @@ def build_case(
         valid=valid,
         terms=terms,
         cuts=cuts,
+        softcap=softcap,
     )
 
 
@@ -143,6 +147,7 @@ _CASES = st.builds(
     padding=st.sampled_from(("none", "left", "right", "holes", "empty")),
     terms=st.sampled_from(TERMS),
     cuts=st.lists(st.integers(0, 210), max_size=4),
+    softcap=st.sampled_from((None, None, 0.7, 5.0)),
     feature_map=st.sampled_from(FEATURE_MAPS),
     feature_dim=st.integers(1, 8),
     window=st.sampled_from((0, 1, 3, 8, 64, 70, 300)),

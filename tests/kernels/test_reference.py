@@ -51,6 +51,8 @@ def token_by_token(case, scaling):
                 older = [] if case.terms == "window" else older
                 weights = {}
                 scores = {s: (q[b, h, t] @ k[b, key_head, s]).item() * scaling for s in window}
+                if case.softcap:
+                    scores = {s: case.softcap * math.tanh(x / case.softcap) for s, x in scores.items()}
                 for s in window:
                     weights[s] = gamma * math.exp(scores[s] - max(scores.values()))
                 phi_q = features(q[b, h, t], maps, "q", h)
@@ -114,7 +116,8 @@ def test_window_alone_is_softmax_over_the_last_keys(make_case):
 @given(data=st.data())
 def test_weights_sum_to_one_and_give_the_output(cases, data):
     case = data.draw(cases)
-    weights = hybrid_attention_weights(case.q, case.k, case.maps, scaling=0.4, valid=case.valid, terms=case.terms)
+    options = {"scaling": 0.4, "softcap": case.softcap, "valid": case.valid, "terms": case.terms}
+    weights = hybrid_attention_weights(case.q, case.k, case.maps, **options)
     group = case.q.shape[1] // case.k.shape[1]
     valid = torch.ones(case.q.shape[0], case.q.shape[2]) if case.valid is None else case.valid
     torch.testing.assert_close(

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lolcats_kernels.maps import HybridConfig
-from transformers import DynamicCache, MistralConfig, MistralForCausalLM
+from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
 
 from lolcats_cli.student.attention import lolcats_mask
 from lolcats_cli.student.build import linearize
@@ -253,3 +253,20 @@ def test_a_compiled_decoding_step_is_one_graph_for_all_tokens(make_student, conf
         torch.testing.assert_close(step(token, past_key_values=caches[1]).logits, expected, atol=1e-5, rtol=1e-5)
         token = expected[:, -1:].argmax(-1)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
+
+def test_a_kept_layer_with_a_soft_cap_is_the_teachers_own(sizes, make_maps, tokens):
+    """Gemma 2's, with a window over all tokens in the converted layer: nothing differs but the cap's own place."""
+    torch.manual_seed(0)
+    kinds = ["full_attention", "sliding_attention"]
+    config = Gemma2Config(**sizes, head_dim=16, sliding_window=8, layer_types=kinds, attn_logit_softcapping=0.5)
+    teacher = Gemma2ForCausalLM(config).eval()
+    teacher.set_attn_implementation("eager")
+    expected = teacher(tokens).logits
+    hybrid = HybridConfig(window=40, feature_dim=8)
+    student = linearize(teacher, hybrid, {0: make_maps(hybrid)[0]}, keep_softmax=[1])
+    torch.testing.assert_close(student(tokens).logits, expected, atol=1e-4, rtol=1e-4)
+    padded, mask, places = pad(tokens, [3, 9], [0, 0])
+    logits = student(padded, attention_mask=mask).logits
+    for row, place in enumerate(places):
+        torch.testing.assert_close(logits[row, place], expected[row], atol=1e-4, rtol=1e-4)
