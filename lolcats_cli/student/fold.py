@@ -1,6 +1,7 @@
 """Folding a LoRA adapter (a plain PEFT folder) into weights, one tensor at a time.
 
-W' = W + s · (B @ A), with s = alpha / r, or alpha / sqrt(r) for rsLoRA; the sum is in fp32 and rounded once.
+W' = W + s · (B @ A), with s = alpha / r, or alpha / sqrt(r) for rsLoRA; DoRA (arXiv 2402.09353) then scales each output's
+row to its learned length, m · W' / |W'|. All in fp32, rounded once.
 Whatever this does not understand is refused: a fold that leaves something out would be another model.
 
 Shapes: r rank, I input features, O output features.
@@ -31,6 +32,7 @@ UNDERSTOOD = {
     "r",
     "lora_alpha",
     "use_rslora",
+    "use_dora",
     "rank_pattern",
     "alpha_pattern",
     "fan_in_fan_out",
@@ -57,7 +59,7 @@ class Adapter:
                 self._tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise BadInput(f"{path} cannot be read ({error}). Adapters are read as safetensors only.") from error
-        self.modules = self._pair_up()
+        self.modules = self._by_module()
 
     @property
     def weights(self) -> set[str]:
@@ -83,35 +85,37 @@ class Adapter:
                 f"{name} is stored as {weight.dtype}; an adapter folds into fp32, bf16 or fp16 weights only."
             )
         module = name.removesuffix(".weight")
-        a, b = (self._tensors[key].float() for key in self.modules[module])
+        a, b, *length = (self._tensors[key].float() for key in self.modules[module])
         scaling, transposed = self.scaling(module), bool(self.config.get("fan_in_fan_out"))
         changed = [b.shape[0], a.shape[1]] if not transposed else [a.shape[1], b.shape[0]]
-        if a.shape[0] != b.shape[1] or list(weight.shape) != changed:
+        if a.shape[0] != b.shape[1] or list(weight.shape) != changed or any(m.shape != b[:, 0].shape for m in length):
             raise BadInput(
                 f"{name} is {list(weight.shape)}, the adapter's B {list(b.shape)} and A {list(a.shape)} do not fit it: "
                 "it is another model's adapter."
             )
         delta = (b @ a) * scaling
-        return (weight.float() + (delta.T if transposed else delta)).to(weight.dtype).contiguous()
+        folded = (weight.T if transposed else weight).float() + delta
+        if length:
+            folded *= (length[0] / torch.linalg.norm(folded, dim=1))[:, None]
+        return (folded.T if transposed else folded).to(weight.dtype).contiguous()
 
-    def _pair_up(self) -> dict[str, tuple[str, str]]:
-        """Per module, the names of its A [r, I] and B [O, r]."""
-        modules: dict[str, dict[str, str]] = {}
+    def _by_module(self) -> dict[str, list[str]]:
+        """Per module, the names of its A [r, I] and B [O, r], and with DoRA of its rows' lengths [O]."""
+        parts = ["lora_A.weight", "lora_B.weight", *["lora_magnitude_vector"] * bool(self.config.get("use_dora"))]
+        modules: dict[str, set[str]] = {}
         for key in self._tensors:
-            match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
+            match = re.fullmatch(re.escape(PREFIX) + rf"(.+)\.({'|'.join(map(re.escape, parts))})", key)
             if not match:
                 raise BadInput(
-                    f"{self.folder} holds {key}, which merge does not understand; only LoRA A and B are folded."
+                    f"{self.folder} holds {key}, which merge does not understand; only LoRA and DoRA are folded."
                 )
-            modules.setdefault(match[1], {})[match[2]] = key
-        for module, pair in modules.items():
-            if len(pair) != 2:
-                raise BadInput(
-                    f"{self.folder} holds only one of LoRA's two matrices for {module}: the adapter is incomplete."
-                )
+            modules.setdefault(match[1], set()).add(match[2])
+        for module, found in modules.items():
+            if missing := sorted(set(parts) - found):
+                raise BadInput(f"{self.folder} lacks {missing[0]} of {module}: the adapter is incomplete.")
         if not modules:
             raise BadInput(f"{self.folder} holds no LoRA weights.")
-        return {module: (pair["A"], pair["B"]) for module, pair in sorted(modules.items())}
+        return {module: [f"{PREFIX}{module}.{part}" for part in parts] for module in sorted(modules)}
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -100,6 +100,8 @@ def save_adapter(folder: Path, teacher: Path, **options: object) -> Path:
     for name, parameter in peft.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
+        if "magnitude" in name:
+            parameter.data *= torch.rand(parameter.shape) + 0.5
     peft.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)
     return folder
@@ -296,8 +298,10 @@ def test_plan_shards_keeps_order_and_never_cuts_a_tensor():
         {"use_rslora": True},
         {"rank_pattern": {"q_proj": 2, "layers.1.self_attn.v_proj": 6}, "alpha_pattern": {"o_proj": 3}},
         {"target_modules": ["v_proj", "down_proj"], "lora_dropout": 0.5},
+        {"use_dora": True},
+        {"use_dora": True, "use_rslora": True, "rank_pattern": {"k_proj": 2}, "target_modules": ["k_proj", "up_proj"]},
     ],
-    ids=["rslora", "patterns", "other targets"],
+    ids=["rslora", "patterns", "other targets", "dora", "dora, rslora, patterns"],
 )
 def test_folds_as_peft_does_to_the_bit(tmp_path, teacher, options):
     adapter = save_adapter(tmp_path / "adapter", teacher, **options)
@@ -311,7 +315,6 @@ def test_folds_as_peft_does_to_the_bit(tmp_path, teacher, options):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"use_dora": True}, "use_dora|lora_magnitude_vector"),
         ({"bias": "lora_only"}, "bias"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"init_lora_weights": "pissa"}, "pissa"),
@@ -334,6 +337,7 @@ def test_damaged_adapters_are_refused(tmp_path, teacher, adapter):
         ({k.replace("layers.1.", "layers.7."): v for k, v in tensors.items()}, "layers.7"),
         ({**tensors, name: tensors[name][:, :32].contiguous()}, "another model"),
         ({**tensors, "base_model.model.x.lora_C.weight": tensors[name].clone()}, "lora_C"),
+        ({**tensors, name.replace("A.weight", "magnitude_vector"): torch.ones(64)}, "magnitude_vector, which"),
     ]
     for i, (changed, message) in enumerate(changes):
         folder = tmp_path / f"adapter{i}"
