@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from lolcats_cli.commands import _options as o
+from lolcats_cli.errors import UsageError
 
 
 def evaluate(
@@ -17,9 +18,15 @@ def evaluate(
             help="A teacher, a transfer or LoRA artifact, a merged folder, or - to read its path from stdin."
         ),
     ],
-    data: Annotated[str, typer.Option(help="Held-out data, as for capture.")],
+    data: Annotated[str | None, typer.Option(help="Held-out data, as for capture.")] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="Tasks of lm_eval instead, such as piqa,arc_easy or task.yaml; paper: the LoLCATs paper's six."
+        ),
+    ] = None,
     seq_len: o.SeqLen = 1024,
-    samples: Annotated[int | None, typer.Option(min=1, help="The most rows to take.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="The most rows to take, or questions per task.")] = None,
     template: o.Template = "auto",
     text_field: o.TextField = "text",
     split: o.Split = "train",
@@ -33,16 +40,30 @@ def evaluate(
     seed: o.Seed = 0,
     json: o.Json = False,
 ) -> None:
-    """Measure perplexity and recall; of a student also with its window alone and its linear term alone."""
+    """Measure perplexity and recall, of a student also with its window alone and its linear term alone; or run tasks."""
+    if (data is None) == (tasks is None):
+        raise UsageError("Give --data, or --tasks.")
     given = o.artifact_path(model, data)
 
-    from lolcats_cli.stages.evaluate import evaluate as run
     from lolcats_cli.stages.models import load_any
-    from lolcats_cli.teacher.data import DataOptions
     from lolcats_cli.teacher.load import LoadOptions
 
+    load = LoadOptions(dtype, device, trust_remote_code)
+    if tasks is not None:
+        from lolcats_cli.stages.harness import load_tasks, run_tasks
+
+        wanted = load_tasks(tasks.split(","))
+        loaded = load_any(given, load, teacher=teacher, revision=revision)
+        figures = run_tasks(loaded, wanted, samples=samples, batch_size=batch_size, seed=seed)
+        print(json_module.dumps({"path": given, "results": figures}) if json else task_table(figures))
+        return
+    assert data is not None
+
+    from lolcats_cli.stages.evaluate import evaluate as run
+    from lolcats_cli.teacher.data import DataOptions
+
     found = run(
-        load_any(given, LoadOptions(dtype, device, trust_remote_code), teacher=teacher, revision=revision),
+        load_any(given, load, teacher=teacher, revision=revision),
         data,
         options=DataOptions(seq_len, True, template, text_field, split, samples=samples),
         batch_size=batch_size,
@@ -51,6 +72,16 @@ def evaluate(
         progress=o.progress(),
     )
     print(json_module.dumps({"path": given, **found}) if json else table(found["results"]))
+
+
+def task_table(results: dict[str, dict]) -> str:
+    """Accuracies by task, with their standard errors where there are."""
+    rows = [["", "shots", "acc", "acc_norm"]]
+    for name, figures in results.items():
+        errors = {key: f" ± {figures[f'{key}_stderr']:.1%}" for key in rows[0] if f"{key}_stderr" in figures}
+        cells = [f"{figures[key]:.1%}{errors.get(key, '')}" if key in figures else "-" for key in rows[0][2:]]
+        rows.append([name, str(figures["shots"]), *cells])
+    return aligned(rows)
 
 
 def table(results: dict[str, dict]) -> str:
@@ -70,7 +101,12 @@ def table(results: dict[str, dict]) -> str:
                 *(f"{figures['recall'][d]:.0%}" if d in figures["recall"] else "-" for d in distances),
             ]
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    return aligned(rows)
+
+
+def aligned(rows: list[list[str]]) -> str:
+    """Rows of cells as lines, the first column to the left and the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join(
         "  ".join(
             f"{cell:<{w}}" if i == 0 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(row, widths, strict=True))

@@ -25,6 +25,7 @@ from torch import Tensor
 from lolcats_cli import __version__, stopping
 from lolcats_cli.errors import BadInput, IdentityMismatch, UsageError
 from lolcats_cli.progress import Progress
+from lolcats_cli.stages import golden
 from lolcats_cli.stages.disk import check_space, human
 from lolcats_cli.stages.models import check_finite, kept_config, kept_layers, maps_file, teacher_folder
 from lolcats_cli.student import export
@@ -106,6 +107,8 @@ def merge(
             }
             writer.write_json("model.safetensors.index.json", index)
         _write_model_files(writer, plan, artifact)
+        if not writer.has(golden.FILE):
+            writer.save(golden.FILE, golden.golden(writer.path, writer.scratch / "golden"))
         return writer.finish(
             {
                 "tensors": len(plan.sizes),

@@ -1,7 +1,7 @@
 """Folding a LoRA adapter (a plain PEFT folder) into weights, one tensor at a time.
 
-W' = W + s · (B @ A), with s = alpha / r, or alpha / sqrt(r) for rsLoRA; DoRA (arXiv 2402.09353) then scales each output's
-row to its learned length, m · W' / |W'|. All in fp32, rounded once.
+W' = W + s · (B @ A), with s = alpha / r, or alpha / sqrt(r) for rsLoRA; DoRA (arXiv 2402.09353) then scales each
+output's row to its learned length, m · W' / |W'|. All in fp32, rounded once.
 Whatever this does not understand is refused: a fold that leaves something out would be another model.
 
 Shapes: r rank, I input features, O output features.

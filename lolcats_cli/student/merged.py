@@ -17,6 +17,11 @@ from lolcats_cli.teacher.load import LoadOptions, load_model
 
 def load_merged(folder: Path, load: LoadOptions) -> PreTrainedModel:
     """The student in a merged folder. Raises `BadInput` if its configuration is not one that merge writes."""
+    return load_model(folder, load, loader=student_class(folder))
+
+
+def student_class(folder: Path) -> Any:
+    """The class of the student in a merged folder, as the folder's own code would define it. Raises `BadInput`."""
     config = identity.read_config(folder)
     model_type = str(config.get("model_type")).removeprefix(student_type(""))
     if "lolcats" not in config or config["model_type"] != student_type(model_type):
@@ -24,9 +29,9 @@ def load_merged(folder: Path, load: LoadOptions) -> PreTrainedModel:
     teacher = {key: value for key, value in config.items() if key != "auto_map"} | {"model_type": model_type}
     names = teacher_classes(teacher, str(folder))
     config_class, model_class = (getattr(transformers, name) for name in names)
-    # The classes that the folder's own code defines; transformers makes a dataclass of a configuration.
+    # transformers makes a dataclass of a configuration.
     own_config = type("LolcatsConfig", (config_class,), {"model_type": config["model_type"], "lolcats": None})
     body: dict[str, Any] = {"config_class": own_config, "__module__": model_class.__module__}
     own_model = type("LolcatsForCausalLM", (MergedStudent, model_class), body)
     share_layout(config["model_type"], model_class, model_type)
-    return load_model(folder, load, loader=own_model)
+    return own_model

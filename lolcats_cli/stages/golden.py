@@ -1,0 +1,116 @@
+"""Golden logits: what a merged student answers to a few prompts, kept beside its weights; `verify` computes them again.
+
+Hashes show that a folder's bytes are right. This shows that the software and the machine where the folder lies make the
+same model of them. Weights are read module by module from the folder, so a model need not fit into memory.
+
+Shapes: P prompts, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from pathlib import Path
+
+import torch
+from lolcats_formats import Artifact
+from torch import Tensor
+
+from lolcats_cli.errors import BadInput
+from lolcats_cli.student.merged import student_class
+from lolcats_cli.teacher.load import load_tokenizer, model_limit
+
+FILE = "golden.safetensors"
+PROMPTS = (
+    "The sea was calm that morning, and nobody on board had slept. The captain counted the boats twice, then again",
+    "To linearize a model, replace the softmax of each attention by a product of feature maps, and train these so that",
+)
+BEYOND = 8  # tokens more than the window holds, so that the linear term has its say
+# The largest error, relative to the spread of the golden logits, by the dtype that the student is computed in: machines
+# round differently, and the differences grow from layer to layer.
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.1}
+
+
+def golden(folder: Path, scratch: Path) -> dict[str, Tensor]:
+    """The golden logits of the student in `folder`: `input_ids` [P, T] and the `logits` [P, V] after the last of them.
+
+    scratch: where weights are laid out anew of models whose modules hold them in another form than their files do.
+    """
+    config = student_class(folder).config_class.from_pretrained(folder)
+    length = config.lolcats["hybrid"]["window"] + BEYOND
+    length = min(length, model_limit(config) or length)
+    prompts = _tokens(folder, config.get_text_config().vocab_size)
+    input_ids = torch.tensor([(ids * length)[:length] for ids in prompts])
+    return {"input_ids": input_ids, "logits": _logits(folder, input_ids, scratch)[0]}
+
+
+def check(artifact: Artifact) -> float | None:
+    """The error of a student's logits here, relative to the spread of its golden ones; None if it has none.
+
+    Raises BadInput if it is beyond what rounding explains, or if the golden file is no such file.
+    """
+    if FILE not in artifact.files:
+        return None
+    found = artifact.load(FILE)
+    where = artifact.path / FILE
+    input_ids, expected = _checked(found, where)
+    with tempfile.TemporaryDirectory() as scratch:
+        logits, dtype = _logits(artifact.path, input_ids, Path(scratch))
+    if logits.shape != expected.shape:
+        raise BadInput(f"{where} is of a vocabulary of {expected.shape[1]}; the student has {logits.shape[1]}.")
+    error = ((logits - expected).square().mean().sqrt() / expected.std()).item()
+    tolerance = TOLERANCE[dtype]
+    if not error <= tolerance:  # NaN is an error too
+        import transformers
+
+        raise BadInput(
+            f"The student in {artifact.path} answers otherwise than when it was merged: its logits differ from those "
+            f"in {FILE} by {error:.2g} of their spread; rounding explains {tolerance:g} at most. Its files are intact: "
+            f"torch {torch.__version__}, transformers {transformers.__version__} or this machine computes "
+            f"something else than {artifact.manifest['created']['tool']} did. Try the versions it was merged with."
+        )
+    return error
+
+
+def _tokens(folder: Path, vocabulary: int) -> list[list[int]]:
+    """The prompts by the student's tokenizer; their bytes if it has none."""
+    if not (folder / "tokenizer_config.json").is_file():
+        return [[byte % vocabulary for byte in prompt.encode()] for prompt in PROMPTS]
+    tokenizer = load_tokenizer(folder)
+    return [tokenizer(prompt)["input_ids"] or [0] for prompt in PROMPTS]
+
+
+@torch.no_grad()
+def _logits(folder: Path, input_ids: Tensor, scratch: Path) -> tuple[Tensor, torch.dtype]:
+    """Those after the last token [P, V], in fp32, computed on the CPU; and the dtype of the computation."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    logger = logging.getLogger("accelerate.big_modeling")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # that weights stay on the disk is the point
+    try:
+        model = student_class(folder).from_pretrained(
+            folder, dtype="auto", device_map={"": "disk"}, offload_folder=scratch
+        )
+    finally:
+        logger.setLevel(level)
+    out = model.eval()(input_ids, use_cache=False).logits[:, -1]
+    return out.float().contiguous(), out.dtype
+
+
+def _checked(found: dict[str, Tensor], where: Path) -> tuple[Tensor, Tensor]:
+    """(input_ids, logits). Raises BadInput unless they are what `golden` makes."""
+    message = f"{where} does not hold input_ids [prompts, tokens] and logits [prompts, vocabulary]."
+    if set(found) != {"input_ids", "logits"}:
+        raise BadInput(message)
+    input_ids, logits = found["input_ids"], found["logits"]
+    if (
+        (input_ids.dtype, logits.dtype) != (torch.int64, torch.float32)
+        or not input_ids.ndim == logits.ndim == 2
+        or len(input_ids) != len(logits)
+        or 0 in (*input_ids.shape, *logits.shape)
+        or not 0 <= input_ids.min() <= input_ids.max() < logits.shape[1]
+    ):
+        raise BadInput(message)
+    return input_ids, logits

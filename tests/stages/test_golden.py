@@ -1,0 +1,130 @@
+"""golden.safetensors: every merged student brings its logits along, and verify computes them again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lolcats_formats import Artifact
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lolcats_cli.errors import BadInput
+from lolcats_cli.stages import golden
+from lolcats_cli.student.attention import HybridAttention
+from lolcats_cli.student.build import set_terms
+from lolcats_cli.student.mixin import LolcatsMixin
+
+OLD = Path(__file__).parents[1] / "formats" / "fixtures" / "v1" / "student"  # merged before there were golden logits
+
+
+def forged(student: Path, folder: Path, **changes: torch.Tensor) -> Artifact:
+    """A student with other golden tensors, whose manifest vouches for them."""
+    shutil.copytree(student, folder)
+    artifact = Artifact.open(folder)
+    tensors = {**load_file(folder / golden.FILE), **changes}
+    save_file(tensors, folder / golden.FILE)
+    artifact.load = lambda name: tensors  # type: ignore[method-assign, assignment]
+    return artifact
+
+
+def test_they_are_the_students_own_answers_past_its_window(pipeline: SimpleNamespace) -> None:
+    found = load_file(pipeline.student / golden.FILE)
+    input_ids = found["input_ids"]
+    tokenizer = AutoTokenizer.from_pretrained(pipeline.student, trust_remote_code=True)
+    assert input_ids.shape == (2, 8 + golden.BEYOND)  # window 8
+    assert [p.startswith(tokenizer.decode(row)) for p, row in zip(golden.PROMPTS, input_ids, strict=True)] == [True] * 2
+    student = AutoModelForCausalLM.from_pretrained(pipeline.student, trust_remote_code=True)
+    expected = student(input_ids).logits[:, -1]
+    torch.testing.assert_close(found["logits"], expected, atol=1e-5, rtol=1e-5)
+    set_terms(student, "window")
+    assert (student(input_ids).logits[:, -1] - expected).abs().max() > 0.1  # so the linear term is looked at too
+
+
+def test_verify_computes_them_again(pipeline: SimpleNamespace, tmp_path: Path) -> None:
+    moved = shutil.copytree(pipeline.student, tmp_path / "moved")
+    error = golden.check(Artifact.open(moved))
+    assert error is not None and error < 1e-6
+    assert golden.check(Artifact.open(OLD)) is None
+
+
+def test_another_computation_is_noticed(pipeline: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when another version of a library hands the attention something else: here, the linear term is lost."""
+    made = HybridAttention.__init__
+
+    def without(self, *args: object) -> None:
+        made(self, *args)
+        self.terms = "window"
+
+    monkeypatch.setattr(HybridAttention, "__init__", without)
+    with pytest.raises(BadInput, match=r"answers otherwise.*of their spread.*0\.001.*torch .*transformers"):
+        golden.check(Artifact.open(pipeline.student))
+
+
+def test_forged_golden_files_are_refused(pipeline: SimpleNamespace, tmp_path: Path) -> None:
+    true = load_file(pipeline.student / golden.FILE)
+    cases = {
+        "answers otherwise": {"logits": true["logits"] + 0.01 * true["logits"].std() * torch.randn(2, 260)},
+        "answers otherwise.*nan": {"logits": torch.full((2, 260), torch.nan)},
+        "does not hold": {"input_ids": true["input_ids"] + 260},
+        "does not hold input_ids": {"input_ids": true["input_ids"][:1]},
+        "does not hold .*logits": {"logits": true["logits"].double()},
+        "does not hold input_ids .prompts": {"input_ids": true["input_ids"][:, :0]},
+        "does not hold input_ids .prompts, tokens": {"more": true["logits"].clone()},
+        "of a vocabulary of 300": {"logits": torch.zeros(2, 300)},
+    }
+    for number, (message, changes) in enumerate(cases.items()):
+        with pytest.raises(BadInput, match=message):
+            golden.check(forged(pipeline.student, tmp_path / str(number), **changes))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_within_its_tolerance_of_fp32(
+    pipeline: SimpleNamespace, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """The golden logits are those of the dtype; a machine that rounds otherwise is not taken for a fault."""
+    student = AutoModelForCausalLM.from_pretrained(pipeline.student, trust_remote_code=True, dtype=dtype)
+    student.save_pretrained(tmp_path / "half")
+    AutoTokenizer.from_pretrained(pipeline.student, trust_remote_code=True).save_pretrained(tmp_path / "half")
+    half = golden.golden(tmp_path / "half", tmp_path / "scratch")
+    whole = load_file(pipeline.student / golden.FILE)["logits"]
+    error = ((half["logits"] - whole).square().mean().sqrt() / whole.std()).item()
+    assert 1e-4 < error < golden.TOLERANCE[dtype] / 2
+
+
+def test_without_a_tokenizer_the_prompts_are_bytes(pipeline: SimpleNamespace, tmp_path: Path) -> None:
+    folder = shutil.copytree(pipeline.student, tmp_path / "student", ignore=shutil.ignore_patterns("tokenizer*"))
+    input_ids = golden.golden(folder, tmp_path / "scratch")["input_ids"]
+    assert input_ids[0].tolist() == list(golden.PROMPTS[0].encode()[: 8 + golden.BEYOND])
+
+
+def test_a_short_model_is_not_overrun(pipeline: SimpleNamespace, tmp_path: Path) -> None:
+    folder = shutil.copytree(pipeline.student, tmp_path / "student")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 12}))
+    assert golden.golden(folder, tmp_path / "scratch")["input_ids"].shape == (2, 12)
+
+
+def test_weights_stay_on_the_disk(pipeline: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the first layer computes, nothing of the second is in memory."""
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    seen = []
+
+    def look(module, args) -> None:
+        if isinstance(module, LlamaMLP):
+            seen.append([p.device.type for name, p in student[0].named_parameters()])
+
+    student: list[torch.nn.Module] = []
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(
+        lambda module, args: student.append(module) if isinstance(module, LolcatsMixin) else look(module, args)
+    )
+    try:
+        golden.check(Artifact.open(pipeline.student))
+    finally:
+        handle.remove()
+    assert len(seen) == 2 and all(set(devices) == {"meta"} for devices in seen)
