@@ -40,7 +40,7 @@ def evaluate(
     seed: o.Seed = 0,
     json: o.Json = False,
 ) -> None:
-    """Measure perplexity and recall, of a student also with its window alone and its linear term alone; or run tasks."""
+    """Measure perplexity and recall, of a student also with its window and its linear term alone; or run tasks."""
     if (data is None) == (tasks is None):
         raise UsageError("Give --data, or --tasks.")
     given = o.artifact_path(model, data)
