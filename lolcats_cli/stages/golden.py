@@ -15,9 +15,14 @@ from pathlib import Path
 import torch
 from lolcats_formats import Artifact
 from torch import Tensor
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightConverter
+from transformers.utils.logging import disable_progress_bar
 
 from lolcats_cli.errors import BadInput
+from lolcats_cli.stages.disk import check_space
 from lolcats_cli.student.merged import student_class
+from lolcats_cli.teacher import identity
 from lolcats_cli.teacher.load import load_tokenizer, model_limit
 
 FILE = "golden.safetensors"
@@ -83,16 +88,17 @@ def _tokens(folder: Path, vocabulary: int) -> list[list[int]]:
 @torch.no_grad()
 def _logits(folder: Path, input_ids: Tensor, scratch: Path) -> tuple[Tensor, torch.dtype]:
     """Those after the last token [P, V], in fp32, computed on the CPU; and the dtype of the computation."""
-    from transformers.utils.logging import disable_progress_bar
-
     disable_progress_bar()
+    kind = student_class(folder)
+    steps = get_checkpoint_conversion_mapping(kind.config_class.model_type) or ()
+    if any(isinstance(step, WeightConverter) for step in steps):
+        size = sum(file.stat().st_size for file in identity.weight_files(folder))
+        check_space(size, scratch, "The weights of experts are laid out anew there for a while.")
     logger = logging.getLogger("accelerate.big_modeling")
     level = logger.level
     logger.setLevel(logging.ERROR)  # that weights stay on the disk is the point
     try:
-        model = student_class(folder).from_pretrained(
-            folder, dtype="auto", device_map={"": "disk"}, offload_folder=scratch
-        )
+        model = kind.from_pretrained(folder, dtype="auto", device_map={"": "disk"}, offload_folder=scratch)
     finally:
         logger.setLevel(level)
     out = model.eval()(input_ids, use_cache=False).logits[:, -1]

@@ -12,8 +12,10 @@ import torch
 from lolcats_formats import Artifact
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.core_model_loading import Concatenate, WeightConverter
 
-from lolcats_cli.errors import BadInput
+from lolcats_cli.errors import BadInput, NotEnoughSpace
+from lolcats_cli.main import run
 from lolcats_cli.stages import golden
 from lolcats_cli.student.attention import HybridAttention
 from lolcats_cli.student.build import set_terms
@@ -45,14 +47,25 @@ def test_they_are_the_students_own_answers_past_its_window(pipeline: SimpleNames
     assert (student(input_ids).logits[:, -1] - expected).abs().max() > 0.1  # so the linear term is looked at too
 
 
-def test_verify_computes_them_again(pipeline: SimpleNamespace, tmp_path: Path) -> None:
+def test_verify_computes_them_again(
+    pipeline: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     moved = shutil.copytree(pipeline.student, tmp_path / "moved")
-    error = golden.check(Artifact.open(moved))
-    assert error is not None and error < 1e-6
-    assert golden.check(Artifact.open(OLD)) is None
+    for folder, known in ((moved, True), (OLD, False)):
+        assert run(["verify", str(folder), "--json"]) == 0
+        error = json.loads(capsys.readouterr().out)["golden_error"]
+        assert error < 1e-6 if known else error is None
 
 
-def test_another_computation_is_noticed(pipeline: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_specification_states_the_same_tolerances() -> None:
+    text = (Path(__file__).parents[2] / "formats" / "SPEC.md").read_text()
+    for dtype, tolerance in golden.TOLERANCE.items():
+        assert f"{tolerance:g} ({str(dtype).removeprefix('torch.')})" in text
+
+
+def test_another_computation_is_noticed(
+    pipeline: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """As when another version of a library hands the attention something else: here, the linear term is lost."""
     made = HybridAttention.__init__
 
@@ -63,6 +76,9 @@ def test_another_computation_is_noticed(pipeline: SimpleNamespace, monkeypatch: 
     monkeypatch.setattr(HybridAttention, "__init__", without)
     with pytest.raises(BadInput, match=r"answers otherwise.*of their spread.*0\.001.*torch .*transformers"):
         golden.check(Artifact.open(pipeline.student))
+    assert run(["verify", str(pipeline.student)]) == 3
+    found = capsys.readouterr()
+    assert found.out == "" and "answers otherwise than when it was merged" in found.err
 
 
 def test_forged_golden_files_are_refused(pipeline: SimpleNamespace, tmp_path: Path) -> None:
@@ -128,3 +144,14 @@ def test_weights_stay_on_the_disk(pipeline: SimpleNamespace, monkeypatch: pytest
     finally:
         handle.remove()
     assert len(seen) == 2 and all(set(devices) == {"meta"} for devices in seen)
+
+
+def test_weights_that_are_laid_out_anew_need_their_space(
+    pipeline: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As of mixtures of experts."""
+    converter = WeightConverter(["a.weight"], "b.weight", operations=[Concatenate()])
+    monkeypatch.setattr(golden, "get_checkpoint_conversion_mapping", lambda kind: [converter])
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(NotEnoughSpace, match="experts"):
+        golden.golden(pipeline.student, tmp_path)

@@ -165,6 +165,7 @@ def test_it_is_an_artifact_with_everything_a_model_folder_has(merged, lora):
     assert artifact.parents[0]["id"] == Artifact.open(lora).id and artifact.summary["folded"] == 8
     code = {"modeling_lolcats.py", "configuration_lolcats.py", "mixin.py", "attention.py", "cache.py", "maps.py"}
     rest = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    rest.add("golden.safetensors")
     assert code | rest <= set(artifact.files)
     card = (merged / "README.md").read_text()
     assert Artifact.open(lora).id in card and "2410.10254" in card and "trust_remote_code=True" in card
