@@ -13,6 +13,7 @@ from types import SimpleNamespace
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["TRITON_INTERPRET"] = "1"  # read once, when Triton is imported
 # Libraries' caches go to a temporary folder; they look there once, when they are imported.
 CACHES = tempfile.mkdtemp(prefix="lolcats-tests-")
 atexit.register(shutil.rmtree, CACHES, ignore_errors=True)

@@ -6,6 +6,8 @@ Shapes: B batch, H query heads, K key heads, T time, D head, Dv value head, C wi
 first, padding goes to the end, where causal queries do not see it.
 """
 
+from typing import Any, Protocol
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from .blocks import BlockAttention, make_plan
 from .decoding import decode_step
 from .features import k_features, q_features
 from .maps import HybridMaps, compute_dtype, repeat_heads
-from .state import KVState, next_state
+from .state import KVState, masked_sums, next_ring, window_start
 
 
 def _take(x: Tensor, order: Tensor) -> Tensor:
@@ -21,7 +23,30 @@ def _take(x: Tensor, order: Tensor) -> Tensor:
     return x.gather(2, order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
 
-def chunked_attention(
+class Rows(Protocol):
+    """What computes rows of tokens without gaps, the first of which comes after the sums of `state`.
+
+    q [B, H, J, D], k [B, K, J, D], v [B, K, J, Dv], contents of padding finite.
+    -> out [B, H, J, Dv]; and with count [B], S and z over the first `count` keys of each row and those of `state`.
+    """
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        count: Tensor | None,
+        maps: HybridMaps,
+        *,
+        scaling: float,
+        softcap: float | None,
+        state: KVState | None,
+        terms: str,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]: ...
+
+
+def attend_in_rows(
+    rows: Rows,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -34,14 +59,7 @@ def chunked_attention(
     return_state: bool = False,
     terms: str = "both",
 ) -> tuple[Tensor, KVState | None]:
-    """Hybrid attention by blocks; arguments as for `hybrid_attention`."""
-    if valid is not None and bool(valid.all()):
-        valid = None
-    if state is not None and q.shape[2] == 1 and valid is None:
-        return decode_step(
-            q, k, v, maps, scaling=scaling, softcap=softcap, state=state, return_state=return_state, terms=terms
-        )
-
+    """Hybrid attention by what computes rows without gaps; the other arguments as for `hybrid_attention`."""
     batch, _, time, _ = q.shape
     held = 0 if state is None else state.keys.shape[2]
     if valid is not None:
@@ -68,8 +86,10 @@ def chunked_attention(
         q, k, v = (_take(x, order) for x in (q, k, v))
         position, live = position.gather(1, order), live.gather(1, order)
 
-    phi_k = k_features(maps, k) if terms != "window" or return_state else None
-    out = _rows_attention(q, k, v, phi_k, maps, scaling, softcap, state, terms)
+    count = None
+    if return_state:
+        count = (live & (position < window_start(length, maps.config)[:, None])).sum(1)
+    out, sums, norms = rows(q, k, v, count, maps, scaling=scaling, softcap=softcap, state=state, terms=terms)
     if back is not None:
         out = _take(out, back)
     if valid is not None:
@@ -77,11 +97,33 @@ def chunked_attention(
     out = out.to(q.dtype)
     if not return_state:
         return out, None
+    assert sums is not None and norms is not None
+    return out, KVState(sums, norms, *next_ring(maps.config, k, v, position, live, length), length)
+
+
+def _block_rows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    count: Tensor | None,
+    maps: HybridMaps,
+    *,
+    scaling: float,
+    softcap: float | None,
+    state: KVState | None,
+    terms: str,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """By `BlockAttention`."""
+    phi_k = k_features(maps, k) if terms != "window" or count is not None else None
+    out = _attend(q, k, v, phi_k, maps, scaling, softcap, state, terms)
+    if count is None:
+        return out, None, None
     assert phi_k is not None
-    return out, next_state(maps, state, phi_k, k, v, position, live, length)
+    old = torch.arange(k.shape[2], device=k.device) < count[:, None]
+    return out, *masked_sums(phi_k, v, old, state)
 
 
-def _rows_attention(
+def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -92,7 +134,7 @@ def _rows_attention(
     state: KVState | None,
     terms: str,
 ) -> Tensor:
-    """Rows without gaps, after the sums of `state`: q [B, H, J, D] -> [B, H, J, Dv] in the compute dtype."""
+    """[B, H, J, Dv] in the compute dtype."""
     batch, heads = q.shape[:2]
     dtype = compute_dtype(q.dtype)
     linear = terms != "window"
@@ -131,3 +173,22 @@ def _rows_attention(
         plan,
     )
     return out.unflatten(0, (batch, heads))
+
+
+def chunked_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    maps: HybridMaps,
+    *,
+    valid: Tensor | None = None,
+    state: KVState | None = None,
+    consume_state: bool = False,
+    **options: Any,
+) -> tuple[Tensor, KVState | None]:
+    """Hybrid attention by blocks, or of one token after a state; arguments as for `hybrid_attention`."""
+    if valid is not None and bool(valid.all()):
+        valid = None
+    if state is not None and q.shape[2] == 1 and valid is None:
+        return decode_step(q, k, v, maps, state=state, consume_state=consume_state, **options)
+    return attend_in_rows(_block_rows, q, k, v, maps, valid=valid, state=state, **options)

@@ -22,14 +22,20 @@ def decode_step(
     state: KVState,
     return_state: bool,
     terms: str,
+    consume_state: bool = False,
 ) -> tuple[Tensor, KVState | None]:
-    """Hybrid attention for T = 1 without padding; q [B, H, 1, D], k [B, K, 1, D], v [B, K, 1, Dv]."""
+    """Hybrid attention for T = 1 without padding; q [B, H, 1, D], k [B, K, 1, D], v [B, K, 1, Dv].
+
+    consume_state: the state returned may lie in the tensors of the one given.
+    """
+    in_place = consume_state and return_state
+    scatter = Tensor.scatter_ if in_place else Tensor.scatter
     config = maps.config
     key_heads, slots = k.shape[1], state.keys.shape[2]
     dtype = compute_dtype(q.dtype)
     length = state.length + 1
     if not slots:  # pure linear: the query's own key is in the sums that it sees
-        sums, norms = _fold(maps, state.sums, state.norms, k, v)
+        sums, norms = _fold(maps, state.sums, state.norms, k, v, in_place=in_place)
         after = KVState(sums, norms, state.keys, state.values, length)
         out = safe_divide(*_linear(maps, q, sums, norms, None)).to(q.dtype)
         if terms == "window":
@@ -38,8 +44,8 @@ def decode_step(
 
     # The new token takes the slot of one that has left the window.
     slot = torch.remainder(state.length, slots)[:, None, None, None]
-    keys = state.keys.scatter(2, slot.expand_as(k), k)
-    values = state.values.scatter(2, slot.expand_as(v), v)
+    keys = scatter(state.keys, 2, slot.expand_as(k), k)
+    values = scatter(state.values, 2, slot.expand_as(v), v)
     ring = KVState(state.sums, state.norms, keys, values, length)
     position = ring.slot_positions()
     numerator: Tensor | None = None
@@ -81,6 +87,7 @@ def decode_step(
         keys.gather(2, index.expand(-1, key_heads, -1, keys.shape[3])),
         values.gather(2, index.expand(-1, key_heads, -1, values.shape[3])),
         (leaving < end[:, None])[:, None, :, None],
+        in_place=in_place,
     )
     return out, KVState(sums, norms, keys, values, length)
 
@@ -97,7 +104,14 @@ def _linear(maps: HybridMaps, q: Tensor, sums: Tensor, norms: Tensor, top: Tenso
 
 
 def _fold(
-    maps: HybridMaps, sums: Tensor, norms: Tensor, keys: Tensor, values: Tensor, take: Tensor | None = None
+    maps: HybridMaps,
+    sums: Tensor,
+    norms: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    take: Tensor | None = None,
+    *,
+    in_place: bool,
 ) -> tuple[Tensor, Tensor]:
     """S and z with the keys [B, K, N, D] added where take [B, 1, N, 1]."""
     phi = maps.k_features(keys)
@@ -107,4 +121,5 @@ def _fold(
     # Query heads of one key head lie together, so that they share its values without a copy.
     grouped = phi.unflatten(1, (keys.shape[1], -1)).permute(0, 1, 2, 4, 3).flatten(2, 3)  # [B, K, G F', N]
     added = (grouped @ values.to(phi.dtype)).view(batch, heads, features, -1)
-    return sums + added, norms + phi.sum(2)
+    add = Tensor.add_ if in_place else Tensor.add
+    return add(sums, added), add(norms, phi.sum(2))

@@ -4,7 +4,8 @@ Shapes: B batch, H query heads, K key heads, T time, D head, Dv value head.
 """
 
 from collections.abc import Callable
-from typing import Literal, overload
+from importlib.util import find_spec
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -12,16 +13,30 @@ from torch import Tensor
 from .chunked import chunked_attention
 from .maps import HybridMaps
 from .reference import reference_attention
-from .state import KVState
+from .state import KVState, may_overwrite
 
 TERMS = ("both", "window", "linear")
+
+
+def _triton_attention(*args: Any, **options: Any) -> tuple[Tensor, KVState | None]:
+    from .triton_attention import triton_attention  # an optional package
+
+    return triton_attention(*args, **options)
+
 
 # Every implementation takes what `hybrid_attention` takes, checked, and returns (out, state or None).
 _BACKENDS: dict[str, Callable[..., tuple[Tensor, KVState | None]]] = {
     "reference": reference_attention,
     "chunked": chunked_attention,
+    "triton": _triton_attention,
 }
 BACKENDS = ("auto", *_BACKENDS)
+HAS_TRITON = find_spec("triton") is not None
+
+
+def _best_backend(q: Tensor) -> str:
+    fits = HAS_TRITON and q.is_cuda and q.dtype != torch.float64
+    return "triton" if fits and torch.cuda.get_device_properties(q.device).major >= 8 else "chunked"
 
 
 @overload
@@ -37,6 +52,7 @@ def hybrid_attention(
     state: KVState | None = ...,
     return_state: Literal[False] = ...,
     terms: str = ...,
+    consume_state: bool = ...,
     backend: str = ...,
 ) -> Tensor: ...
 @overload
@@ -52,6 +68,7 @@ def hybrid_attention(
     state: KVState | None = ...,
     return_state: Literal[True],
     terms: str = ...,
+    consume_state: bool = ...,
     backend: str = ...,
 ) -> tuple[Tensor, KVState]: ...
 def hybrid_attention(
@@ -66,6 +83,7 @@ def hybrid_attention(
     state: KVState | None = None,
     return_state: bool = False,
     terms: str = "both",
+    consume_state: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, KVState]:
     """Windowed softmax plus linear attention with one shared denominator (arXiv 2410.10254, eq. 7), causal.
@@ -76,20 +94,23 @@ def hybrid_attention(
     softcap: the scores become softcap tanh(scores / softcap), as in Gemma 2.
     valid [B, T] bool: False is padding, anywhere in the row. It contributes nothing, its outputs are 0, and
         positions count valid tokens only, so the others get what they would get in the row without it.
-    state: from the tokens before these; None at the start. Not changed.
+    state: from the tokens before these; None at the start. Not changed, unless it is consumed.
     return_state: also return the state after these tokens.
     terms: "both"; or for ablations "window" (the linear term is 0) or "linear" (the window's term is 0).
         A query for which nothing is left to sum gets output 0.
-    backend: "reference" (the definition, quadratic), "chunked" (linear time and memory), or "auto".
+    consume_state: the state given is not used again, so that the one returned may take its tensors: decoding in place.
+    backend: "reference" (the definition, quadratic), "chunked" (linear time and memory, on any device), "triton"
+        (the same by GPU kernels: fp32, bf16 and fp16, compute capability 8.0), or "auto": triton where it can be,
+        else chunked.
 
     Returns out [B, H, T, Dv] in q's dtype, or (out, state). Sums are in fp32 (fp64 for fp64 inputs).
     Differentiable in q, k, v and the parameters of `maps`.
-    Raises ValueError when shapes, dtypes or options do not fit together.
+    Raises ValueError when shapes, dtypes or options do not fit together; ImportError for "triton" without its package.
     """
     _check(q, k, v, maps, softcap, valid, state, terms, backend)
-    run = _BACKENDS["chunked" if backend == "auto" else backend]
     wanted = q.dtype
     q, k, v = (x.to(_common_dtype(q, k, v)) for x in (q, k, v))
+    run = _BACKENDS[_best_backend(q) if backend == "auto" else backend]
     with torch.autocast(q.device.type, enabled=False):  # sums stay in fp32
         out, after = run(
             q,
@@ -102,6 +123,7 @@ def hybrid_attention(
             state=state,
             return_state=return_state,
             terms=terms,
+            consume_state=consume_state and state is not None and may_overwrite(maps, state, q, k, v),
         )
     out = out.to(wanted)
     if not return_state:

@@ -62,6 +62,11 @@ class HybridConfig:
         _check_choice("layout", self.layout, LAYOUTS)
         _check_choice("linear_factor", self.linear_factor, LINEAR_FACTORS)
 
+    @property
+    def slots(self) -> int:
+        """C: how many keys and values a state keeps as they are."""
+        return self.window * (2 if self.layout == "terraced" else 1)
+
     def features(self, head_dim: int) -> int:
         """F': the number of features the map gives for heads of size `head_dim`."""
         return 2 * self.feature_dim if self.feature_map == "hedgehog" else head_dim
@@ -137,12 +142,9 @@ class HybridMaps(nn.Module):
 
     def k_features(self, k: Tensor) -> Tensor:
         """phi_k: k [B, K, T, D] -> [B, H, T, F'], fp32 (fp64 for fp64), the key's weight in it. Per query head."""
-        k = repeat_heads(k, self.num_heads)
-        features = self._features(k, "k")
-        if self.config.linear_factor != "exp":
-            return features
-        weight = _per_head(k, self.k_slope).clamp(-KEY_BOUND, KEY_BOUND).exp()
-        return features * weight[..., None]
+        features = self._features(repeat_heads(k, self.num_heads), "k")
+        logits = self.key_logits(k)
+        return features if logits is None else features * logits.clamp(-KEY_BOUND, KEY_BOUND).exp()[..., None]
 
     def query_logits(self, q: Tensor) -> Tensor | None:
         """lambda + u . q: q [B, H, T, D] -> [B, H, T], fp32 (fp64 for fp64); None unless the linear factor is "exp"."""
@@ -150,6 +152,10 @@ class HybridMaps(nn.Module):
             return None
         slopes = _per_head(q, self.q_slope)
         return slopes + self.linear_logit.to(slopes.dtype)[:, None]
+
+    def key_logits(self, k: Tensor) -> Tensor | None:
+        """w . k, without its bound: k [B, K, T, D] -> [B, H, T], fp32 (fp64 for fp64); None unless "exp"."""
+        return _per_head(k, self.k_slope) if self.config.linear_factor == "exp" else None
 
     def factors(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """(gamma [H], the linear term's constant factor [H]) of eq. 7, in `dtype`."""
@@ -172,9 +178,10 @@ class HybridMaps(nn.Module):
 
 
 def _per_head(x: Tensor, slope: Tensor) -> Tensor:
-    """x [B, H, T, D] . slope [H, D] -> [B, H, T] in the compute dtype."""
+    """x [B, K, T, D] . slope [H, D] -> [B, H, T] in the compute dtype."""
     dtype = compute_dtype(x.dtype)
-    return (x.to(dtype) @ slope.to(dtype)[..., None]).squeeze(-1)
+    slope = slope.to(dtype).unflatten(0, (x.shape[1], -1)).transpose(1, 2)  # [K, D, G]
+    return (x.to(dtype) @ slope).transpose(2, 3).flatten(1, 2)
 
 
 def repeat_heads(x: Tensor, num_heads: int) -> Tensor:

@@ -131,8 +131,9 @@ def reference_attention(
     state: KVState | None = None,
     return_state: bool = False,
     terms: str = "both",
+    consume_state: bool = False,
 ) -> tuple[Tensor, KVState | None]:
-    """Hybrid attention by the definition; arguments as for `hybrid_attention`."""
+    """Hybrid attention by the definition; arguments as for `hybrid_attention`. States are left alone in any case."""
     batch, heads, time, _ = q.shape
     config, dtype = maps.config, compute_dtype(q.dtype)
     valid = torch.ones(batch, time, dtype=torch.bool, device=q.device) if valid is None else valid

@@ -61,7 +61,7 @@ class KVState:
     @staticmethod
     def shapes(maps: HybridMaps, batch: int, key_heads: int, value_dim: int) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor."""
-        slots = maps.config.window * (2 if maps.config.layout == "terraced" else 1)
+        slots = maps.config.slots
         return {
             "sums": (batch, maps.num_heads, maps.num_features, value_dim),
             "norms": (batch, maps.num_heads, maps.num_features),
@@ -101,6 +101,20 @@ class KVState:
         return position, position >= window_start(self.length, config)[:, None]
 
 
+def records_gradients(maps: HybridMaps, state: KVState, *inputs: Tensor) -> bool:
+    """Whether autograd follows what is computed from these."""
+    involved = (*inputs, *maps.parameters(), state.sums, state.norms, state.keys, state.values)
+    return torch.is_grad_enabled() and any(x.requires_grad for x in involved)
+
+
+def may_overwrite(maps: HybridMaps, state: KVState, *inputs: Tensor) -> bool:
+    """Whether autograd, or inference mode's rules, have nothing against changing the state's tensors."""
+    if records_gradients(maps, state, *inputs):
+        return False
+    # A compiled step cannot ask; it then raises torch's error.
+    return torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not state.sums.is_inference()
+
+
 def next_state(
     maps: HybridMaps,
     state: KVState | None,
@@ -117,25 +131,27 @@ def next_state(
     those of its ring included, with position [B, T]; live [B, T] False: not a key, must be finite.
     length [B]: valid tokens seen at the end.
     """
-    config, heads = maps.config, maps.num_heads
-    new = KVState.empty(
-        maps, keys.shape[0], keys.shape[1], value_dim=values.shape[-1], dtype=keys.dtype, device=keys.device
-    )
-    start = window_start(length, config)[:, None]
-    old = (live & (position < start))[:, None, :, None]
-    features = features * old
-    sums = features.transpose(-1, -2) @ repeat_heads(values, heads).to(features.dtype)
+    old = live & (position < window_start(length, maps.config)[:, None])
+    sums, norms = masked_sums(features, values, old, state)
+    return KVState(sums, norms, *next_ring(maps.config, keys, values, position, live, length), length)
+
+
+def masked_sums(features: Tensor, values: Tensor, mask: Tensor, state: KVState | None) -> tuple[Tensor, Tensor]:
+    """S [B, H, F', Dv] and z [B, H, F'] over the keys where mask [B, T] is True, after those of `state`."""
+    features = features * mask[:, None, :, None]
+    sums = features.transpose(-1, -2) @ repeat_heads(values, features.shape[1]).to(features.dtype)
     norms = features.sum(2)
-    if state is not None:
-        sums, norms = sums + state.sums, norms + state.norms
-    slots = new.keys.shape[2]
-    if not slots:
-        return KVState(sums, norms, new.keys, new.values, length)
+    return (sums, norms) if state is None else (sums + state.sums, norms + state.norms)
+
+
+def next_ring(
+    config: HybridConfig, keys: Tensor, values: Tensor, position: Tensor, live: Tensor, length: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The keys and values that the state keeps as they are; arguments as for `next_state`."""
+    slots = config.slots
+    stays = live & (position >= window_start(length, config)[:, None])
     # Keys that do not stay go to one slot more, which is cut off.
-    slot = torch.where(live & (position >= start), torch.remainder(position, slots), slots)
-    ring = []
-    for empty, x in ((new.keys, keys), (new.values, values)):
-        index = slot[:, None, :, None].expand_as(x)
-        wide = torch.cat([empty, empty[:, :, :1]], 2)
-        ring.append(wide.scatter(2, index, x)[:, :, :slots])
-    return KVState(sums, norms, ring[0], ring[1], length)
+    slot = torch.where(stays, torch.remainder(position, max(slots, 1)), slots)[:, None, :, None]
+    wide = [x.new_zeros(*x.shape[:2], slots + 1, x.shape[3]) for x in (keys, values)]
+    ring = [w.scatter(2, slot.expand_as(x), x)[:, :, :slots] for w, x in zip(wide, (keys, values), strict=True)]
+    return ring[0], ring[1]

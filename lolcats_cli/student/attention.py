@@ -56,6 +56,7 @@ class HybridAttention(HybridMaps):
                 state=self.cache_layer.state,
                 return_state=True,
                 terms=self.terms,
+                consume_state=True,
             )
             self.cache_layer.advance(state, query.shape[2])
         return out.transpose(1, 2).contiguous()

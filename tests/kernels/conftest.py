@@ -4,7 +4,7 @@ Shapes: B batch, H query heads, K key heads, T time, D head, Dv value head.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import pytest
@@ -57,6 +57,11 @@ class Case:
             backend=backend,
             **options,
         )
+
+    def to(self, dtype: torch.dtype) -> "Case":
+        """Inputs in this dtype, parameters in its compute dtype (in their place)."""
+        self.maps.to(torch.promote_types(dtype, torch.float32))
+        return replace(self, q=self.q.to(dtype), k=self.k.to(dtype), v=self.v.to(dtype))
 
     def part(self, begin: int, end: int) -> "Case":
         valid = None if self.valid is None else self.valid[:, begin:end]
@@ -135,8 +140,7 @@ def build_case(
     )
 
 
-_CASES = st.builds(
-    build_case,
+_OPTIONS: dict[str, st.SearchStrategy] = dict(
     seed=st.integers(0, 2**16),
     batch=st.integers(1, 3),
     key_heads=st.integers(1, 2),
@@ -154,6 +158,14 @@ _CASES = st.builds(
     layout=st.sampled_from(LAYOUTS),
     linear_factor=st.sampled_from(LINEAR_FACTORS),
 )
+# For Triton's interpreter, whose time goes by programs: more than one block of each kind all the same.
+_SMALL = {
+    "batch": st.sampled_from((1, 1, 2)),
+    "group": st.sampled_from((1, 1, 3)),
+    "time": st.integers(1, 44),
+    "cuts": st.lists(st.integers(0, 44), max_size=2),
+    "window": st.sampled_from((0, 1, 3, 8, 16, 20, 64)),
+}
 
 
 @pytest.fixture(scope="session")
@@ -164,4 +176,48 @@ def make_case() -> Callable[..., Case]:
 @pytest.fixture(scope="session")
 def cases() -> st.SearchStrategy[Case]:
     """Calls of all shapes and options."""
-    return _CASES
+    return st.builds(build_case, **_OPTIONS)
+
+
+@pytest.fixture(scope="session")
+def small_cases() -> st.SearchStrategy[Case]:
+    """The same, shorter."""
+    return st.builds(build_case, **(_OPTIONS | _SMALL))
+
+
+@pytest.fixture
+def numbers_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter multiplies the bits of bf16 as integers, cuts fp32 to bf16, and takes TF32 for fp32. On GPUs
+    products are exact and sums fp32, bf16 is rounded to the nearest, and of TF32 the lower 13 bits are not read."""
+
+    import numpy as np
+    from triton import language as tl
+    from triton.runtime import interpreter
+
+    def widen(bits):
+        return (bits.astype(np.uint32) << 16).view(np.float32)
+
+    def operand(x, precision):
+        if x.dtype.scalar == tl.bfloat16:
+            return widen(x.data)
+        data = np.ascontiguousarray(x.data)
+        if x.dtype.scalar == tl.float32 and precision == interpreter._ir.INPUT_PRECISION.TF32:
+            return (data.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
+        return data.astype(np.float32)
+
+    def dot(self, a, b, d, precision, imprecise):
+        product = np.matmul(operand(a, precision), operand(b, precision), dtype=d.data.dtype)
+        return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
+
+    def cast(self, x, dtype):
+        kinds = x.dtype.scalar, dtype.scalar
+        if kinds == (tl.bfloat16, tl.float32):
+            return interpreter.TensorHandle(widen(x.data), tl.float32)
+        if kinds == (tl.float32, tl.bfloat16):
+            rounded = torch.from_numpy(np.ascontiguousarray(x.data)).bfloat16()
+            return interpreter.TensorHandle(rounded.view(torch.uint16).numpy(), tl.bfloat16)
+        return plain_cast(self, x, dtype)
+
+    plain_cast = interpreter.InterpreterBuilder.cast_impl
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", cast)

@@ -1,6 +1,8 @@
 """The operation as others call it: what lies in padding, dtypes, errors."""
 
 import ast
+import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -92,11 +94,44 @@ def test_errors_say_what_is_wrong(make_case):
 
 
 def test_the_package_needs_torch_alone():
-    """Its files travel inside merged models: torch, the standard library, and each other by relative imports."""
+    """Its files travel inside merged models: torch, the standard library, and each other by relative imports.
+
+    Triton is for the files that are called so, inside `try`: transformers asks for all that is imported elsewhere."""
     allowed = set(sys.stdlib_module_names) | {"torch"}
     for file in Path(lolcats_kernels.__file__).parent.glob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
+        tree = ast.parse(file.read_text())
+        guarded = {id(node) for block in ast.walk(tree) if isinstance(block, ast.Try) for node in ast.walk(block)}
+        for node in ast.walk(tree):
+            names = []
             if isinstance(node, ast.Import):
-                assert {name.name.split(".")[0] for name in node.names} <= allowed, file.name
-            elif isinstance(node, ast.ImportFrom):
-                assert node.level == 1 or (node.module or "").split(".")[0] in allowed, file.name
+                names = [name.name for name in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level != 1:
+                names = [node.module or ""]
+            mine = allowed | {"triton"} if file.name.startswith("triton_") and id(node) in guarded else allowed
+            assert {name.split(".")[0] for name in names} <= mine, file.name
+
+
+WITHOUT_TRITON = """
+import sys
+
+sys.modules["triton"] = None  # as if it were not installed
+import torch
+from lolcats_kernels import HybridConfig, HybridMaps, hybrid_attention
+
+maps, x = HybridMaps(HybridConfig(), 2, 8), torch.ones(1, 2, 3, 8)
+assert hybrid_attention(x, x, x, maps, scaling=1.0).shape == x.shape
+try:
+    hybrid_attention(x, x, x, maps, scaling=1.0, backend="triton")
+except ImportError as error:
+    print(error)
+"""
+
+
+def test_without_triton():
+    """All else works, and what is asked for is not replaced."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(lolcats_kernels.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (
+        "The backend triton needs the package triton, which is for Linux: pip install triton, or lolcats[triton].\n"
+    )

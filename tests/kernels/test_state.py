@@ -143,6 +143,26 @@ def test_a_call_leaves_its_state_alone(make_case):
             assert torch.equal(x, before[name])
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("window", [0, 4])
+def test_a_consumed_state_is_decoded_in_place(make_case, layout, window):
+    case = make_case(time=30, window=window, layout=layout)
+    _, state = case.part(0, 23).run("chunked", return_state=True)
+    one = case.part(23, 24)
+    # Not where autograd needs the old values, nor against inference mode's rules.
+    assert one.run("chunked", state=state, return_state=True, consume_state=True)[1].sums is not state.sums
+    with torch.inference_mode():
+        _, inferred = case.part(0, 23).run("chunked", return_state=True)
+    with torch.no_grad():
+        expected, after = one.run("chunked", state=inferred, return_state=True, consume_state=True)
+        assert after.sums is not inferred.sums
+        found, same = one.run("chunked", state=state, return_state=True, consume_state=True)
+    assert same.sums.data_ptr() == state.sums.data_ptr() and same.keys.data_ptr() == state.keys.data_ptr()
+    torch.testing.assert_close(found, expected)
+    for name, x in tensors(same).items():
+        torch.testing.assert_close(x, tensors(after)[name])
+
+
 def test_empty_state_is_the_start(make_case):
     case = make_case()
     state = KVState.empty(case.maps, 2, 2, dtype=torch.float64)

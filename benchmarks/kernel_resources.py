@@ -1,0 +1,111 @@
+"""Compiles every Triton kernel as it would be launched, without a GPU, and prints what the compiler made of it.
+
+    python benchmarks/kernel_resources.py [--capabilities 80 90] [--heads 64 128 256] [--dtypes bfloat16]
+
+Columns: registers of a thread, bytes a thread spills, shared memory of a program (the most that the GPU has beside it).
+Exits with 1 if a kernel does not compile or does not fit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+os.environ.pop("TRITON_INTERPRET", None)
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "kernels")]
+
+import torch  # noqa: E402
+import triton  # noqa: E402
+from lolcats_kernels import HybridConfig, HybridMaps, hybrid_attention, triton_attention  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+# Bytes of shared memory that a program can have (CUDA C programming guide, table of technical specifications).
+SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+}
+CUOBJDUMP = next(Path(triton.__file__).parent.rglob("cuobjdump"))
+
+
+def compiled(kernel: Any, given: dict[str, Any], warps: int, capability: int) -> dict[str, int]:
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int], Any] = {}
+    attributes: dict[tuple[int], list[list[Any]]] = {}
+    for index, parameter in enumerate(kernel.params):
+        value = given["q"] if given[parameter.name] is None else given[parameter.name]
+        if parameter.is_constexpr:
+            signature[parameter.name], constants[(index,)] = "constexpr", value
+            continue
+        tensor = isinstance(value, torch.Tensor)
+        signature[parameter.name] = TYPES[value.dtype] if tensor else "fp32" if isinstance(value, float) else "i32"
+        if tensor or (isinstance(value, int) and value % 16 == 0):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    options = {"num_warps": warps, "num_stages": 1}
+    result = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(result.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
+    registers, spilled = re.findall(r"REG:(\d+) STACK:(\d+)", usage)[0]
+    return {"registers": int(registers), "spilled": int(spilled), "shared": result.metadata.shared}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--capabilities", type=int, nargs="+", default=[80, 90])
+    parser.add_argument("--heads", type=int, nargs="+", default=[64, 128, 256])
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16"])
+    parser.add_argument("--linear-factors", nargs="+", default=["exp"])
+    args = parser.parse_args()
+    print("| capability | head | dtype | kernel | block | warps | registers | spilled | shared memory | of |")
+    print("| --- " * 10 + "|")
+    too_large = False
+    for capability in args.capabilities:
+        for head in args.heads:
+            for dtype in args.dtypes:
+                for factor in args.linear_factors:
+                    for row in launched(capability, head, getattr(torch, dtype), factor):
+                        print(
+                            f"| {capability} | {head} | {dtype} |",
+                            " | ".join(map(str, row)),
+                            f"| {SHARED[capability]} |",
+                        )
+                        too_large |= row[-1] > SHARED[capability]
+    sys.exit(too_large)
+
+
+def launched(capability: int, head: int, dtype: torch.dtype, factor: str) -> list[tuple[Any, ...]]:
+    """What a call in the shape of Llama 3 8B (of this head) launches, forward and backward, all gradients wanted."""
+    rows = []
+
+    def compile_it(call: Any, kernel: Any, grid: object, **own: Any) -> None:
+        given = call.given | own
+        made = compiled(kernel, given, call.warps, capability)
+        rows.append((kernel.__name__, given["L"], call.warps, *made.values()))
+
+    maps = HybridMaps(HybridConfig(linear_factor=factor), 32, head)
+    q, k, v = (torch.zeros(1, heads, 256, head, dtype=dtype, requires_grad=True) for heads in (32, 8, 8))
+    with (
+        patch.object(triton_attention, "capability", lambda device: capability),
+        patch.object(triton_attention._Call, "run", compile_it),
+    ):
+        hybrid_attention(q, k, v, maps, scaling=head**-0.5, backend="triton").sum().backward()
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""The Triton kernels, under Triton's interpreter, are the definition; and they compile for GPUs."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from lolcats_kernels import FEATURE_MAPS, LAYOUTS
+
+pytest.importorskip("triton")
+
+from lolcats_kernels import triton_attention
+from torch.utils._pytree import tree_map_only
+
+pytestmark = pytest.mark.usefixtures("numbers_of_gpus")
+ROOT = Path(__file__).resolve().parents[2]
+# No shrinking: under the interpreter it takes many minutes, and the cases are small already.
+PHASES = (Phase.explicit, Phase.generate)
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Short rows are several blocks, and values several parts."""
+    monkeypatch.setattr(triton_attention, "TILES", {90: {256: (32, 16, 4)}})
+    monkeypatch.setattr(triton_attention, "COLUMNS", 16)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True, phases=PHASES)
+@given(data=st.data())
+def test_output_is_the_references(small_cases, data):
+    case = data.draw(small_cases).to(torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(case.run("triton"), case.run("reference"), rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=10, deadline=None, derandomize=True, phases=PHASES)
+@given(data=st.data())
+def test_parts_are_the_whole(small_cases, data):
+    case = data.draw(small_cases).to(torch.float32)
+    with torch.no_grad():
+        whole, state = case.run("reference", return_state=True)
+        parts, after = case.run_in_parts("triton", case.cuts)
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)
+    for name in ("sums", "norms", "keys", "values", "length"):
+        torch.testing.assert_close(getattr(after, name), getattr(state, name), rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=7, deadline=None, derandomize=True, phases=PHASES)
+@given(data=st.data())
+def test_gradients_are_the_references(small_cases, data):
+    case = data.draw(small_cases)
+    expected = case.gradients("reference")
+    for found, exact in zip(case.to(torch.float32).gradients("triton"), expected, strict=True):
+        size = exact.abs().max().item() if exact.numel() else 0
+        torch.testing.assert_close(found.double(), exact, rtol=1e-3, atol=1e-4 * (1 + size))
+
+
+@pytest.mark.parametrize("factor", ["affine", "exp"])
+def test_gradients_through_the_state(make_case, factor):
+    """Truncated backpropagation hands states on with their gradients."""
+
+    def gradients(backend):
+        case = make_case(batch=1, time=50, linear_factor=factor, dtype=torch.float32)
+        leaves = [leaf.requires_grad_() for leaf in case.leaves]
+        out, state = case.run_in_parts(backend, [30])
+        found = (out, state.sums, state.norms, state.values)
+        # Linear in what is large: the sine of a sum of thousands would turn its rounding into another gradient.
+        weights = [torch.linspace(-1, 1, x.numel()).view(x.shape).cos() for x in found]
+        return torch.autograd.grad(sum((x * w).sum() for x, w in zip(found, weights, strict=True)), leaves)
+
+    for found, exact in zip(gradients("triton"), gradients("reference"), strict=True):
+        torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-4 * (1 + exact.abs().max().item()))
+
+
+@pytest.mark.parametrize("wanted", [("q",), ("k",), ("v",), ("linear_logit",), ("q_weight", "k_weight"), ("k_slope",)])
+def test_only_the_gradients_asked_for(make_case, wanted):
+    case = make_case(batch=1, key_heads=1, time=40, linear_factor="exp", dtype=torch.float32)
+    named = {"q": case.q, "k": case.k, "v": case.v, **dict(case.maps.named_parameters())}
+    everything = dict(zip(named, case.gradients("reference"), strict=True))
+    for name, leaf in named.items():
+        leaf.requires_grad_(name in wanted)
+    out = case.run("triton")
+    weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape).cos().float()
+    (out * weight).sum().backward()
+    for name, leaf in named.items():
+        if name in wanted:
+            size = everything[name].abs().max().item()
+            torch.testing.assert_close(leaf.grad, everything[name], rtol=1e-3, atol=1e-4 * (1 + size))
+        else:
+            assert leaf.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("factor", ["one", "exp"])
+def test_as_exact_as_the_reference_in_the_same_dtype(make_case, dtype, factor):
+    sizes = {"batch": 1, "time": 60, "head_dim": 24, "feature_dim": 20, "window": 16, "linear_factor": factor}
+    case = make_case(dtype=dtype, **sizes)
+    double = make_case(**sizes)
+    with torch.no_grad():
+        for a, b in zip(double.leaves, case.leaves, strict=True):
+            a.copy_(b)
+        exact = double.run("reference")
+        error = {name: (case.run(name) - exact).square().mean().sqrt() for name in ("reference", "triton")}
+    assert error["triton"] < 1.5 * error["reference"]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        *({"feature_map": name, "layout": layout} for name in FEATURE_MAPS for layout in LAYOUTS),
+        *({"window": window, "layout": layout} for window in (0, 70) for layout in LAYOUTS),
+    ],
+    ids=lambda config: "-".join(map(str, config.values())),
+)
+def test_heads_over_one_tile(make_case, config):
+    """More than one part of the values, and blocks shorter and longer than the window."""
+    sizes = {"batch": 1, "key_heads": 1, "group": 1, "time": 40, "head_dim": 20, "value_dim": 35, "feature_dim": 20}
+    case = make_case(dtype=torch.float32, **sizes, **config)
+    for found, exact in zip(case.gradients("triton"), case.gradients("reference"), strict=True):
+        torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-4 * (1 + exact.abs().max().item()))
+
+
+def test_fp64_is_refused(make_case):
+    with pytest.raises(ValueError, match=r"triton takes torch.float32, .*got torch.float64"):
+        make_case().run("triton")
+
+
+@pytest.mark.parametrize("options", [{"linear_factor": "exp"}, {"feature_map": "t2r"}, {"feature_map": "elu"}])
+def test_registered_ops(make_case, options, monkeypatch):
+    """Schemas, fake kernels, autograd and compilation, as torch checks them."""
+    calls = []
+    forward, backward = triton_attention._forward, triton_attention._backward
+
+    def note(op):
+        def call(*arguments):
+            calls.append((op, arguments))
+            return op(*arguments)
+
+        return call
+
+    case = make_case(batch=1, key_heads=1, time=9, dtype=torch.float32, **options)
+    monkeypatch.setattr(triton_attention, "_forward", note(forward))
+    monkeypatch.setattr(triton_attention, "_backward", note(backward))
+    case.gradients("triton")
+    assert [op for op, _ in calls] == [forward, backward]
+    checks = ["test_schema", "test_faketensor"]
+    if "linear_factor" in options:  # takes long
+        checks += ["test_autograd_registration", "test_aot_dispatch_dynamic"]
+    for op, arguments in calls:
+        # Leaves, as opcheck differentiates more than once; backward has no derivative of its own.
+        leaf = [lambda x: x.detach(), lambda x: x.detach().requires_grad_(x.requires_grad)][op is forward]
+        torch.library.opcheck(op, tree_map_only(torch.Tensor, leaf, arguments), test_utils=checks)
+
+
+def test_compiles_as_one_graph(make_case):
+    case = make_case(batch=1, time=20, dtype=torch.float32)
+    with torch.no_grad():
+        compiled = torch.compile(lambda c: c.run("triton"), backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(case), case.run("triton"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_compile_for_gpus(capability):
+    """No GPU is needed to compile: every kernel must, within the shared memory that there is."""
+    script = [sys.executable, ROOT / "benchmarks" / "kernel_resources.py", "--heads", "128"]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [*script, "--capabilities", str(capability)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "attend" in done.stdout and "backward_values" in done.stdout
