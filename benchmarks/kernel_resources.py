@@ -24,7 +24,14 @@ sys.path[:0] = [str(ROOT / "kernels")]
 
 import torch  # noqa: E402
 import triton  # noqa: E402
-from lolcats_kernels import HybridConfig, HybridMaps, hybrid_attention, triton_attention  # noqa: E402
+from lolcats_kernels import (  # noqa: E402
+    HybridConfig,
+    HybridMaps,
+    KVState,
+    hybrid_attention,
+    triton_attention,
+    triton_decoding,
+)
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
@@ -89,21 +96,25 @@ def main() -> None:
 
 
 def launched(capability: int, head: int, dtype: torch.dtype, factor: str) -> list[tuple[Any, ...]]:
-    """What a call in the shape of Llama 3 8B (of this head) launches, forward and backward, all gradients wanted."""
+    """What calls in the shape of Llama 3 8B (of this head) launch: forward, backward with all gradients, decoding."""
     rows = []
 
-    def compile_it(call: Any, kernel: Any, grid: object, **own: Any) -> None:
-        given = call.given | own
-        made = compiled(kernel, given, call.warps, capability)
-        rows.append((kernel.__name__, given["L"], call.warps, *made.values()))
+    def compile_it(kernel: Any, grid: object, given: dict[str, Any], warps: int) -> None:
+        made = compiled(kernel, given, warps, capability)
+        rows.append((kernel.__name__, given["L"], warps, *made.values()))
 
     maps = HybridMaps(HybridConfig(linear_factor=factor), 32, head)
     q, k, v = (torch.zeros(1, heads, 256, head, dtype=dtype, requires_grad=True) for heads in (32, 8, 8))
+    options: Any = {"scaling": head**-0.5, "backend": "triton"}
     with (
         patch.object(triton_attention, "capability", lambda device: capability),
-        patch.object(triton_attention._Call, "run", compile_it),
+        patch.object(triton_attention, "launch", compile_it),
+        patch.object(triton_decoding, "launch", compile_it),
     ):
-        hybrid_attention(q, k, v, maps, scaling=head**-0.5, backend="triton").sum().backward()
+        hybrid_attention(q, k, v, maps, **options).sum().backward()
+        with torch.no_grad():
+            state = KVState.empty(maps, 1, 8, dtype=dtype)
+            hybrid_attention(*(x[:, :, :1] for x in (q, k, v)), maps, state=state, return_state=True, **options)
     return rows
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -164,6 +166,7 @@ def test_it_is_an_artifact_with_everything_a_model_folder_has(merged, lora):
     artifact.verify()
     assert artifact.parents[0]["id"] == Artifact.open(lora).id and artifact.summary["folded"] == 8
     code = {"modeling_lolcats.py", "configuration_lolcats.py", "mixin.py", "attention.py", "cache.py", "maps.py"}
+    code |= {f"triton_{part}.py" for part in ("attention", "parts", "forward", "backward", "decoding")}
     rest = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     rest.add("golden.safetensors")
     assert code | rest <= set(artifact.files)
@@ -176,7 +179,8 @@ def test_it_is_an_artifact_with_everything_a_model_folder_has(merged, lora):
 
 SCRIPT = """
 import sys, importlib.util
-assert not [n for n in ("lolcats_cli", "lolcats_kernels", "lolcats_formats") if importlib.util.find_spec(n)]
+absent = ("lolcats_cli", "lolcats_kernels", "lolcats_formats", "triton")
+assert not [n for n in absent if importlib.util.find_spec(n)]
 import torch
 torch.set_num_threads(1)
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -191,11 +195,12 @@ assert not [n for n in sys.modules if n.startswith("lolcats")]
 
 
 def test_it_loads_where_lolcats_is_not_installed(tmp_path, merged, teacher, adapter):
-    """In a real process that can import torch and transformers but nothing of ours; then saved, moved, loaded again."""
+    """In a real process that can import torch and transformers but nothing of ours, nor Triton; then saved, moved, loaded
+    again."""
     site = tmp_path / "site"
     site.mkdir()
     for entry in Path(torch.__file__).parents[1].iterdir():
-        if "lolcats" not in entry.name.lower() and entry.suffix != ".pth":
+        if not re.search("lolcats|^triton", entry.name.lower()) and entry.suffix != ".pth":
             (site / entry.name).symlink_to(entry)
     run = f"import sys; sys.path.insert(0, {str(site)!r}); exec(sys.argv.pop(1))"
     done = subprocess.run(
@@ -218,6 +223,18 @@ def test_it_loads_where_lolcats_is_not_installed(tmp_path, merged, teacher, adap
         student.save_pretrained(tmp_path / again)
         for name in ("modeling_lolcats.py", "configuration_lolcats.py", "mixin.py", "chunked.py"):
             assert (tmp_path / again / name).read_bytes() == (merged / name).read_bytes()
+
+
+def test_its_own_kernels(merged):
+    """The folder's Triton files register under names of their own, beside those of the installed package."""
+    pytest.importorskip("triton")
+    student = load(merged)
+    hybrid = importlib.import_module(type(student).__module__.rpartition(".")[0] + ".hybrid")
+    maps = student.model.layers[0].self_attn.hybrid
+    q, k = (torch.randn(1, heads, 5, maps.head_dim) for heads in (maps.num_heads, 1))
+    with torch.no_grad():
+        outs = [hybrid.hybrid_attention(q, k, k, maps, scaling=0.4, backend=x) for x in ("reference", "triton")]
+    torch.testing.assert_close(*outs)
 
 
 def test_without_trust_it_fails_rather_than_load_as_its_teacher(merged):
