@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -22,6 +22,11 @@ def capture(
     samples: Annotated[
         str | None, typer.Option(help="The most rows to take, or which: 1000-1999 are the second thousand, for `join`.")
     ] = None,
+    select: Annotated[
+        Literal["top-esl"] | None,
+        typer.Option(help="Of these rows, capture the --keep whose attention looks back farthest (effective length)."),
+    ] = None,
+    keep: Annotated[int | None, typer.Option(min=2, help="How many rows --select takes.")] = None,
     val_fraction: Annotated[float, typer.Option(min=0.0, max=0.5, help="Part of the rows kept for validation.")] = 0.05,
     template: o.Template = "auto",
     text_field: o.TextField = "text",
@@ -39,10 +44,13 @@ def capture(
     """Keep what the teacher's attentions see: queries, keys and values of every layer, and the tokens."""
     first, count = o.parse_samples(samples)
 
+    from lolcats_cli.errors import UsageError
     from lolcats_cli.stages.capture import capture as run
     from lolcats_cli.teacher.data import DataOptions
     from lolcats_cli.teacher.load import LoadOptions
 
+    if (select is None) != (keep is None):
+        raise UsageError("--select and --keep go together: --select top-esl --keep 1000.")
     artifact = run(
         teacher,
         data,
@@ -50,6 +58,7 @@ def capture(
         options=DataOptions(seq_len, pack, template, text_field, split, first, count),
         load=LoadOptions(dtype, device, trust_remote_code),
         revision=revision,
+        keep=keep,
         val_fraction=val_fraction,
         batch_size=batch_size,
         seed=seed,

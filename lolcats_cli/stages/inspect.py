@@ -81,7 +81,11 @@ def _layer(artifact: Artifact, index: int, layer: dict) -> dict[str, Any]:
         "bytes": None
         if artifact.kind == "student"
         else sum(artifact.files[name]["size"] for name in _files(artifact, index)),
-        **{key: figures[key] for key in ("mse", "relative_mse", "relative_window_mse") if key in figures},
+        **{
+            key: figures[key]
+            for key in ("mse", "relative_mse", "relative_window_mse", "entropy", "esl")
+            if key in figures
+        },
         **({"gamma": figures["gamma"]["mean"]} if "gamma" in figures else {}),
     }
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from lolcats_cli import __version__
 from lolcats_cli.errors import IdentityMismatch, UsageError
 from lolcats_cli.progress import Progress
-from lolcats_cli.stages.capture import ADVICE, SPLITS, row_groups, shard_name
+from lolcats_cli.stages.capture import ADVICE, SPLITS, group_files, row_groups, summarize
 from lolcats_cli.stages.disk import check_space
 from lolcats_cli.stages.models import kept_layers, maps_file
 from lolcats_cli.teacher.data import Rows, describe_rows, split_numbers
@@ -60,6 +60,11 @@ def join(
             raise IdentityMismatch(
                 f"{other.path} does not belong to {opened[0].path}: they differ in {', '.join(fields)}."
             )
+    if "select" in opened[0].config:
+        raise IdentityMismatch(
+            f"The rows of {opened[0].path} were selected among its own: what one machine would have selected of all is "
+            "not known. Capture without --select, or all the data on one machine."
+        )
     lacking = [key for key in NEEDED[kind] if key not in opened[0].config]
     if lacking:
         raise IdentityMismatch(f"{opened[0].path} does not say its {', '.join(lacking)}. Make the parts again.")
@@ -152,37 +157,51 @@ class _Captures:
         groups = list(row_groups(counts, seq_len, self.layers, self.dtype))
         per_row = [seq_len * layer.bytes_per_token(self.dtype) for layer in self.layers]
         todo = [
-            (layer, *group)
-            for layer in range(len(self.layers))
-            for group in groups
-            if not writer.has(shard_name(layer, *group[:2]))
+            (layer, name, split, index)
+            for split, number, index in groups
+            for layer, name in enumerate(group_files(split, number, len(self.layers)), -1)  # -1: statistics
+            if not writer.has(name)
         ]
-        check_space(sum(per_row[layer] * len(index) for layer, _, _, index in todo), writer.path, ADVICE)
+        check_space(sum(per_row[layer] * len(index) for layer, *_, index in todo if layer >= 0), writer.path, ADVICE)
         for split in SPLITS:
             if not writer.has(f"tokens/{split}.safetensors"):
                 writer.save(f"tokens/{split}.safetensors", self.rows[split].to_tensors())
-        with progress.task("join", len(self.layers) * len(groups), "shards") as advance:
-            advance(len(self.layers) * len(groups) - len(todo))
-            for layer, split, number, index in todo:
-                rows = [self._row(layer, n) for n in self.numbers[split][index].tolist()]
-                writer.save(shard_name(layer, split, number), {x: torch.stack([row[x] for row in rows]) for x in "qkv"})
+        total = (1 + len(self.layers)) * len(groups)
+        with progress.task("join", total, "shards") as advance:
+            advance(total - len(todo))
+            for layer, name, split, index in todo:
+                rows = [self._row(layer, name, n) for n in self.numbers[split][index].tolist()]
+                writer.save(name, {key: torch.stack([row[key] for row in rows]) for key in rows[0]})
                 advance(1)
-        return {"bytes": sum(per_row) * len(self.place)}
+        statistics = [writer.path / group_files(*group[:2], 0)[0] for group in groups]
+        return {
+            "bytes": sum(per_row) * len(self.place),
+            "layers": summarize(statistics, sum(self.data["tokens"].values())),
+        }
 
-    def _row(self, layer: int, row: int) -> dict[str, Tensor]:
-        """q, k and v of one row: [H, T, D], [K, T, D], [K, T, D]."""
+    def _row(self, layer: int, name: str, row: int) -> dict[str, Tensor]:
+        """What the part of that row holds of it in the shards like `name`: those of a layer, or of statistics (-1)."""
         part, split, index = self.place[row]
-        for name in _shards(part, layer, split):
-            count = part.header(name)["q"].shape[0]
+        prefix = f"{name.rpartition('/')[0]}/{split}-"
+        for shard in sorted(file for file in part.files if file.startswith(prefix)):
+            found = {key: info.shape for key, info in part.header(shard).items()}
+            count = next(iter(found.values()), (0,))[0]
+            if found != {key: (count, *shape) for key, shape in self._shapes(layer).items()}:
+                raise IdentityMismatch(f"{part.path / shard} does not hold what it should. Capture it again.")
             if index < count:
-                return {x: tensor[index] for x, tensor in part.load(name).items()}
+                return {key: tensor[index] for key, tensor in part.load(shard).items()}
             index -= count
-        raise IdentityMismatch(f"{part.path} has too few rows in layer {layer}. Capture it again.")
+        what = "no statistics" if layer < 0 else f"too few rows in layer {layer}"
+        raise IdentityMismatch(f"{part.path} has {what}. Capture it again.")
 
-
-def _shards(part: Artifact, layer: int, split: str) -> list[str]:
-    prefix = shard_name(layer, split, 0)[: -len("00000.safetensors")]
-    return sorted(name for name in part.files if name.startswith(prefix))
+    def _shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
+        """The tensors of a row in the shards of a layer, or of statistics (-1)."""
+        if layer < 0:
+            heads = [info.num_heads for info in self.layers]
+            return {f"{x}.{i:03d}": (count,) for x in ("entropy", "esl") for i, count in enumerate(heads)}
+        info, length = self.layers[layer], self.data["seq_len"]
+        kv = (info.num_key_value_heads, length, info.head_dim)
+        return {"q": (info.num_heads, length, info.head_dim), "k": kv, "v": kv}
 
 
 def _concatenated(rows: list[Rows]) -> Rows:
