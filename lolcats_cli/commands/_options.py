@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -61,12 +62,15 @@ def parse_layers(text: str | None, option: str = "--layers") -> list[int] | None
     return sorted(layers)
 
 
-def parse_kept(text: str | None) -> list[int | str]:
-    """ "0,sliding" as [0, "sliding"]. Raises `UsageError` on anything but layers and that word."""
+def parse_kept(text: str | None) -> tuple[list[int | str], int]:
+    """ "0,sliding,auto:2" as ([0, "sliding"], 2). Raises `UsageError` on anything but layers and these words."""
     parts = [] if text is None else text.split(",")
-    numbers = ",".join(part for part in parts if part != "sliding")
+    automatic = [part for part in parts if re.fullmatch(r"auto:[1-9]\d{0,5}", part)]
+    if len(automatic) > 1:
+        raise UsageError(f"--keep-softmax {text} says auto more than once.")
+    numbers = ",".join(part for part in parts if part not in ("sliding", *automatic))
     layers = parse_layers(numbers or None, "--keep-softmax") or []
-    return [*layers, *(["sliding"] if "sliding" in parts else [])]
+    return [*layers, *(["sliding"] if "sliding" in parts else [])], int(automatic[0][5:]) if automatic else 0
 
 
 def parse_samples(text: str | None) -> tuple[int, int | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_module
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,6 +17,9 @@ def inspect(
     lineage: Annotated[
         bool, typer.Option("--lineage", help="Show all it was made from, also what is not at hand.")
     ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw a transfer's error by layer and head, against entropy: out.png.")
+    ] = None,
     json: o.Json = False,
 ) -> None:
     """Show what an artifact is: kind, lineage, layers, shapes, bytes, figures. Reads no weights."""
@@ -27,6 +31,10 @@ def inspect(
     if lineage and layer is not None:
         raise UsageError("Choose one of --lineage and --layer.")
     opened = Artifact.open(o.artifact_path(artifact))
+    if plot is not None:
+        from lolcats_cli.stages.plot import plot as draw
+
+        draw(opened, plot)
     if lineage:
         teacher = {key: value for key, value in opened.teacher.items() if key != "layers"}
         found = {"lineage": describe_lineage(opened), "teacher": teacher, "data": opened.data}

@@ -32,7 +32,11 @@ def transfer(
     ] = 0.0,
     layers: Annotated[str | None, typer.Option(help="Train these layers only, such as 0-3,7.")] = None,
     keep_softmax: Annotated[
-        str | None, typer.Option(help="Leave these layers softmax, such as 0,31; sliding: those with a sliding window.")
+        str | None,
+        typer.Option(
+            help="Leave these layers softmax, such as 0,31; sliding: those with a sliding window; auto:2: the two that "
+            "their window alone serves worst."
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 1,
     grad_accum: Annotated[
@@ -61,7 +65,7 @@ def transfer(
     json: o.Json = False,
 ) -> None:
     """Train feature maps and mixing factors, layer by layer, from a capture; the teacher is not needed."""
-    given, parts, kept = o.artifact_path(capture), o.parse_layers(layers), o.parse_kept(keep_softmax)
+    given, parts, (kept, keep_auto) = o.artifact_path(capture), o.parse_layers(layers), o.parse_kept(keep_softmax)
 
     from lolcats_kernels import HybridConfig
 
@@ -92,6 +96,7 @@ def transfer(
         ),
         layers=parts,
         keep_softmax=kept,
+        keep_auto=keep_auto,
         device=device,
         resume=resume,
         force=force,

@@ -67,7 +67,13 @@ def describe_layer(artifact: Artifact, layer: int) -> dict[str, Any]:
         if artifact.kind != "student" or f".{layer}." in tensor
     ]
     events = [event for event in artifact.metrics() if event.get("layer") == layer and event["event"] == "validation"]
-    return {**_layer(artifact, layer, layers[layer]), "tensors": tensors, "validation": events}
+    figures = artifact.summary.get("layers", {}).get(str(layer), {})
+    columns = {name: figures[f"head_{name}"] for name in ("relative_mse", "entropy") if f"head_{name}" in figures}
+    by_head = [
+        {"head": head, **dict(zip(columns, values, strict=True))}
+        for head, values in enumerate(zip(*columns.values(), strict=False))
+    ]
+    return {**_layer(artifact, layer, layers[layer]), "by_head": by_head, "tensors": tensors, "validation": events}
 
 
 def _layer(artifact: Artifact, index: int, layer: dict) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from math import ceil, inf
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,7 @@ class TransferOptions:
 Log = Callable[..., None]
 
 OFF = -1e4  # a linear_logit that no score can make up for: the head is its window alone
+WINDOW_ROWS = 8  # that `window_error` looks at
 FIT_TOKENS = 2048  # of the row that `_start_at_softmax_mass` looks at, in memory quadratic in them
 
 
@@ -218,12 +220,18 @@ def measure(
     device: torch.device,
 ) -> dict:
     """A layer's figures on the validation rows: `mse` of the attention's output, `relative_mse` (to the softmax
-    output's power), `window_mse` (with the linear term zeroed), and `gamma` (least, mean and largest of the heads), or
-    with the linear factor "exp" `heads_off`, the number of heads that are their window alone.
+    output's power), `head_relative_mse` (of every head, to its own power), `window_mse` (with the linear term zeroed),
+    and `gamma` (least, mean and largest of the heads), or with the linear factor "exp" `heads_off`, the number of heads
+    that are their window alone.
     """
-    heads, power, count = _errors(source, layer, maps, batch_size, terms, device)
+    heads, powers, count = _errors(source, layer, maps, batch_size, terms, device)
     errors = {term: error.sum().item() for term, error in heads.items()}
-    figures: dict = {"mse": errors["both"] / count, "relative_mse": errors["both"] / max(power, 1e-30)}
+    by_head, power = (heads["both"] / powers.clamp(min=1e-30)).tolist(), max(powers.sum().item(), 1e-30)
+    figures: dict = {
+        "mse": errors["both"] / count,
+        "relative_mse": errors["both"] / power,
+        "head_relative_mse": by_head,
+    }
     if maps.config.linear_factor == "exp":
         figures["heads_off"] = int((maps.linear_logit <= OFF).sum())
     else:
@@ -232,9 +240,17 @@ def measure(
     if "window" in errors:
         figures |= {
             "window_mse": errors["window"] / count,
-            "relative_window_mse": errors["window"] / max(power, 1e-30),
+            "relative_window_mse": errors["window"] / power,
         }
     return figures
+
+
+def window_error(source: StoredActivations, layer: int, options: TransferOptions, device: torch.device) -> float:
+    """What a layer's window alone misses of the softmax output, beside the output's power, on some validation rows."""
+    info = source.layers[layer]
+    maps = HybridMaps(options.hybrid, info.num_heads, info.head_dim).to(device)
+    errors, powers, _ = _errors(source, layer, maps, 1, ("window",), device, limit=WINDOW_ROWS)
+    return errors["window"].sum().item() / max(powers.sum().item(), 1e-30)
 
 
 @torch.no_grad()
@@ -245,20 +261,22 @@ def _errors(
     batch_size: int,
     terms: tuple[str, ...],
     device: torch.device,
-) -> tuple[dict[str, Tensor], float, int]:
-    """On the validation rows: per term the squared error of every head [H], in fp64; the softmax output's power; and
-    the number of elements."""
+    limit: int | None = None,
+) -> tuple[dict[str, Tensor], Tensor, int]:
+    """On the validation rows, or `limit` batches of them: per term the squared error of every head [H]; every head's
+    power of the softmax output [H], both in fp64; and the number of elements."""
     info = source.layers[layer]
-    errors, power, count = {term: torch.zeros(info.num_heads, dtype=torch.float64) for term in terms}, 0.0, 0
-    for batch in source.batches(layer, "validation", batch_size):
+    powers, count = torch.zeros(info.num_heads, dtype=torch.float64), 0
+    errors = {term: torch.zeros_like(powers) for term in terms}
+    for batch in islice(source.batches(layer, "validation", batch_size), limit):
         batch = batch.to(device)
         target = softmax_attention(batch.q, batch.k, batch.v, info.spec, batch.valid).float()
         for term in terms:
             out = _hybrid(batch, maps, info, term)
             errors[term] += (out.float() - target).square().sum((0, 2, 3), dtype=torch.float64).cpu()
-        power += target.square().sum(dtype=torch.float64).item()
+        powers += target.square().sum((0, 2, 3), dtype=torch.float64).cpu()
         count += target.numel() if batch.valid is None else int(batch.valid.sum()) * info.num_heads * info.head_dim
-    return errors, power, count
+    return errors, powers, count
 
 
 def _hybrid(batch: Batch, maps: HybridMaps, info: LayerInfo, terms: str = "both") -> Tensor:

@@ -19,10 +19,11 @@ from lolcats_cli.errors import UsageError
 from lolcats_cli.progress import Progress
 from lolcats_cli.stages.activations import StoredActivations
 from lolcats_cli.stages.checkpoints import Checkpoints
-from lolcats_cli.stages.layer_training import TransferOptions, train_layer
+from lolcats_cli.stages.layer_training import TransferOptions, train_layer, window_error
 from lolcats_cli.stages.models import maps_file
 from lolcats_cli.teacher.load import LoadOptions
 
+CARRIED = ("entropy", "head_entropy", "esl")  # of a layer's figures in the capture: shown without it too
 MAX_SIZE = 256  # of heads and feature maps, in the kernels
 
 
@@ -33,6 +34,7 @@ def transfer(
     options: TransferOptions = TransferOptions(),
     layers: list[int] | None = None,
     keep_softmax: Collection[int | str] = (),
+    keep_auto: int = 0,
     device: str = "auto",
     resume: Resume = "auto",
     force: bool = False,
@@ -44,6 +46,7 @@ def transfer(
         layers: train a part; `join` puts parts together.
         keep_softmax: layers that stay softmax in the student, by index; "sliding" stands for those whose teacher's
             attention is a sliding window.
+        keep_auto: keep so many others, those whose window alone misses most of the softmax output.
         resume, force: what to do with an artifact that `output` holds, see `ArtifactWriter.create`.
 
     Raises:
@@ -52,7 +55,11 @@ def transfer(
     """
     parent = Artifact.open(capture, "capture")
     source = StoredActivations(parent)
-    kept = _kept(source, keep_softmax)
+    if keep_auto and layers is not None:
+        raise UsageError("--keep-softmax auto:N looks at all layers. With --layers, name those to keep.")
+    if keep_auto and not options.hybrid.window:
+        raise UsageError("--keep-softmax auto:N goes by what the window misses, and --window is 0. Name the layers.")
+    kept = _kept(source, keep_softmax, keep_auto)
     chosen = sorted(set(range(len(source.layers))) - kept if layers is None else set(layers))
     if not chosen or chosen[0] < 0 or chosen[-1] >= len(source.layers):
         raise UsageError(f"--layers must be between 0 and {len(source.layers) - 1}, the layers of {capture}.")
@@ -65,6 +72,12 @@ def transfer(
             f"head and feature sizes go up to {MAX_SIZE}."
         )
     target = LoadOptions(device=device).resolved_device()
+    if keep_auto:
+        missed = {i: window_error(source, i, options, target) for i in range(len(source.layers)) if i not in kept}
+        chosen = sorted(sorted(missed, key=lambda layer: missed[layer])[:-keep_auto])
+        kept = set(range(len(source.layers))) - set(chosen)
+        shown = ", ".join(f"{layer} ({error:.1%})" for layer, error in missed.items())
+        progress.note(f"layers {', '.join(map(str, sorted(kept)))} stay softmax; missed by the window alone: {shown}")
 
     config = {key: value for key, value in asdict(options).items() if value is not None}
     with ArtifactWriter.create(
@@ -105,23 +118,26 @@ def transfer(
                     f"({figures['relative_mse']:.1%} of the output's power; window alone "
                     f"{figures['relative_window_mse']:.1%})"
                 )
-        return writer.finish({"layers": {str(layer): _figures(writer, layer) for layer in chosen}})
+        return writer.finish({"layers": {str(layer): _figures(writer, parent, layer) for layer in chosen}})
 
 
-def _kept(source: StoredActivations, given: Collection[int | str]) -> set[int]:
-    """The layers that stay softmax. Raises UsageError for one that is not there, or if none is left to be trained."""
+def _kept(source: StoredActivations, given: Collection[int | str], others: int) -> set[int]:
+    """The layers that are named to stay softmax. Raises UsageError for one that is not there, or if with so many
+    others none is left to be trained."""
     kept = {layer for layer in given if isinstance(layer, int)}
     if "sliding" in given:
         kept |= {layer for layer, info in enumerate(source.layers) if info.spec.sliding_window is not None}
     unknown = kept - set(range(len(source.layers)))
     if unknown:
         raise UsageError(f"--keep-softmax {min(unknown)}: the layers are 0 to {len(source.layers) - 1}.")
-    if len(kept) == len(source.layers):
+    if len(kept) + others >= len(source.layers):
         raise UsageError("--keep-softmax leaves no layer to be converted.")
     return kept
 
 
-def _figures(writer: ArtifactWriter, layer: int) -> dict:
-    """The figures that were saved with the layer's maps, maybe by an earlier run."""
+def _figures(writer: ArtifactWriter, parent: Artifact, layer: int) -> dict:
+    """The figures that were saved with the layer's maps, maybe by an earlier run, and what the capture measured."""
+    measured = parent.summary.get("layers", {}).get(str(layer), {})
     with safe_open(writer.path / maps_file(layer), framework="pt") as file:
-        return json.loads(file.metadata()["figures"])
+        figures = json.loads(file.metadata()["figures"])
+    return {**figures, **{name: measured[name] for name in CARRIED if name in measured}}

@@ -51,6 +51,9 @@ def test_recipes_of_lora(pipeline: SimpleNamespace, invoke, tmp_path: Path, opti
         ("1,sliding", 0, [1]),
         ("first", 2, "--keep-softmax first"),
         ("0-1", 2, "no layer"),
+        ("auto:2", 2, "no layer"),
+        ("auto:0", 2, "--keep-softmax auto:0"),
+        ("auto:1,auto:1", 2, "auto more than once"),
     ],
 )
 def test_keep_softmax(pipeline: SimpleNamespace, invoke, tmp_path: Path, given: str, code: int, expected) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,10 +15,11 @@ from lolcats_kernels import HybridConfig
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
 from lolcats_cli.errors import IdentityMismatch, UsageError
+from lolcats_cli.stages.activations import StoredActivations
 from lolcats_cli.stages.capture import capture
 from lolcats_cli.stages.evaluate import evaluate
 from lolcats_cli.stages.join import join
-from lolcats_cli.stages.layer_training import TransferOptions
+from lolcats_cli.stages.layer_training import TransferOptions, window_error
 from lolcats_cli.stages.lora import LoraOptions, lora
 from lolcats_cli.stages.merge import merge
 from lolcats_cli.stages.models import load_any
@@ -142,3 +144,41 @@ def test_sliding_keeps_the_layers_with_a_sliding_window(pipeline: SimpleNamespac
     captured = capture(str(teacher), str(pipeline.text), tmp_path / "capture-2", options=data).path
     with pytest.raises(UsageError, match="leaves no layer"):
         transfer(captured, tmp_path / "transfer-2", options=OPTIONS, keep_softmax=["sliding"])
+
+
+def test_auto_keeps_what_the_window_serves_worst(deep: SimpleNamespace, tmp_path: Path) -> None:
+    untrained = transfer(deep.capture, tmp_path / "untrained", options=replace(OPTIONS, steps=0))
+    missed = {int(layer): x["relative_window_mse"] for layer, x in untrained.summary["layers"].items()}
+    worst = sorted(missed, key=lambda layer: -missed[layer])
+    made = transfer(deep.capture, tmp_path / "one", options=OPTIONS, keep_auto=1)
+    assert made.config["keep_softmax"] == worst[:1]
+    named = transfer(deep.capture, tmp_path / "named", options=OPTIONS, keep_softmax=worst[:1])
+    assert made.id == named.id  # so it is resumed, joined and merged as one
+    assert transfer(deep.capture, tmp_path / "one", options=OPTIONS, keep_auto=1).id == made.id
+    two = transfer(deep.capture, tmp_path / "two", options=OPTIONS, keep_softmax=[worst[2]], keep_auto=1)
+    assert two.config["keep_softmax"] == sorted([worst[2], worst[0]])  # the worst of the others
+
+
+def test_window_error_is_what_is_lost_before_the_window(deep: SimpleNamespace) -> None:
+    source = StoredActivations(Artifact.open(deep.capture))
+    errors = [
+        window_error(source, 0, replace(OPTIONS, hybrid=replace(HYBRID, window=window)), torch.device("cpu"))
+        for window in (1, 4, 16, 48)
+    ]
+    assert errors == sorted(errors, reverse=True) and errors[0] > 0.1
+    assert errors[-1] < 1e-9  # a window of all 48 tokens misses nothing
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"keep_auto": 3}, "leaves no layer"),
+        ({"keep_auto": 2, "keep_softmax": [0]}, "leaves no layer"),
+        ({"keep_auto": 1, "layers": [0]}, r"auto:N looks at all layers\. With --layers, name those"),
+        ({"keep_auto": 1, "options": replace(OPTIONS, hybrid=replace(HYBRID, window=0))}, "--window is 0"),
+    ],
+)
+def test_what_cannot_be_chosen(deep: SimpleNamespace, tmp_path: Path, arguments: dict, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        transfer(deep.capture, tmp_path / "t", **{"options": OPTIONS, **arguments})
+    assert not (tmp_path / "t").exists()
