@@ -13,6 +13,8 @@ import torch
 from lolcats_kernels.hybrid import hybrid_attention
 from lolcats_kernels.maps import HybridConfig, HybridMaps, repeat_heads
 from lolcats_kernels.reference import cap_scores
+from lolcats_kernels.sparse import SparseState, sparse_attention
+from lolcats_kernels.state import KVState
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -26,6 +28,8 @@ class HybridAttention(HybridMaps):
     """The maps of one attention layer, with what its calls need: lives at `self_attn.hybrid`.
 
     terms: which terms of eq. 7 (arXiv 2410.10254) are summed: both, window or linear; the last two are ablations.
+    sparse_cache_size: keys that stay exact after they have left the window (see `lolcats_kernels.sparse`), if both
+        terms are summed; 0 is off.
     cache_layer: this layer's cache during one call of the attention module, else None.
     """
 
@@ -33,6 +37,7 @@ class HybridAttention(HybridMaps):
         super().__init__(config, num_heads, head_dim)
         self.layer_idx = layer_idx
         self.terms = "both"
+        self.sparse_cache_size = 0
         self.cache_layer: LolcatsCacheLayer | None = None
 
     def forward(
@@ -40,7 +45,21 @@ class HybridAttention(HybridMaps):
     ) -> Tensor:
         """query [B, H, T, D], key and value [B, K, T, D] (new tokens only), valid [B, T] bool or None
         -> [B, T, H, D]. Continues from, and advances, the cache layer when there is one."""
-        if self.cache_layer is None:
+        if self.sparse_cache_size and self.terms == "both":
+            out, sparse = sparse_attention(
+                query,
+                key,
+                value,
+                self,
+                size=self.sparse_cache_size,
+                scaling=scaling,
+                softcap=softcap,
+                valid=valid,
+                state=None if self.cache_layer is None else cast(SparseState | None, self.cache_layer.state),
+            )
+            if self.cache_layer is not None:
+                self.cache_layer.advance(sparse, query.shape[2])
+        elif self.cache_layer is None:
             out = hybrid_attention(
                 query, key, value, self, scaling=scaling, softcap=softcap, valid=valid, terms=self.terms
             )
@@ -53,7 +72,7 @@ class HybridAttention(HybridMaps):
                 scaling=scaling,
                 softcap=softcap,
                 valid=valid,
-                state=self.cache_layer.state,
+                state=cast(KVState | None, self.cache_layer.state),
                 return_state=True,
                 terms=self.terms,
                 consume_state=True,

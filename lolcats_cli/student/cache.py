@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+from lolcats_kernels.sparse import SparseState
 from lolcats_kernels.state import KVState
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
@@ -29,10 +30,10 @@ class LolcatsCacheLayer(CacheLayerMixin):
         self.reset()
 
     def reset(self) -> None:
-        self.state: KVState | None = None
+        self.state: KVState | SparseState | None = None
         self.tokens = 0
 
-    def advance(self, state: KVState, tokens: int) -> None:
+    def advance(self, state: KVState | SparseState, tokens: int) -> None:
         """Replace the state by one that has seen `tokens` more tokens, padding included."""
         self.state = state
         self.tokens += tokens

@@ -9,7 +9,8 @@ from transformers import LlamaConfig as TeacherConfig
 
 
 class LolcatsConfig(TeacherConfig):
-    """The teacher's configuration plus `lolcats`: {"hybrid": {...}, "layers": [...], "num_heads", "head_dim"}.
+    """The teacher's configuration plus `lolcats`: {"hybrid": {...}, "layers": [...], "num_heads", "head_dim"}, and
+    `sparse_cache_size`: how many keys a layer keeps exactly beside its window (LoLA, arXiv 2505.23666).
 
     The type is never the teacher's: a student that loaded as a plain softmax model would give something else.
     """
@@ -18,3 +19,4 @@ class LolcatsConfig(TeacherConfig):
     _auto_class = "AutoConfig"
 
     lolcats: dict | None = None
+    sparse_cache_size: int = 0

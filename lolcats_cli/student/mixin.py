@@ -83,7 +83,11 @@ class MergedStudent(LolcatsMixin):
         if not spec:
             raise ValueError("config.json has no `lolcats` entry: this is not a merged student.")
         sizes = {name: spec[name] for name in ("num_heads", "head_dim")}
-        attach(cast(PreTrainedModel, self), HybridConfig(**spec["hybrid"]), spec["layers"], **sizes)
+        size = getattr(config, "sparse_cache_size", 0)
+        if not isinstance(size, int) or size < 0:
+            raise ValueError(f"sparse_cache_size is {size!r}; it must be a whole number, 0 for no sparse cache.")
+        for hybrid in attach(cast(PreTrainedModel, self), HybridConfig(**spec["hybrid"]), spec["layers"], **sizes):
+            hybrid.sparse_cache_size = size
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
