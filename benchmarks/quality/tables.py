@@ -5,8 +5,8 @@
 recipes     `best` beside `lolcats` (the paper's), at the same tokens and at a quarter of them, through both stages
 pieces      one piece of `best` taken away at a time: transfer alone
 tuning      the same for the LoRA stage, all on the same maps
-paper       with and without transfer, before and after LoRA, Hedgehog and T2R, pure and hybrid (the paper's tables 1, 6)
-sizes       transfer steps, window, layout, LoRA rank and projections (the paper's tables 11, 12, 13, 16)
+paper       with and without transfer, before and after LoRA, Hedgehog and T2R, pure and hybrid (its tables 1, 6)
+sizes       transfer steps, window, layout, LoRA rank and projections (its tables 11, 12, 13, 16)
 terms       perplexity and recall with both terms of the attention, and with each alone
 """
 
@@ -83,7 +83,10 @@ def terms(lab: Lab, name: str, window: int, seed: int) -> Row:
     return {"gap": lab.gap(path, term), "perplexity": lab.text(path, term)["perplexity"], **lab.recall(path, term)}
 
 
-TERMS = ["teacher, both", *(f"{recipe}, {term}" for recipe in ("lolcats", "best") for term in ("both", "window", "linear"))]
+TERMS = [
+    "teacher, both",
+    *(f"{recipe}, {term}" for recipe in ("lolcats", "best") for term in ("both", "window", "linear")),
+]
 # Name -> its rows, and what measures one.
 TABLES: dict[str, tuple[list[str], Callable[[Lab, str, int, int], Row]]] = {
     "recipes": (list(RECIPES), recipes),

@@ -14,7 +14,9 @@ def lora(
     output: o.Output,
     recipe: Annotated[
         Literal["best", "lolcats"],
-        typer.Option(help="Defaults of --train-maps, --grad-accum, --lr and --eval-steps; lolcats: the paper's."),
+        typer.Option(
+            help="Defaults of --train-maps, --match, --grad-accum, --lr and --schedule; lolcats: the paper's."
+        ),
     ] = "best",
     rank: Annotated[int, typer.Option(min=1, help="LoRA's r.")] = 8,
     alpha: Annotated[float, typer.Option(help="LoRA's alpha; its update is scaled by alpha / r.")] = 16.0,
@@ -22,6 +24,10 @@ def lora(
     targets: Annotated[str, typer.Option(help="Modules that get an adapter.")] = "q_proj,k_proj,v_proj,o_proj",
     train_maps: Annotated[
         bool | None, typer.Option("--train-maps/--freeze-maps", help="Train the feature maps too (best), or not.")
+    ] = None,
+    match: Annotated[
+        Literal["text", "teacher"] | None,
+        typer.Option(help="Train on the text's next tokens (lolcats), or the teacher's predictions of them (best)."),
     ] = None,
     data: Annotated[
         str | None,
@@ -38,8 +44,10 @@ def lora(
     ] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the rows.")] = 2,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps, instead of --epochs.")] = None,
-    lr: Annotated[
-        float | None, typer.Option(min=0, help="AdamW's learning rate, reduced on plateau: 5e-4, or 1e-4 (lolcats).")
+    lr: Annotated[float | None, typer.Option(min=0, help="AdamW's learning rate: 5e-4, or 1e-4 (lolcats).")] = None,
+    schedule: Annotated[
+        Literal["plateau", "linear"] | None,
+        typer.Option(help="--lr falls when validation no longer improves (lolcats), or linearly to 0 (best)."),
     ] = None,
     eval_steps: Annotated[
         int | None, typer.Option(min=1, help="Optimizer steps between validations: 400, or 100 (lolcats).")
@@ -61,7 +69,14 @@ def lora(
     from lolcats_cli.teacher.data import DataOptions
     from lolcats_cli.teacher.load import LoadOptions
 
-    given_here = {"train_maps": train_maps, "grad_accum": grad_accum, "lr": lr, "eval_steps": eval_steps}
+    given_here = {
+        "train_maps": train_maps,
+        "match": match,
+        "grad_accum": grad_accum,
+        "lr": lr,
+        "schedule": schedule,
+        "eval_steps": eval_steps,
+    }
     chosen = RECIPES[recipe] | {name: value for name, value in given_here.items() if value is not None}
     artifact = run(
         given,

@@ -30,8 +30,8 @@ from lolcats_cli.teacher.record import LayerInfo
 # What a recipe means, where an option does not say otherwise. lolcats: the paper's, as in TransferOptions; best: what
 # did better at the same number of tokens (docs/quality.md).
 RECIPES: dict[str, dict[str, Any]] = {
-    "best": {"linear_factor": "exp", "grad_accum": 2, "lr": 2e-2, "eval_steps": 400},
-    "lolcats": {"linear_factor": "one", "grad_accum": 8, "lr": 1e-2, "eval_steps": 100},
+    "best": {"linear_factor": "exp", "grad_accum": 2, "lr": 2e-2, "schedule": "linear", "eval_steps": 400},
+    "lolcats": {"linear_factor": "one", "grad_accum": 8, "lr": 1e-2, "schedule": "plateau", "eval_steps": 100},
 }
 
 
@@ -48,9 +48,10 @@ class TransferOptions:
         batch_size, grad_accum: rows per forward pass, and passes per optimizer step.
         epochs, steps: length of the training; `steps` wins. 0 keeps the initial maps.
         lr, clip: AdamW's learning rate; the largest gradient norm of a layer.
+        schedule: of the learning rate: "plateau" (it falls tenfold after `patience` validations without improvement)
+            or "linear" (to 0 at the last step).
         eval_steps: optimizer steps between validations.
-        patience: validations without improvement before the learning rate falls tenfold; after twice as many
-            the layer stops.
+        patience: after twice as many validations without improvement the layer stops.
         seed: the order of the rows.
     """
 
@@ -64,6 +65,7 @@ class TransferOptions:
     steps: int | None = None
     lr: float = 1e-2
     clip: float = 1.0
+    schedule: str = "plateau"
     eval_steps: int = 100
     patience: int = 10
     seed: int = 0
@@ -83,10 +85,10 @@ FIT_TOKENS = 2048  # of the row that `_start_at_softmax_mass` looks at, in memor
 class LayerRun:
     """One layer's training, as far as it has come: what a checkpoint holds."""
 
-    def __init__(self, maps: HybridMaps, options: TransferOptions) -> None:
-        self.maps = maps
+    def __init__(self, maps: HybridMaps, options: TransferOptions, total: int) -> None:
+        self.maps, self.options, self.total = maps, options, total
         self.optimizer = torch.optim.AdamW(maps.parameters(), lr=options.lr, weight_decay=0.0)
-        self.schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
             self.optimizer, factor=0.1, patience=options.patience, min_lr=min(1e-5, options.lr)
         )
         self.step = 0  # optimizer steps done
@@ -97,6 +99,21 @@ class LayerRun:
     def lr(self) -> float:
         return self.optimizer.param_groups[0]["lr"]
 
+    def validated(self, mse: float) -> None:
+        """Note a validation at this step."""
+        self.initial_mse = mse if self.step == 0 else self.initial_mse
+        if mse < self.best_mse:
+            self.best, self.best_mse, self.best_step = _copy(self.maps), mse, self.step
+        if self.options.schedule == "plateau":
+            self.plateau.step(mse)
+
+    def update(self) -> None:
+        """One optimizer step, on the gradients that are there."""
+        if self.options.schedule == "linear":
+            self.optimizer.param_groups[0]["lr"] = self.options.lr * (1 - self.step / self.total)
+        self.optimizer.step()
+        self.step += 1
+
     def save(self, folder: Path) -> None:
         """Write all of it into `folder`: tensors as safetensors, numbers as JSON."""
         tensors = {f"maps.{name}": tensor for name, tensor in _copy(self.maps).items()}
@@ -105,13 +122,13 @@ class LayerRun:
             tensors |= {f"optimizer.{index}.{name}": tensor.cpu().contiguous() for name, tensor in state.items()}
         save_file(tensors, folder / "state.safetensors")
         numbers = {name: getattr(self, name) for name in ("step", "best_mse", "best_step", "initial_mse", "lr")}
-        numbers["schedule"] = self.schedule.state_dict()
+        numbers["plateau"] = self.plateau.state_dict()
         (folder / "state.json").write_text(json.dumps(numbers))
 
     def load(self, folder: Path) -> None:
         """Continue from what `save` wrote."""
         numbers = json.loads((folder / "state.json").read_text())
-        lr, schedule = numbers.pop("lr"), numbers.pop("schedule")
+        lr, plateau = numbers.pop("lr"), numbers.pop("plateau")
         for name, value in numbers.items():
             setattr(self, name, value)
         parts: dict[str, dict[str, Tensor]] = {"maps": {}, "best": {}, "optimizer": {}}
@@ -126,7 +143,7 @@ class LayerRun:
             moments.setdefault(int(index), {})[rest] = tensor
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
         self.optimizer.param_groups[0]["lr"] = lr
-        self.schedule.load_state_dict(schedule)
+        self.plateau.load_state_dict(plateau)
 
 
 def train_layer(
@@ -149,24 +166,21 @@ def train_layer(
     maps = HybridMaps(options.hybrid, info.num_heads, info.head_dim, window_factor=options.gamma).to(device)
     if options.hybrid.linear_factor == "exp":
         _start_at_softmax_mass(maps, next(source.batches(layer, "train", 1)).to(device), info)
-    run = LayerRun(maps, options)
+    total = options.total_steps(source.rows["train"])
+    run = LayerRun(maps, options, total)
     saved = checkpoints.folder(f"layer-{layer:03d}-") if checkpoints else None
     if saved:
         run.load(saved)
         advance(run.step)
-    total = options.total_steps(source.rows["train"])
     batches = _endless(source, layer, options, skip=run.step * options.grad_accum)
     while True:
         # A checkpoint is taken after the validation of its step, which is not done again.
         if not saved and (run.step % options.eval_steps == 0 or run.step == total):
             mse = measure(source, layer, maps, options.batch_size, terms=("both",), device=device)["mse"]
             log(event="validation", layer=layer, step=run.step, mse=mse, lr=run.lr)
-            run.initial_mse = mse if run.step == 0 else run.initial_mse
-            if mse < run.best_mse:
-                run.best, run.best_mse, run.best_step = _copy(maps), mse, run.step
-            elif run.step - run.best_step > 2 * options.patience * options.eval_steps:
+            run.validated(mse)
+            if run.step - run.best_step > 2 * options.patience * options.eval_steps:
                 break
-            run.schedule.step(mse)
         if checkpoints and not saved and run.step and checkpoints.due():
             checkpoints.save(f"layer-{layer:03d}-{run.step:07d}", run.save)
         saved = None
@@ -181,8 +195,7 @@ def train_layer(
             raise UsageError(
                 f"The gradient of layer {layer} is {norm.item()} at step {run.step}. Lower --lr (now {options.lr:g})."
             )
-        run.optimizer.step()
-        run.step += 1
+        run.update()
         advance(1, layer=layer, mse=run.best_mse)
     advance(total - run.step)
     maps.load_state_dict(run.best)

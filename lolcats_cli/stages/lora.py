@@ -18,6 +18,7 @@ import torch
 from lolcats_formats import Artifact, ArtifactWriter
 from lolcats_formats.writer import Resume
 from safetensors.torch import load_file, save_file
+from torch.nn import functional
 
 from lolcats_cli import __version__, stopping
 from lolcats_cli.errors import BadInput, IdentityMismatch, UsageError
@@ -25,13 +26,13 @@ from lolcats_cli.progress import Advance, Progress
 from lolcats_cli.stages.capture import SPLITS
 from lolcats_cli.stages.checkpoints import Checkpoints
 from lolcats_cli.stages.models import kept_config, load_student, maps_file, teacher_folder
-from lolcats_cli.student.build import hybrid_modules
+from lolcats_cli.student.build import as_teacher, hybrid_modules
 from lolcats_cli.teacher.data import DataOptions, Rows, describe_rows, read_rows, split_rows
 from lolcats_cli.teacher.load import LoadOptions, load_tokenizer, model_limit
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, Trainer
 
     from lolcats_cli.student.attention import HybridAttention
 
@@ -39,8 +40,22 @@ if TYPE_CHECKING:
 # What a recipe means, where an option does not say otherwise. lolcats: the paper's, as in LoraOptions; best: what did
 # better at the same number of tokens (docs/quality.md).
 RECIPES: dict[str, dict[str, Any]] = {
-    "best": {"train_maps": True, "grad_accum": 2, "lr": 5e-4, "eval_steps": 400},
-    "lolcats": {"train_maps": False, "grad_accum": 8, "lr": 1e-4, "eval_steps": 100},
+    "best": {
+        "train_maps": True,
+        "match": "teacher",
+        "grad_accum": 2,
+        "lr": 5e-4,
+        "schedule": "linear",
+        "eval_steps": 400,
+    },
+    "lolcats": {
+        "train_maps": False,
+        "match": "text",
+        "grad_accum": 8,
+        "lr": 1e-4,
+        "schedule": "plateau",
+        "eval_steps": 100,
+    },
 }
 
 
@@ -51,9 +66,13 @@ class LoraOptions:
     Attributes:
         rank, alpha, dropout, targets: PEFT's `r`, `lora_alpha`, `lora_dropout` and `target_modules`.
         train_maps: train the feature maps and γ too.
+        match: what the student's predictions are trained on: the "text" (next-token cross-entropy), or the "teacher"'s
+            predictions on it (KL divergence), at the cost of one forward pass of the teacher more.
         batch_size, grad_accum: rows per forward pass, and passes per optimizer step.
         epochs, steps: length of the training; `steps` wins.
-        lr, clip: AdamW's learning rate, reduced on plateau; the largest gradient norm.
+        lr, clip: AdamW's learning rate; the largest gradient norm.
+        schedule: of the learning rate: "plateau" (reduced when the validation loss no longer falls) or "linear" (to 0
+            at the last step).
         eval_steps: optimizer steps between validations.
         seed: initial adapter, dropout, and the order of the rows.
     """
@@ -63,12 +82,14 @@ class LoraOptions:
     dropout: float = 0.0
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     train_maps: bool = False
+    match: str = "text"
     batch_size: int = 1
     grad_accum: int = 8
     epochs: int = 2
     steps: int | None = None
     lr: float = 1e-4
     clip: float = 1.0
+    schedule: str = "plateau"
     eval_steps: int = 100
     seed: int = 0
 
@@ -208,7 +229,7 @@ def _train(
 ) -> dict:
     from transformers import Trainer, TrainingArguments
 
-    trainer = Trainer(
+    trainer = (Trainer if options.match == "text" else _distiller())(
         model=model,
         args=TrainingArguments(
             output_dir=str(writer.scratch),
@@ -218,7 +239,7 @@ def _train(
             num_train_epochs=options.epochs,
             max_steps=-1 if options.steps is None else options.steps,
             learning_rate=options.lr,
-            lr_scheduler_type="reduce_lr_on_plateau",
+            lr_scheduler_type={"plateau": "reduce_lr_on_plateau"}.get(options.schedule, options.schedule),
             weight_decay=0.0,
             max_grad_norm=options.clip,
             eval_strategy="steps",
@@ -257,6 +278,29 @@ def _train(
 def _steps(rows: int, options: LoraOptions) -> int:
     batches = -(-rows // options.batch_size)
     return options.epochs * -(-batches // options.grad_accum)
+
+
+def _distiller() -> type[Trainer]:
+    from transformers import Trainer
+
+    class Distiller(Trainer):
+        """Trains on the teacher's predictions: the mean over tokens of KL(teacher || student). The teacher is the same
+        weights, as they were. Validation stays next-token cross-entropy."""
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            if not model.training:
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            real = inputs["labels"][:, 1:] != -100
+            given = {name: value for name, value in inputs.items() if name != "labels"} | {"use_cache": False}
+            with torch.no_grad(), as_teacher(self.model):
+                wanted = model(**given).logits[:, :-1][real].float().log_softmax(-1)
+            found = model(**given).logits[:, :-1][real].float().log_softmax(-1)
+            loss = functional.kl_div(found, wanted, reduction="sum", log_target=True)
+            # Trainer divides by the number of batches in a step unless the loss is one over the step's tokens.
+            over_step = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            return loss / (num_items_in_batch if over_step else real.sum().clamp(min=1))
+
+    return Distiller
 
 
 def _printer() -> type:

@@ -5,9 +5,10 @@ Shapes: H query heads, D head, F features.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from lolcats_kernels.hybrid import TERMS
 from lolcats_kernels.maps import HybridConfig, HybridMaps
@@ -18,7 +19,18 @@ from lolcats_cli.errors import BadInput, IdentityMismatch
 from lolcats_cli.student.attention import HybridAttention
 from lolcats_cli.student.mixin import LENGTH_DEPENDENT_ROPE, LolcatsMixin, attach, attention_modules, layer_index
 
-__all__ = ["attention_modules", "check_servable", "hybrid_modules", "linearize", "model_heads", "set_terms"]
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+__all__ = [
+    "as_teacher",
+    "attention_modules",
+    "check_servable",
+    "hybrid_modules",
+    "linearize",
+    "model_heads",
+    "set_terms",
+]
 
 
 def linearize(
@@ -95,6 +107,24 @@ def set_terms(model: nn.Module, terms: str) -> None:
         raise ValueError(f"terms is {terms!r}; choose one of {', '.join(TERMS)}.")
     for hybrid in hybrid_modules(model):
         hybrid.terms = terms
+
+
+@contextmanager
+def as_teacher(model: PeftModel) -> Iterator[None]:
+    """While open, a student in memory with an adapter computes what its teacher does: softmax attention in every layer,
+    no adapter, no dropout."""
+    converted = [module for module in attention_modules(model) if not getattr(module, "keeps_softmax", False)]
+    training = model.training
+    try:
+        for module in converted:
+            module.keeps_softmax = True  # type: ignore[assignment]
+        model.eval()
+        with model.disable_adapter():
+            yield
+    finally:
+        for module in converted:
+            module.keeps_softmax = False  # type: ignore[assignment]
+        model.train(training)
 
 
 def model_heads(model: PreTrainedModel) -> tuple[int, int]:

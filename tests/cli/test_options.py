@@ -13,10 +13,14 @@ from lolcats_formats import Artifact
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ((), ("exp", 2, 2e-2, 400)),
-        (("--recipe", "best", "--lr", "0.5"), ("exp", 2, 0.5, 400)),
-        (("--recipe", "lolcats"), ("one", 8, 1e-2, 100)),
-        (("--recipe", "lolcats", "--linear-factor", "affine", "--grad-accum", "3"), ("affine", 3, 1e-2, 100)),
+        ((), ("exp", 2, 2e-2, "linear", 400)),
+        (("--recipe", "best", "--lr", "0.5"), ("exp", 2, 0.5, "linear", 400)),
+        (("--schedule", "plateau", "--eval-steps", "7"), ("exp", 2, 2e-2, "plateau", 7)),
+        (("--recipe", "lolcats"), ("one", 8, 1e-2, "plateau", 100)),
+        (
+            ("--recipe", "lolcats", "--linear-factor", "affine", "--grad-accum", "3"),
+            ("affine", 3, 1e-2, "plateau", 100),
+        ),
     ],
 )
 def test_recipes_of_transfer(
@@ -25,22 +29,25 @@ def test_recipes_of_transfer(
     result = invoke("transfer", pipeline.capture, "-o", tmp_path / "t", "--steps", "0", "--layers", "0", *options)
     assert result.code == 0
     found = Artifact.open(tmp_path / "t").config
-    assert (found["hybrid"]["linear_factor"], found["grad_accum"], found["lr"], found["eval_steps"]) == expected
+    names = ("grad_accum", "lr", "schedule", "eval_steps")
+    assert (found["hybrid"]["linear_factor"], *(found[name] for name in names)) == expected
 
 
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ((), (True, 2, 5e-4, 400)),
-        (("--freeze-maps", "--lr", "0.5"), (False, 2, 0.5, 400)),
-        (("--recipe", "lolcats"), (False, 8, 1e-4, 100)),
-        (("--recipe", "lolcats", "--train-maps", "--grad-accum", "3"), (True, 3, 1e-4, 100)),
+        ((), (True, "teacher", 2, 5e-4, "linear", 400)),
+        (("--freeze-maps", "--lr", "0.5"), (False, "teacher", 2, 0.5, "linear", 400)),
+        (("--match", "text", "--schedule", "plateau"), (True, "text", 2, 5e-4, "plateau", 400)),
+        (("--recipe", "lolcats"), (False, "text", 8, 1e-4, "plateau", 100)),
+        (("--recipe", "lolcats", "--train-maps", "--grad-accum", "3"), (True, "text", 3, 1e-4, "plateau", 100)),
     ],
 )
 def test_recipes_of_lora(pipeline: SimpleNamespace, invoke, tmp_path: Path, options: tuple, expected: tuple) -> None:
     assert invoke("lora", pipeline.transfer, "-o", tmp_path / "l", "--steps", "1", *options).code == 0
     found = Artifact.open(tmp_path / "l").config
-    assert (found["train_maps"], found["grad_accum"], found["lr"], found["eval_steps"]) == expected
+    names = ("train_maps", "match", "grad_accum", "lr", "schedule", "eval_steps")
+    assert tuple(found[name] for name in names) == expected
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from lolcats_cli.stages.layer_training import TransferOptions
 from lolcats_cli.stages.lora import LoraOptions, lora
 from lolcats_cli.stages.models import load_any, load_student, maps_file
 from lolcats_cli.stages.transfer import transfer
+from lolcats_cli.student.build import as_teacher
 from lolcats_cli.teacher.data import DataOptions
 from lolcats_cli.teacher.load import LoadOptions
 
@@ -91,6 +92,60 @@ def test_same_seed_same_artifact(pipeline: SimpleNamespace, tmp_path: Path) -> N
     assert lora(pipeline.transfer, tmp_path / "l", options=options, load=CPU).id == Artifact.open(pipeline.lora).id
 
 
+def test_as_teacher_is_the_teacher_for_a_while(pipeline: SimpleNamespace) -> None:
+    artifact = Artifact.open(pipeline.lora)
+    student = load_student(artifact, pipeline.teacher, CPU)
+    model = PeftModel.from_pretrained(student, pipeline.lora / "adapter", is_trainable=True).train()
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    before = logits(model)
+    model.train()
+    with as_teacher(model), torch.no_grad():
+        found = model(input_ids=IDS, use_cache=False).logits
+    teacher = logits(AutoModelForCausalLM.from_pretrained(pipeline.teacher))
+    torch.testing.assert_close(found, teacher, rtol=1e-4, atol=1e-4)
+    assert (before - teacher).abs().max() > 0.1
+    assert model.training
+    assert trained == [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert torch.equal(logits(model), before)
+
+
+def divergence(pipeline: SimpleNamespace, artifact: Artifact, rows: torch.Tensor) -> float:
+    """Mean over tokens of KL(teacher || student)."""
+    with torch.no_grad():
+        wanted, found = (
+            load_any(str(path), CPU).model.eval()(input_ids=rows).logits[:, :-1].log_softmax(-1)
+            for path in (pipeline.teacher, artifact.path)
+        )
+    return ((wanted.exp() * (wanted - found)).sum(-1)).mean().item()
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_matching_the_teacher_lowers_the_divergence_from_it(
+    pipeline: SimpleNamespace, tmp_path: Path, batch_size: int
+) -> None:
+    rows = Artifact.open(pipeline.capture).load("tokens/train.safetensors")["input_ids"].long()
+    options = replace(QUICK, steps=9, match="teacher", schedule="linear", lr=5e-3, batch_size=batch_size)
+    trained = lora(pipeline.transfer, tmp_path / "l", options=options, load=CPU)
+    before, after = (divergence(pipeline, artifact, rows) for artifact in (Artifact.open(pipeline.transfer), trained))
+    assert after < 0.9 * before
+
+
+def test_the_loss_of_matching_is_the_divergence(pipeline: SimpleNamespace, tmp_path: Path) -> None:
+    """That of the first step, before anything has changed, with one batch of all rows."""
+    rows = Artifact.open(pipeline.capture).load("tokens/train.safetensors")["input_ids"].long()
+    options = LoraOptions(steps=1, grad_accum=1, batch_size=len(rows), eval_steps=1, match="teacher")
+    trained = lora(pipeline.transfer, tmp_path / "l", options=options, load=CPU)
+    (event,) = (event for event in trained.metrics() if event["event"] == "train")
+    assert event["loss"] == pytest.approx(divergence(pipeline, Artifact.open(pipeline.transfer), rows), rel=1e-3)
+
+
+def test_the_linear_schedule_falls_to_nothing(pipeline: SimpleNamespace, tmp_path: Path) -> None:
+    options = replace(QUICK, steps=4, schedule="linear", eval_steps=1)
+    trained = lora(pipeline.transfer, tmp_path / "l", options=options, load=CPU)
+    rates = [event["lr"] for event in trained.metrics() if event["event"] == "train"]
+    assert rates == pytest.approx([1e-2, 7.5e-3, 5e-3, 2.5e-3])
+
+
 def stopped(*_: object) -> None:
     raise Stopped("SIGTERM")
 
@@ -109,7 +164,12 @@ def test_stopped_and_run_again(pipeline: SimpleNamespace, tmp_path: Path, monkey
 
 @pytest.mark.parametrize(
     ("every", "changes"),
-    [(1, {}), (4, {"batch_size": 2}), (2, {"train_maps": True, "dropout": 0.2, "steps": None, "epochs": 1})],
+    [
+        (1, {}),
+        (4, {"batch_size": 2}),
+        (2, {"train_maps": True, "dropout": 0.2, "steps": None, "epochs": 1}),
+        (2, {"train_maps": True, "match": "teacher", "schedule": "linear"}),
+    ],
 )
 def test_resumed_at_every_step_is_the_same_to_the_byte(
     pipeline: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int, changes: dict

@@ -95,10 +95,12 @@ def test_resumed_is_the_same_to_the_byte(
     resumed.verify()
 
 
-@pytest.mark.parametrize("every", [1, 2, 5])
+@pytest.mark.parametrize(("every", "schedule"), [(1, "plateau"), (2, "linear"), (5, "plateau")])
 def test_resumed_at_every_step_is_the_same_to_the_byte(
-    pipeline: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
+    pipeline: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int, schedule: str
 ) -> None:
+    options = replace(OPTIONS, schedule=schedule)
+    whole = transfer(pipeline.capture, tmp_path / "whole", options=options)
     monkeypatch.setattr(checkpoints, "SECONDS", 0)
     monkeypatch.setattr(checkpoints, "COST", inf)
     record, saved = Checkpoints.record, []
@@ -112,12 +114,11 @@ def test_resumed_at_every_step_is_the_same_to_the_byte(
     monkeypatch.setattr(Checkpoints, "record", die)
     for _ in range(100):
         try:
-            resumed = transfer(pipeline.capture, tmp_path / "t", options=OPTIONS)
+            resumed = transfer(pipeline.capture, tmp_path / "t", options=options)
             break
         except Stopped:
             assert sorted(folder.name for folder in (tmp_path / "t" / "scratch").iterdir()) == saved[-1:]
     assert saved == [f"layer-{layer:03d}-{step:07d}" for layer in range(2) for step in range(1, 7)]
-    whole = Artifact.open(pipeline.transfer)
     assert resumed.id == whole.id
     assert resumed.metrics() == whole.metrics()
     assert all(layer_bytes(resumed, layer) == layer_bytes(whole, layer) for layer in range(2))
@@ -305,6 +306,14 @@ def test_plateau_lowers_the_learning_rate(pipeline: SimpleNamespace) -> None:
     train_layer(source, 0, options, device=CPU, log=lambda **event: seen.append(event["lr"]))
     assert seen[0] == 5.0
     assert seen[-1] < 1.0
+
+
+def test_the_linear_schedule_falls_to_nothing(pipeline: SimpleNamespace) -> None:
+    source = StoredActivations(Artifact.open(pipeline.capture))
+    seen: list[float] = []
+    options = replace(OPTIONS, schedule="linear", lr=1e-2, steps=4, eval_steps=1)
+    train_layer(source, 0, options, device=CPU, log=lambda **event: seen.append(event["lr"]))
+    assert seen == pytest.approx([1e-2, 1e-2, 7.5e-3, 5e-3, 2.5e-3])  # of the step before
 
 
 def test_batches_and_accumulation_give_the_same_maps(pipeline: SimpleNamespace) -> None:
