@@ -7,6 +7,7 @@ Figures are of text that none of the stages saw; a gap is between losses on the 
 from __future__ import annotations
 
 import json
+import re
 import statistics
 import sys
 from dataclasses import fields
@@ -96,7 +97,7 @@ class Lab:
         return json.loads(kept.read_text(encoding="utf-8"))
 
     def _folder(self, name: str, stage: str, seed: int) -> Path:
-        folder = self.work / name.replace(", ", "-").replace(" ", "-").replace("/", "-") / f"seed-{seed}"
+        folder = self.work / re.sub(r"[^\w.]+", "-", name) / f"seed-{seed}"
         folder.mkdir(parents=True, exist_ok=True)
         return folder / stage
 

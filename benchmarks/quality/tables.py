@@ -42,6 +42,19 @@ PIECES: dict[str, dict[str, Any]] = {
     "lolcats": {"recipe": "lolcats"},
 }
 
+# Name -> what differs from `best` in the LoRA stage, on the maps of `best`.
+TUNING: dict[str, dict[str, Any]] = {
+    "best": {},
+    "trained on the text": {"match": "text"},
+    "constant learning rate": {"schedule": "plateau"},
+    "maps frozen": {"train_maps": False},
+    "8 rows a step": {"grad_accum": 8},
+    "lr 2.5e-4": {"lr": 2.5e-4},
+    "lr 1e-3": {"lr": 1e-3},
+    "lr 2e-3": {"lr": 2e-3},
+    "lolcats": {"recipe": "lolcats"},
+}
+
 
 def both_stages(lab: Lab, name: str, window: int, seed: int) -> tuple[Artifact, Artifact]:
     recipe, share = RECIPES[name]
@@ -72,9 +85,16 @@ def pieces(lab: Lab, name: str, window: int, seed: int) -> Row:
             getattr(maps, parameter).requires_grad_(False)
 
     # `recipes` has made the whole ones.
-    folder = f"window {window}/" + (name if name in RECIPES else f"pieces/{list(PIECES).index(name)}")
+    folder = f"window {window}/" + (name if name in RECIPES else f"pieces/{name}")
     with patch.object(layer_training, "_start_at_softmax_mass", begin):
         return errors(lab.transfer(folder, seed, window=window, **change))
+
+
+def tuning(lab: Lab, name: str, window: int, seed: int) -> Row:
+    maps = lab.transfer(f"window {window}/best", seed, window=window)
+    folder = f"window {window}/" + ("best" if name == "best" else f"tuning/{name}")
+    tuned = lab.lora(folder, seed, maps, **TUNING[name])
+    return {"gap after LoRA": lab.gap(tuned.path), "perplexity": lab.text(tuned.path)["perplexity"]}
 
 
 def terms(lab: Lab, name: str, window: int, seed: int) -> Row:
@@ -91,6 +111,7 @@ TERMS = [
 TABLES: dict[str, tuple[list[str], Callable[[Lab, str, int, int], Row]]] = {
     "recipes": (list(RECIPES), recipes),
     "pieces": (list(PIECES), pieces),
+    "tuning": (list(TUNING), tuning),
     "terms": (TERMS, terms),
 }
 

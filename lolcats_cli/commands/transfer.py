@@ -14,7 +14,7 @@ def transfer(
     output: o.Output,
     recipe: Annotated[
         Literal["best", "lolcats"],
-        typer.Option(help="Defaults of --linear-factor, --grad-accum, --lr and --schedule; lolcats: the paper's."),
+        typer.Option(help="Defaults of --linear-factor, --grad-accum, --lr and --eval-steps; lolcats: the paper's."),
     ] = "best",
     feature_map: Annotated[Literal["hedgehog", "t2r", "elu"], typer.Option(help="The feature map.")] = "hedgehog",
     feature_dim: Annotated[int, typer.Option(min=1, help="Its size; Hedgehog gives twice as many features.")] = 64,
@@ -46,10 +46,8 @@ def transfer(
     steps: Annotated[
         int | None, typer.Option(min=0, help="Optimizer steps, instead of --epochs; 0 trains nothing.")
     ] = None,
-    lr: Annotated[float | None, typer.Option(min=0, help="AdamW's learning rate: 0.02, or 0.01 (lolcats).")] = None,
-    schedule: Annotated[
-        Literal["plateau", "linear"] | None,
-        typer.Option(help="--lr falls when validation no longer improves (lolcats), or linearly to 0 (best)."),
+    lr: Annotated[
+        float | None, typer.Option(min=0, help="AdamW's learning rate, reduced on plateau: 0.02, or 0.01 (lolcats).")
     ] = None,
     eval_steps: Annotated[
         int | None, typer.Option(min=1, help="Optimizer steps between validations: 400, or 100 (lolcats).")
@@ -57,8 +55,7 @@ def transfer(
     patience: Annotated[
         int,
         typer.Option(
-            min=0,
-            help="A layer stops after twice as many validations without improvement; a plateau is one of as many.",
+            min=0, help="Validations without improvement before --lr falls; a layer stops after twice as many."
         ),
     ] = 10,
     device: o.Device = "auto",
@@ -80,13 +77,7 @@ def transfer(
         raise UsageError(f"--gamma {gamma} must lie between 0 and 1.")
     if not mse_factor and not xent_factor:
         raise UsageError("--mse-factor and --xent-factor are both 0: there is nothing to train on.")
-    given_here = {
-        "linear_factor": linear_factor,
-        "grad_accum": grad_accum,
-        "lr": lr,
-        "schedule": schedule,
-        "eval_steps": eval_steps,
-    }
+    given_here = {"linear_factor": linear_factor, "grad_accum": grad_accum, "lr": lr, "eval_steps": eval_steps}
     chosen = RECIPES[recipe] | {name: value for name, value in given_here.items() if value is not None}
     artifact = run(
         given,

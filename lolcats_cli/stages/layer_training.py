@@ -8,7 +8,7 @@ Shapes: B batch, H query heads, T time.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from math import ceil, inf
@@ -30,8 +30,8 @@ from lolcats_cli.teacher.record import LayerInfo
 # What a recipe means, where an option does not say otherwise. lolcats: the paper's, as in TransferOptions; best: what
 # did better at the same number of tokens (docs/quality.md).
 RECIPES: dict[str, dict[str, Any]] = {
-    "best": {"linear_factor": "exp", "grad_accum": 2, "lr": 2e-2, "schedule": "linear", "eval_steps": 400},
-    "lolcats": {"linear_factor": "one", "grad_accum": 8, "lr": 1e-2, "schedule": "plateau", "eval_steps": 100},
+    "best": {"linear_factor": "exp", "grad_accum": 2, "lr": 2e-2, "eval_steps": 400},
+    "lolcats": {"linear_factor": "one", "grad_accum": 8, "lr": 1e-2, "eval_steps": 100},
 }
 
 
@@ -48,10 +48,9 @@ class TransferOptions:
         batch_size, grad_accum: rows per forward pass, and passes per optimizer step.
         epochs, steps: length of the training; `steps` wins. 0 keeps the initial maps.
         lr, clip: AdamW's learning rate; the largest gradient norm of a layer.
-        schedule: of the learning rate: "plateau" (it falls tenfold after `patience` validations without improvement)
-            or "linear" (to 0 at the last step).
         eval_steps: optimizer steps between validations.
-        patience: after twice as many validations without improvement the layer stops.
+        patience: validations without improvement before the learning rate falls tenfold; after twice as many
+            the layer stops.
         seed: the order of the rows.
     """
 
@@ -65,7 +64,6 @@ class TransferOptions:
     steps: int | None = None
     lr: float = 1e-2
     clip: float = 1.0
-    schedule: str = "plateau"
     eval_steps: int = 100
     patience: int = 10
     seed: int = 0
@@ -79,16 +77,18 @@ Log = Callable[..., None]
 
 OFF = -1e4  # a linear_logit that no score can make up for: the head is its window alone
 WINDOW_ROWS = 8  # that `window_error` looks at
-FIT_TOKENS = 2048  # of the row that `_start_at_softmax_mass` looks at, in memory quadratic in them
+# What `_start_at_softmax_mass` looks at: so many tokens of a row, in memory quadratic in them; at most so many rows,
+# until every head has so many queries with keys before the window.
+FIT_TOKENS, FIT_ROWS, FIT_QUERIES = 2048, 64, 256
 
 
 class LayerRun:
     """One layer's training, as far as it has come: what a checkpoint holds."""
 
-    def __init__(self, maps: HybridMaps, options: TransferOptions, total: int) -> None:
-        self.maps, self.options, self.total = maps, options, total
+    def __init__(self, maps: HybridMaps, options: TransferOptions) -> None:
+        self.maps = maps
         self.optimizer = torch.optim.AdamW(maps.parameters(), lr=options.lr, weight_decay=0.0)
-        self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        self.schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
             self.optimizer, factor=0.1, patience=options.patience, min_lr=min(1e-5, options.lr)
         )
         self.step = 0  # optimizer steps done
@@ -99,21 +99,6 @@ class LayerRun:
     def lr(self) -> float:
         return self.optimizer.param_groups[0]["lr"]
 
-    def validated(self, mse: float) -> None:
-        """Note a validation at this step."""
-        self.initial_mse = mse if self.step == 0 else self.initial_mse
-        if mse < self.best_mse:
-            self.best, self.best_mse, self.best_step = _copy(self.maps), mse, self.step
-        if self.options.schedule == "plateau":
-            self.plateau.step(mse)
-
-    def update(self) -> None:
-        """One optimizer step, on the gradients that are there."""
-        if self.options.schedule == "linear":
-            self.optimizer.param_groups[0]["lr"] = self.options.lr * (1 - self.step / self.total)
-        self.optimizer.step()
-        self.step += 1
-
     def save(self, folder: Path) -> None:
         """Write all of it into `folder`: tensors as safetensors, numbers as JSON."""
         tensors = {f"maps.{name}": tensor for name, tensor in _copy(self.maps).items()}
@@ -122,13 +107,13 @@ class LayerRun:
             tensors |= {f"optimizer.{index}.{name}": tensor.cpu().contiguous() for name, tensor in state.items()}
         save_file(tensors, folder / "state.safetensors")
         numbers = {name: getattr(self, name) for name in ("step", "best_mse", "best_step", "initial_mse", "lr")}
-        numbers["plateau"] = self.plateau.state_dict()
+        numbers["schedule"] = self.schedule.state_dict()
         (folder / "state.json").write_text(json.dumps(numbers))
 
     def load(self, folder: Path) -> None:
         """Continue from what `save` wrote."""
         numbers = json.loads((folder / "state.json").read_text())
-        lr, plateau = numbers.pop("lr"), numbers.pop("plateau")
+        lr, schedule = numbers.pop("lr"), numbers.pop("schedule")
         for name, value in numbers.items():
             setattr(self, name, value)
         parts: dict[str, dict[str, Tensor]] = {"maps": {}, "best": {}, "optimizer": {}}
@@ -143,7 +128,7 @@ class LayerRun:
             moments.setdefault(int(index), {})[rest] = tensor
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
         self.optimizer.param_groups[0]["lr"] = lr
-        self.plateau.load_state_dict(plateau)
+        self.schedule.load_state_dict(schedule)
 
 
 def train_layer(
@@ -165,22 +150,25 @@ def train_layer(
     info = source.layers[layer]
     maps = HybridMaps(options.hybrid, info.num_heads, info.head_dim, window_factor=options.gamma).to(device)
     if options.hybrid.linear_factor == "exp":
-        _start_at_softmax_mass(maps, next(source.batches(layer, "train", 1)).to(device), info)
-    total = options.total_steps(source.rows["train"])
-    run = LayerRun(maps, options, total)
+        _start_at_softmax_mass(maps, source.batches(layer, "train", 1), info)
+    run = LayerRun(maps, options)
     saved = checkpoints.folder(f"layer-{layer:03d}-") if checkpoints else None
     if saved:
         run.load(saved)
         advance(run.step)
+    total = options.total_steps(source.rows["train"])
     batches = _endless(source, layer, options, skip=run.step * options.grad_accum)
     while True:
         # A checkpoint is taken after the validation of its step, which is not done again.
         if not saved and (run.step % options.eval_steps == 0 or run.step == total):
             mse = measure(source, layer, maps, options.batch_size, terms=("both",), device=device)["mse"]
             log(event="validation", layer=layer, step=run.step, mse=mse, lr=run.lr)
-            run.validated(mse)
-            if run.step - run.best_step > 2 * options.patience * options.eval_steps:
+            run.initial_mse = mse if run.step == 0 else run.initial_mse
+            if mse < run.best_mse:
+                run.best, run.best_mse, run.best_step = _copy(maps), mse, run.step
+            elif run.step - run.best_step > 2 * options.patience * options.eval_steps:
                 break
+            run.schedule.step(mse)
         if checkpoints and not saved and run.step and checkpoints.due():
             checkpoints.save(f"layer-{layer:03d}-{run.step:07d}", run.save)
         saved = None
@@ -195,7 +183,8 @@ def train_layer(
             raise UsageError(
                 f"The gradient of layer {layer} is {norm.item()} at step {run.step}. Lower --lr (now {options.lr:g})."
             )
-        run.update()
+        run.optimizer.step()
+        run.step += 1
         advance(1, layer=layer, mse=run.best_mse)
     advance(total - run.step)
     maps.load_state_dict(run.best)
@@ -207,19 +196,25 @@ def train_layer(
 
 
 @torch.no_grad()
-def _start_at_softmax_mass(maps: HybridMaps, batch: Batch, info: LayerInfo) -> None:
-    """Sets each head's `linear_logit` so that, on average over a row's queries, the log of what the keys before the
-    window sum to in the linear term is that of the softmax. A head that sees no such key is switched off."""
-    keep = slice(FIT_TOKENS) if batch.valid is None else batch.valid[0].nonzero()[:FIT_TOKENS, 0]
-    q, k = batch.q[:1, :, keep], batch.k[:1, :, keep]
-    position = torch.arange(q.shape[2], device=q.device)
-    _, old = key_masks(position, position, maps.config)
-    wanted = softmax_scores(q, k, info.spec).masked_fill(~old, -torch.inf).logsumexp(-1)
-    given = (maps.q_features(q) @ maps.k_features(k).transpose(-1, -2) * old).sum(-1).log()
-    gap = (wanted - given)[0]
-    usable = gap.isfinite()
-    mean = torch.where(usable, gap, 0).sum(-1) / usable.sum(-1).clamp(min=1)
-    maps.linear_logit.copy_(torch.where(usable.any(-1), mean, OFF))
+def _start_at_softmax_mass(maps: HybridMaps, batches: Iterable[Batch], info: LayerInfo) -> None:
+    """Sets each head's `linear_logit` so that, on average over queries, the log of what the keys before the window sum
+    to in the linear term is that of the softmax. Looks at rows until every head has seen enough; a head that never sees
+    such a key is switched off."""
+    total, count = torch.zeros(2, maps.num_heads, device=maps.linear_logit.device)
+    for batch in islice(batches, FIT_ROWS):
+        keep = slice(FIT_TOKENS) if batch.valid is None else batch.valid[0].nonzero()[:FIT_TOKENS, 0]
+        q, k = (x[:1, :, keep].to(total.device) for x in (batch.q, batch.k))
+        position = torch.arange(q.shape[2], device=q.device)
+        _, old = key_masks(position, position, maps.config)
+        wanted = softmax_scores(q, k, info.spec).masked_fill(~old, -torch.inf).logsumexp(-1)
+        given = (maps.q_features(q) @ maps.k_features(k).transpose(-1, -2) * old).sum(-1).log()
+        gap = (wanted - given)[0]
+        usable = gap.isfinite()
+        total += torch.where(usable, gap, 0).sum(-1)
+        count += usable.sum(-1)
+        if count.min() >= FIT_QUERIES:
+            break
+    maps.linear_logit.copy_(torch.where(count > 0, total / count.clamp(min=1), OFF))
 
 
 @torch.no_grad()
@@ -307,7 +302,7 @@ def _hybrid(batch: Batch, maps: HybridMaps, info: LayerInfo, terms: str = "both"
 
 def _loss(batch: Batch, maps: HybridMaps, info: LayerInfo, options: TransferOptions) -> Tensor:
     """mse_factor · mean((y − ŷ)²) + xent_factor · mean(CE(a, â)) over the real tokens (section 3.1; Hedgehog)."""
-    tokens = batch.q.shape[0] * batch.q.shape[2] if batch.valid is None else int(batch.valid.sum())
+    tokens = batch.q.shape[0] * batch.q.shape[2] if batch.valid is None else max(1, int(batch.valid.sum()))
     loss = torch.zeros((), device=batch.q.device)
     if options.mse_factor:
         with torch.no_grad():

@@ -13,13 +13,12 @@ from lolcats_formats import Artifact
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ((), ("exp", 2, 2e-2, "linear", 400)),
-        (("--recipe", "best", "--lr", "0.5"), ("exp", 2, 0.5, "linear", 400)),
-        (("--schedule", "plateau", "--eval-steps", "7"), ("exp", 2, 2e-2, "plateau", 7)),
-        (("--recipe", "lolcats"), ("one", 8, 1e-2, "plateau", 100)),
+        ((), ("exp", 2, 2e-2, 400)),
+        (("--recipe", "best", "--lr", "0.5"), ("exp", 2, 0.5, 400)),
+        (("--recipe", "lolcats"), ("one", 8, 1e-2, 100)),
         (
             ("--recipe", "lolcats", "--linear-factor", "affine", "--grad-accum", "3"),
-            ("affine", 3, 1e-2, "plateau", 100),
+            ("affine", 3, 1e-2, 100),
         ),
     ],
 )
@@ -29,7 +28,7 @@ def test_recipes_of_transfer(
     result = invoke("transfer", pipeline.capture, "-o", tmp_path / "t", "--steps", "0", "--layers", "0", *options)
     assert result.code == 0
     found = Artifact.open(tmp_path / "t").config
-    names = ("grad_accum", "lr", "schedule", "eval_steps")
+    names = ("grad_accum", "lr", "eval_steps")
     assert (found["hybrid"]["linear_factor"], *(found[name] for name in names)) == expected
 
 
