@@ -2,6 +2,8 @@
 
     python benchmarks/quality/tables.py recipes WORK [--windows 64 16] [--seeds 3] [--teacher DIR] [--csv FILE]
 
+WORK keeps what was made; all tables may share it. Window 0 is pure linear attention.
+
 recipes     `best` beside `lolcats` (the paper's), at the same tokens and at a quarter of them, through both stages
 pieces      one piece of `best` taken away at a time: transfer alone
 tuning      the same for the LoRA stage, all on the same maps
@@ -13,19 +15,22 @@ terms       perplexity and recall with both terms of the attention, and with eac
 from __future__ import annotations
 
 import argparse
-import csv
-import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import lab as shared
+import starts
 from lab import LORA_ROWS, TRANSFER_ROWS, Lab, errors
 from lolcats_formats import Artifact
+from lolcats_kernels import HybridMaps
+from report import markdown, write
 
 from lolcats_cli.stages import layer_training
+from lolcats_cli.stages.activations import Batch
+from lolcats_cli.teacher.record import LayerInfo
 
 Row = dict[str, float]
 
@@ -34,14 +39,18 @@ RECIPES = {"lolcats": ("lolcats", 1.0), "best": ("best", 1.0), "best, 1/4 of the
 # Name -> what differs from `best`; "frozen" and "start" are no options.
 PIECES: dict[str, dict[str, Any]] = {
     "best": {},
-    "without the start from the softmax's mass": {"start": False},
+    "without the start from the softmax's mass": {"start": starts.at_zero},
     "without u (query) and w (key)": {"frozen": ("q_slope", "k_slope")},
     "without u (query)": {"frozen": ("q_slope",)},
     "8 rows a step, lr 1e-2": {"grad_accum": 8, "lr": 1e-2},
     "the paper's linear weight": {"linear_factor": "one"},
     "lolcats": {"recipe": "lolcats"},
+    # What was tried instead.
+    "1 row a step": {"grad_accum": 1},
+    "lr 4e-2": {"lr": 4e-2},
+    "start from least squares": {"start": starts.least_squares},
+    "start from twice the identity": {"start": starts.twice_the_identity},
 }
-
 # Name -> what differs from `best` in the LoRA stage, on the maps of `best`.
 TUNING: dict[str, dict[str, Any]] = {
     "best": {},
@@ -53,6 +62,25 @@ TUNING: dict[str, dict[str, Any]] = {
     "lr 1e-3": {"lr": 1e-3},
     "lr 2e-3": {"lr": 2e-3},
     "lolcats": {"recipe": "lolcats"},
+}
+
+# Name -> options of the paper's transfer; without any rows the maps stay as they start.
+PAPER: dict[str, dict[str, Any]] = {
+    "hedgehog, swapped": {"rows": 0},
+    "hedgehog, transferred": {},
+    "t2r, swapped": {"feature_map": "t2r", "rows": 0},
+    "t2r, transferred": {"feature_map": "t2r"},
+}
+# Name -> what differs from `best` in transfer, and in LoRA.
+SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "best": ({}, {}),
+    "transfer of 60 rows": ({"rows": 60}, {}),
+    "transfer of 480 rows": ({"rows": 480}, {}),
+    "terraced": ({"layout": "terraced"}, {}),
+    "rank 4": ({}, {"rank": 4}),
+    "rank 16": ({}, {"rank": 16}),
+    "v and o alone": ({}, {"targets": ("v_proj", "o_proj")}),
+    "q and k alone": ({}, {"targets": ("q_proj", "k_proj")}),
 }
 
 
@@ -75,12 +103,10 @@ def recipes(lab: Lab, name: str, window: int, seed: int) -> Row:
 
 def pieces(lab: Lab, name: str, window: int, seed: int) -> Row:
     change = dict(PIECES[name])
-    start, frozen = change.pop("start", True), change.pop("frozen", ())
-    keep = layer_training._start_at_softmax_mass
+    start, frozen = change.pop("start", starts.at_softmax_mass), change.pop("frozen", ())
 
-    def begin(maps: Any, *rest: Any) -> None:
-        if start:
-            keep(maps, *rest)
+    def begin(maps: HybridMaps, batches: Iterable[Batch], info: LayerInfo) -> None:
+        start(maps, batches, info)
         for parameter in frozen:
             getattr(maps, parameter).requires_grad_(False)
 
@@ -95,6 +121,24 @@ def tuning(lab: Lab, name: str, window: int, seed: int) -> Row:
     folder = f"window {window}/" + ("best" if name == "best" else f"tuning/{name}")
     tuned = lab.lora(folder, seed, maps, **TUNING[name])
     return {"gap after LoRA": lab.gap(tuned.path), "perplexity": lab.text(tuned.path)["perplexity"]}
+
+
+def paper(lab: Lab, name: str, window: int, seed: int) -> Row:
+    folder = f"window {window}/" + ("lolcats" if name == "hedgehog, transferred" else f"paper/{name}")
+    maps = lab.transfer(folder, seed, recipe="lolcats", window=window, **PAPER[name])
+    tuned = lab.lora(folder, seed, maps, recipe="lolcats")
+    return {
+        "perplexity before LoRA": lab.text(maps.path)["perplexity"],
+        "perplexity after LoRA": lab.text(tuned.path)["perplexity"],
+    }
+
+
+def sizes(lab: Lab, name: str, window: int, seed: int) -> Row:
+    transferred, tuned = SIZES[name]
+    best, other = f"window {window}/best", f"window {window}/sizes/{name}"
+    maps = lab.transfer(other if transferred else best, seed, window=window, **transferred)
+    student = lab.lora(best if name == "best" else other, seed, maps, **tuned)
+    return {**errors(maps), "gap after transfer": lab.gap(maps.path), "gap after LoRA": lab.gap(student.path)}
 
 
 def terms(lab: Lab, name: str, window: int, seed: int) -> Row:
@@ -112,6 +156,8 @@ TABLES: dict[str, tuple[list[str], Callable[[Lab, str, int, int], Row]]] = {
     "recipes": (list(RECIPES), recipes),
     "pieces": (list(PIECES), pieces),
     "tuning": (list(TUNING), tuning),
+    "paper": (list(PAPER), paper),
+    "sizes": (list(SIZES), sizes),
     "terms": (TERMS, terms),
 }
 
@@ -134,29 +180,9 @@ def main() -> None:
             for name in args.rows or names:
                 rows.append({"window": window, "row": name, "seed": seed, **measure(lab, name, window, seed)})
                 print(rows[-1], file=sys.stderr, flush=True)
-    rows.sort(key=lambda row: args.windows.index(row["window"]))
+                if args.csv:
+                    write(args.csv, rows)
     print(markdown(rows))
-    if args.csv:
-        with args.csv.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-
-
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """Means and spreads over the seeds, as a table."""
-    columns = [column for column in rows[0] if column not in ("window", "row", "seed")]
-    lines = [f"| window | | {' | '.join(columns)} |", "| --- " * (len(columns) + 2) + "|"]
-    for window, name in dict.fromkeys((row["window"], row["row"]) for row in rows):
-        found = [row for row in rows if (row["window"], row["row"]) == (window, name)]
-        cells = [_mean([float(row[column]) for row in found]) for column in columns]
-        lines.append(f"| {window} | {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _mean(values: list[float]) -> str:
-    mean = f"{statistics.mean(values):.3g}"
-    return f"{mean} ± {statistics.stdev(values):.1g}" if len(values) > 1 else mean
 
 
 if __name__ == "__main__":

@@ -1,0 +1,129 @@
+"""Writes the tables of docs/quality.md, and its plots where matplotlib is, from the CSV files in results/.
+
+    python benchmarks/quality/report.py
+
+A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`, where NAME is a CSV's; `headline: NAME`
+compares the recipes in it.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+RESULTS, DOCS = HERE / "results", HERE.parents[1] / "docs"
+KEYS = ("window", "row", "seed")
+MARKED = re.compile(r"(<!-- table: (headline: )?([\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+Rows = list[dict[str, Any]]
+
+
+def read(path: Path) -> Rows:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def write(path: Path, rows: Rows) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def values(rows: Rows, window: Any, name: str, column: str) -> list[float]:
+    """A column's values in the rows of that window and name, one per seed."""
+    return [float(row[column]) for row in rows if (str(row["window"]), row["row"]) == (str(window), name)]
+
+
+def windows(rows: Rows) -> list[Any]:
+    return list(dict.fromkeys(row["window"] for row in rows))
+
+
+def markdown(rows: Rows) -> str:
+    """Means and standard deviations over the seeds."""
+    columns = [column for column in rows[0] if column not in KEYS]
+    lines = [f"| window | | seeds | {' | '.join(columns)} |", "| --- " * (len(columns) + 3) + "|"]
+    for window in windows(rows):
+        for name in dict.fromkeys(row["row"] for row in rows if row["window"] == window):
+            found = [values(rows, window, name, column) for column in columns]
+            lines.append(f"| {window} | {name} | {len(found[0])} | {' | '.join(map(_mean, found))} |")
+    return "\n".join(lines)
+
+
+def headline(rows: Rows) -> str:
+    """`best` beside `lolcats`: quotients of means."""
+    lines = [
+        "| | target |" + "".join(f" window {window} |" for window in windows(rows)),
+        "| --- " * (len(windows(rows)) + 2) + "|",
+    ]
+    for title, target, name, column in (
+        ("attention MSE", "0.5", "best", "attention mse"),
+        ("attention MSE relative to the output's power", "0.5", "best", "relative mse"),
+        ("gap after transfer", "", "best", "gap after transfer"),
+        ("gap after LoRA", "0.6", "best", "gap after LoRA"),
+        ("gap after LoRA, `best` with 1/4 of the tokens", "1", "best, 1/4 of the tokens", "gap after LoRA"),
+    ):
+        quotients = [
+            statistics.mean(values(rows, window, name, column))
+            / statistics.mean(values(rows, window, "lolcats", column))
+            for window in windows(rows)
+        ]
+        lines.append(f"| {title} | {target} |" + "".join(f" {quotient:.2f} |" for quotient in quotients))
+    return "\n".join(lines)
+
+
+def filled(text: str) -> str:
+    """The document with its tables as the CSV files say."""
+
+    def table(match: re.Match[str]) -> str:
+        rows = read(RESULTS / f"{match[3]}.csv")
+        return f"{match[1]}{headline(rows) if match[2] else markdown(rows)}\n{match[4]}"
+
+    return MARKED.sub(table, text)
+
+
+def plot(rows: Rows, target: Path) -> None:
+    """Gap to the teacher after both stages: a bar is the mean, a dot one seed."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    matplotlib.rcParams["svg.hashsalt"] = "lolcats"
+    figure, axes = plt.subplots(1, len(windows(rows)), figsize=(8, 3), sharey=True, squeeze=False)
+    names = list(dict.fromkeys(row["row"] for row in rows))
+    for ax, window in zip(axes[0], windows(rows), strict=True):
+        for shift, column, colour in ((-0.2, "gap after transfer", "#b8c4d6"), (0.2, "gap after LoRA", "#33588f")):
+            for place, name in enumerate(names):
+                found = values(rows, window, name, column)
+                ax.bar(place + shift, statistics.mean(found), 0.38, color=colour, label=None if place else column)
+                ax.plot([place + shift] * len(found), found, "k.", markersize=4)
+        ax.set_xticks(range(len(names)), [name.replace(", ", ",\n") for name in names], fontsize=8)
+        ax.set_title(f"window {window}", fontsize=10)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel("nats per token over the teacher")
+    axes[0][0].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(target, metadata={"Date": None})
+
+
+def _mean(found: list[float]) -> str:
+    mean = f"{statistics.mean(found):.3g}"
+    return f"{mean} ± {statistics.stdev(found):.1g}" if len(found) > 1 else mean
+
+
+def main() -> None:
+    path = DOCS / "quality.md"
+    path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
+    try:
+        plot(read(RESULTS / "recipes.csv"), DOCS / "quality.svg")
+    except ImportError:
+        print("The plot was left as it is: it needs matplotlib.")
+
+
+if __name__ == "__main__":
+    main()
