@@ -1,8 +1,9 @@
 """Hybrid attention on one CPU thread: chunked beside its quadratic definition and causal softmax, in one run.
 
-    python benchmarks/attention.py results.csv [--lengths 1024 4096]
+    python benchmarks/attention.py results.csv [--lengths 1024 4096] [--device cuda]
 
 One layer, batch 1, 8 heads of 64, fp32. Before anything is timed, chunked must agree with the reference in fp64.
+On a GPU: `attention_gpu`.
 """
 
 import argparse
@@ -100,7 +101,8 @@ def print_peak(kind: str, path: str, length: str, backward: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("csv", nargs="?")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096])
+    parser.add_argument("--lengths", type=int, nargs="+")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peak", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -110,6 +112,11 @@ def main() -> None:
         return
     if not args.csv:
         parser.error("name the CSV file to write.")
+    if args.device == "cuda":
+        import attention_gpu
+
+        attention_gpu.main(args.csv, args.lengths or [1024, 2048, 4096, 8192, 16384, 32768], args.rounds)
+        return
     for kind in KINDS:
         gate(kind)
     with open(args.csv, "w", newline="", encoding="utf-8") as file:
@@ -118,7 +125,7 @@ def main() -> None:
             ["machine", "torch", "kind", "pass", "length", "path", "median_ms", "min_ms", "max_ms", "peak_mib"]
         )
         for kind in KINDS:
-            for length in args.lengths:
+            for length in args.lengths or [1024, 2048, 4096]:
                 for backward in (False, True):
                     paths = [p for p in PATHS if p != ("sdpa" if backward else "reference")]
                     spent = paired({p: step(kind, p, length, backward) for p in paths}, args.rounds)

@@ -120,6 +120,9 @@ def main() -> None:
                     size = cache.nbytes if name == "student" else sum(x.keys.nbytes * 2 for x in cache.layers)
                     rates = [batch / t for t in times]
                     row = {
+                        "machine": machine,
+                        "torch": torch.__version__,
+                        "shape": args.shape,
                         "context": context,
                         "batch": batch,
                         "model": name,

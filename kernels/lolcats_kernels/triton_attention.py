@@ -24,8 +24,8 @@ from .triton_parts import PRECISIONS, feature_order, launch, padded
 
 # By compute capability, then by the largest head: tokens of a block, forward and backward; warps.
 TILES = {
-    80: {64: (64, 32, 4), 128: (32, 32, 8), 256: (16, 16, 8)},
-    90: {64: (64, 32, 4), 128: (64, 32, 8), 256: (16, 16, 8)},
+    80: {64: (32, 32, 8), 128: (32, 32, 8), 256: (16, 16, 8)},
+    90: {64: (64, 32, 8), 128: (64, 32, 8), 256: (16, 16, 8)},
 }
 COLUMNS = 64  # of values and S that one program takes, where it does not need all
 

@@ -29,7 +29,7 @@ from .triton_parts import (
 )
 
 # By the largest head.
-WARPS = {64: 4, 128: 8, 256: 16}
+WARPS = {128: 8, 256: 16}
 _NAME = "lolcats::" + re.sub(r"\W", "_", __name__)  # merged models bring their own version of this file
 
 

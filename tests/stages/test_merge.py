@@ -195,8 +195,7 @@ assert not [n for n in sys.modules if n.startswith("lolcats")]
 
 
 def test_it_loads_where_lolcats_is_not_installed(tmp_path, merged, teacher, adapter):
-    """In a real process that can import torch and transformers but nothing of ours, nor Triton; then saved, moved, loaded
-    again."""
+    """In a process that can import torch and transformers but neither ours nor Triton; then saved, moved, loaded."""
     site = tmp_path / "site"
     site.mkdir()
     for entry in Path(torch.__file__).parents[1].iterdir():
