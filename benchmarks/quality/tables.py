@@ -54,13 +54,12 @@ PIECES: dict[str, dict[str, Any]] = {
 # Name -> what differs from `best` in the LoRA stage, on the maps of `best`.
 TUNING: dict[str, dict[str, Any]] = {
     "best": {},
-    "trained on the text": {"match": "text"},
+    "matching the teacher": {"match": "teacher"},
+    "matching the teacher, lr 1e-3": {"match": "teacher", "lr": 1e-3},
     "constant learning rate": {"schedule": "plateau"},
     "maps frozen": {"train_maps": False},
     "8 rows a step": {"grad_accum": 8},
-    "lr 2.5e-4": {"lr": 2.5e-4},
     "lr 1e-3": {"lr": 1e-3},
-    "lr 2e-3": {"lr": 2e-3},
     "lolcats": {"recipe": "lolcats"},
 }
 
@@ -120,7 +119,7 @@ def tuning(lab: Lab, name: str, window: int, seed: int) -> Row:
     maps = lab.transfer(f"window {window}/best", seed, window=window)
     folder = f"window {window}/" + ("best" if name == "best" else f"tuning/{name}")
     tuned = lab.lora(folder, seed, maps, **TUNING[name])
-    return {"gap after LoRA": lab.gap(tuned.path), "perplexity": lab.text(tuned.path)["perplexity"]}
+    return {"gap after LoRA": lab.gap(tuned.path), **lab.recall(tuned.path)}
 
 
 def paper(lab: Lab, name: str, window: int, seed: int) -> Row:

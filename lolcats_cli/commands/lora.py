@@ -14,9 +14,7 @@ def lora(
     output: o.Output,
     recipe: Annotated[
         Literal["best", "lolcats"],
-        typer.Option(
-            help="Defaults of --train-maps, --match, --grad-accum, --lr and --schedule; lolcats: the paper's."
-        ),
+        typer.Option(help="Defaults of --train-maps, --grad-accum, --lr and --schedule; lolcats: the paper's."),
     ] = "best",
     rank: Annotated[int, typer.Option(min=1, help="LoRA's r.")] = 8,
     alpha: Annotated[float, typer.Option(help="LoRA's alpha; its update is scaled by alpha / r.")] = 16.0,
@@ -26,9 +24,9 @@ def lora(
         bool | None, typer.Option("--train-maps/--freeze-maps", help="Train the feature maps too (best), or not.")
     ] = None,
     match: Annotated[
-        Literal["text", "teacher"] | None,
-        typer.Option(help="Train on the text's next tokens (lolcats), or the teacher's predictions of them (best)."),
-    ] = None,
+        Literal["text", "teacher"],
+        typer.Option(help="Train on the text's next tokens, or on the teacher's predictions of them."),
+    ] = "text",
     data: Annotated[
         str | None,
         typer.Option(help="Train on this instead of the capture's tokens: a capture, or data as for capture."),
@@ -71,7 +69,6 @@ def lora(
 
     given_here = {
         "train_maps": train_maps,
-        "match": match,
         "grad_accum": grad_accum,
         "lr": lr,
         "schedule": schedule,
@@ -86,6 +83,7 @@ def lora(
             alpha=alpha,
             dropout=dropout,
             targets=tuple(targets.split(",")),
+            match=match,
             batch_size=batch_size,
             epochs=epochs,
             steps=steps,

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lolcats_formats import Artifact, ArtifactWriter
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 RECIPES: dict[str, dict[str, Any]] = {
     "best": {
         "train_maps": True,
-        "match": "teacher",
         "grad_accum": 2,
         "lr": 5e-4,
         "schedule": "linear",
@@ -50,7 +49,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "lolcats": {
         "train_maps": False,
-        "match": "text",
         "grad_accum": 8,
         "lr": 1e-4,
         "schedule": "plateau",
@@ -292,7 +290,7 @@ def _distiller() -> type[Trainer]:
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             real = inputs["labels"][:, 1:] != -100
             given = {name: value for name, value in inputs.items() if name != "labels"} | {"use_cache": False}
-            with torch.no_grad(), as_teacher(self.model):
+            with torch.no_grad(), as_teacher(cast("PeftModel", self.model)):
                 wanted = model(**given).logits[:, :-1][real].float().log_softmax(-1)
             found = model(**given).logits[:, :-1][real].float().log_softmax(-1)
             loss = functional.kl_div(found, wanted, reduction="sum", log_target=True)

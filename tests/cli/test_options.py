@@ -16,10 +16,7 @@ from lolcats_formats import Artifact
         ((), ("exp", 2, 2e-2, 400)),
         (("--recipe", "best", "--lr", "0.5"), ("exp", 2, 0.5, 400)),
         (("--recipe", "lolcats"), ("one", 8, 1e-2, 100)),
-        (
-            ("--recipe", "lolcats", "--linear-factor", "affine", "--grad-accum", "3"),
-            ("affine", 3, 1e-2, 100),
-        ),
+        (("--recipe", "lolcats", "--linear-factor", "affine", "--grad-accum", "3"), ("affine", 3, 1e-2, 100)),
     ],
 )
 def test_recipes_of_transfer(
@@ -28,16 +25,15 @@ def test_recipes_of_transfer(
     result = invoke("transfer", pipeline.capture, "-o", tmp_path / "t", "--steps", "0", "--layers", "0", *options)
     assert result.code == 0
     found = Artifact.open(tmp_path / "t").config
-    names = ("grad_accum", "lr", "eval_steps")
-    assert (found["hybrid"]["linear_factor"], *(found[name] for name in names)) == expected
+    assert (found["hybrid"]["linear_factor"], found["grad_accum"], found["lr"], found["eval_steps"]) == expected
 
 
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ((), (True, "teacher", 2, 5e-4, "linear", 400)),
-        (("--freeze-maps", "--lr", "0.5"), (False, "teacher", 2, 0.5, "linear", 400)),
-        (("--match", "text", "--schedule", "plateau"), (True, "text", 2, 5e-4, "plateau", 400)),
+        ((), (True, "text", 2, 5e-4, "linear", 400)),
+        (("--freeze-maps", "--lr", "0.5"), (False, "text", 2, 0.5, "linear", 400)),
+        (("--match", "teacher", "--schedule", "plateau"), (True, "teacher", 2, 5e-4, "plateau", 400)),
         (("--recipe", "lolcats"), (False, "text", 8, 1e-4, "plateau", 100)),
         (("--recipe", "lolcats", "--train-maps", "--grad-accum", "3"), (True, "text", 3, 1e-4, "plateau", 100)),
     ],
