@@ -59,8 +59,6 @@ TUNING: dict[str, dict[str, Any]] = {
     "constant learning rate": {"schedule": "plateau"},
     "maps frozen": {"train_maps": False},
     "8 rows a step": {"grad_accum": 8},
-    "lr 1e-3": {"lr": 1e-3},
-    "lolcats": {"recipe": "lolcats"},
 }
 
 # Name -> options of the paper's transfer; without any rows the maps stay as they start.

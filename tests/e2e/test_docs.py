@@ -1,7 +1,8 @@
-"""The scripts of docs/clusters.md, run as they stand with Slurm's commands played by the shell."""
+"""docs/clusters.md: its scripts as they stand, Slurm's commands played by the shell; docs/quality.md: its tables."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import subprocess
@@ -88,3 +89,12 @@ def test_the_python_of_serving_runs_on_a_merged_folder(pipeline: SimpleNamespace
     lines = done.stdout.splitlines()
     assert lines[0].startswith("the ship")
     assert lines[-1] == "True"
+
+
+def test_the_tables_of_quality_md_are_what_the_csv_files_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "quality"))
+    report = importlib.import_module("report")
+    text = (ROOT / "docs" / "quality.md").read_text(encoding="utf-8")
+    assert len(report.MARKED.findall(text)) >= 2
+    assert report.filled(text) == text
+    assert report.filled(text.replace("| best |", "| worse |")) == text
