@@ -1,17 +1,23 @@
-"""docs/clusters.md: its scripts as they stand, Slurm's commands played by the shell; docs/quality.md: its tables."""
+"""What the guides show, run as it stands, Slurm's commands played by the shell; docs/quality.md: its tables."""
 
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import re
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from lolcats_formats import Artifact
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,6 +28,11 @@ def script(heading: str) -> str:
     found = re.search(r"```bash\n(.*?)```", section, re.DOTALL)
     assert found
     return found[1]
+
+
+def served_code() -> list[str]:
+    """The Python of docs/serving.md: its example, and its server."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "serving.md").read_text(), re.DOTALL)
 
 
 @pytest.fixture
@@ -74,10 +85,8 @@ def test_a_task_that_was_stopped_is_requeued(shell: dict[str, str], tmp_path: Pa
 
 def test_the_python_of_serving_runs_on_a_merged_folder(pipeline: SimpleNamespace, tmp_path: Path) -> None:
     """In a process that has no lolcats on its path."""
-    found = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "serving.md").read_text(), re.DOTALL)
-    assert found
     # From the state or from nothing: the same tokens.
-    code = found[1] + "\nprint(torch.equal(again, model.generate(both, max_new_tokens=8, do_sample=False)))\n"
+    code = served_code()[0] + "\nprint(torch.equal(again, model.generate(both, max_new_tokens=8, do_sample=False)))\n"
     code = "import sys\nfor name in ('lolcats_cli', 'lolcats_kernels'): sys.modules[name] = None\n" + code
     (tmp_path / "student").symlink_to(pipeline.student)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -88,6 +97,7 @@ def test_the_python_of_serving_runs_on_a_merged_folder(pipeline: SimpleNamespace
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].startswith("the ship")
+    assert float(lines[-2].split()[2]) < 1e-5  # off by … of the logits' spread
     assert lines[-1] == "True"
 
 
@@ -98,3 +108,40 @@ def test_the_tables_of_quality_md_are_what_the_csv_files_say(monkeypatch: pytest
     assert len(report.MARKED.findall(text)) >= 2
     assert report.filled(text) == text
     assert report.filled(text.replace("| best |", "| worse |")) == text
+
+
+@pytest.mark.slow
+def test_the_server_of_serving_answers(pipeline: SimpleNamespace, tmp_path: Path) -> None:
+    """Greedily, what generate() gives."""
+    for module in ("fastapi", "uvicorn"):
+        pytest.importorskip(module)
+    (tmp_path / "serve.py").write_text(served_code()[1])
+    (tmp_path / "student").symlink_to(pipeline.student)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "serve.py", "student", "--device", "cpu", "--port", str(port)]
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=log, stderr=log)
+    body = {"model": "student", "prompt": "the ship", "max_tokens": 8, "temperature": 0}
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    try:
+        for _ in range(240):
+            assert server.poll() is None, (tmp_path / "log").read_text()
+            try:
+                with urllib.request.urlopen(request, timeout=60) as answer:
+                    text = json.loads(answer.read())["choices"][0]["text"]
+                break
+            except urllib.error.URLError:
+                time.sleep(0.5)
+    finally:
+        server.kill()
+        server.wait()
+    student = AutoModelForCausalLM.from_pretrained(pipeline.student, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(pipeline.student, trust_remote_code=True)
+    ids = student.generate(**tokenizer("the ship", return_tensors="pt"), max_new_tokens=8, do_sample=False)
+    assert text == tokenizer.decode(ids[0, 8:], skip_special_tokens=True)
