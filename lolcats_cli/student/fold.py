@@ -93,8 +93,7 @@ class Adapter:
                 f"{name} is {list(weight.shape)}, the adapter's B {list(b.shape)} and A {list(a.shape)} do not fit it: "
                 "it is another model's adapter."
             )
-        delta = (b @ a) * scaling
-        folded = (weight.T if transposed else weight).float() + delta
+        folded = (b @ a).mul_(scaling).add_(weight.T if transposed else weight)  # in fp32, in place: a weight is large
         if length:
             folded *= (length[0] / torch.linalg.norm(folded, dim=1))[:, None]
         return (folded.T if transposed else folded).to(weight.dtype).contiguous()
