@@ -108,6 +108,7 @@ def merge(
             writer.write_json("model.safetensors.index.json", index)
         _write_model_files(writer, plan, artifact)
         if not writer.has(golden.FILE):
+            progress.note("merge runs the student over two prompts, for its golden logits")
             writer.save(golden.FILE, golden.golden(writer.path, writer.scratch / "golden"))
         return writer.finish(
             {
