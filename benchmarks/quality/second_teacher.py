@@ -2,7 +2,7 @@
 
     python benchmarks/quality/second_teacher.py DIR [--rows 800]
 
-It starts from the embedded Llama's weights, so that it need not learn recall from nothing; the norms, which Llama has not,
+It starts from the embedded Llama's weights, so that it need not learn recall from nothing; the norms, which are new,
 start with the mean size of what they normalise. All weights are then trained on the embedded text. One seed, no resume.
 """
 
