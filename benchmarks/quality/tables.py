@@ -54,13 +54,14 @@ PIECES: dict[str, dict[str, Any]] = {
 # Name -> what differs from `best` in the LoRA stage, on the maps of `best`.
 TUNING: dict[str, dict[str, Any]] = {
     "best": {},
-    "matching the teacher": {"match": "teacher"},
-    "matching the teacher, lr 1e-3": {"match": "teacher", "lr": 1e-3},
-    "constant learning rate": {"schedule": "plateau"},
     "maps frozen": {"train_maps": False},
     "8 rows a step": {"grad_accum": 8},
+    # What was tried instead.
+    "lr 1e-3": {"lr": 1e-3},
+    "falling learning rate": {"schedule": "linear"},
+    "matching the teacher, falling rate": {"match": "teacher", "schedule": "linear"},
+    "matching the teacher, falling rate, lr 1e-3": {"match": "teacher", "schedule": "linear", "lr": 1e-3},
 }
-
 # Name -> options of the paper's transfer; without any rows the maps stay as they start.
 PAPER: dict[str, dict[str, Any]] = {
     "hedgehog, swapped": {"rows": 0},

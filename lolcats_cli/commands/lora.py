@@ -14,7 +14,7 @@ def lora(
     output: o.Output,
     recipe: Annotated[
         Literal["best", "lolcats"],
-        typer.Option(help="Defaults of --train-maps, --grad-accum, --lr and --schedule; lolcats: the paper's."),
+        typer.Option(help="Defaults of --train-maps, --grad-accum, --lr and --eval-steps; lolcats: the paper's."),
     ] = "best",
     rank: Annotated[int, typer.Option(min=1, help="LoRA's r.")] = 8,
     alpha: Annotated[float, typer.Option(help="LoRA's alpha; its update is scaled by alpha / r.")] = 16.0,
@@ -44,9 +44,9 @@ def lora(
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps, instead of --epochs.")] = None,
     lr: Annotated[float | None, typer.Option(min=0, help="AdamW's learning rate: 5e-4, or 1e-4 (lolcats).")] = None,
     schedule: Annotated[
-        Literal["plateau", "linear"] | None,
-        typer.Option(help="--lr falls when validation no longer improves (lolcats), or linearly to 0 (best)."),
-    ] = None,
+        Literal["plateau", "linear"],
+        typer.Option(help="--lr falls when the validation loss no longer does, or linearly to 0."),
+    ] = "plateau",
     eval_steps: Annotated[
         int | None, typer.Option(min=1, help="Optimizer steps between validations: 400, or 100 (lolcats).")
     ] = None,
@@ -71,7 +71,6 @@ def lora(
         "train_maps": train_maps,
         "grad_accum": grad_accum,
         "lr": lr,
-        "schedule": schedule,
         "eval_steps": eval_steps,
     }
     chosen = RECIPES[recipe] | {name: value for name, value in given_here.items() if value is not None}
@@ -84,6 +83,7 @@ def lora(
             dropout=dropout,
             targets=tuple(targets.split(",")),
             match=match,
+            schedule=schedule,
             batch_size=batch_size,
             epochs=epochs,
             steps=steps,

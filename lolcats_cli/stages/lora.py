@@ -40,20 +40,8 @@ if TYPE_CHECKING:
 # What a recipe means, where an option does not say otherwise. lolcats: the paper's, as in LoraOptions; best: what did
 # better at the same number of tokens (docs/quality.md).
 RECIPES: dict[str, dict[str, Any]] = {
-    "best": {
-        "train_maps": True,
-        "grad_accum": 2,
-        "lr": 5e-4,
-        "schedule": "linear",
-        "eval_steps": 400,
-    },
-    "lolcats": {
-        "train_maps": False,
-        "grad_accum": 8,
-        "lr": 1e-4,
-        "schedule": "plateau",
-        "eval_steps": 100,
-    },
+    "best": {"train_maps": True, "grad_accum": 2, "lr": 5e-4, "eval_steps": 400},
+    "lolcats": {"train_maps": False, "grad_accum": 8, "lr": 1e-4, "eval_steps": 100},
 }
 
 

@@ -31,9 +31,9 @@ def test_recipes_of_transfer(
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ((), (True, "text", 2, 5e-4, "linear", 400)),
-        (("--freeze-maps", "--lr", "0.5"), (False, "text", 2, 0.5, "linear", 400)),
-        (("--match", "teacher", "--schedule", "plateau"), (True, "teacher", 2, 5e-4, "plateau", 400)),
+        ((), (True, "text", 2, 5e-4, "plateau", 400)),
+        (("--freeze-maps", "--lr", "0.5"), (False, "text", 2, 0.5, "plateau", 400)),
+        (("--match", "teacher", "--schedule", "linear"), (True, "teacher", 2, 5e-4, "linear", 400)),
         (("--recipe", "lolcats"), (False, "text", 8, 1e-4, "plateau", 100)),
         (("--recipe", "lolcats", "--train-maps", "--grad-accum", "3"), (True, "text", 3, 1e-4, "plateau", 100)),
     ],
