@@ -67,12 +67,7 @@ def lora(
     from lolcats_cli.teacher.data import DataOptions
     from lolcats_cli.teacher.load import LoadOptions
 
-    given_here = {
-        "train_maps": train_maps,
-        "grad_accum": grad_accum,
-        "lr": lr,
-        "eval_steps": eval_steps,
-    }
+    given_here = {"train_maps": train_maps, "grad_accum": grad_accum, "lr": lr, "eval_steps": eval_steps}
     chosen = RECIPES[recipe] | {name: value for name, value in given_here.items() if value is not None}
     artifact = run(
         given,
