@@ -15,11 +15,12 @@ from .errors import (
     UnsupportedVersion,
     WrongKind,
 )
-from .limits import KINDS, VERSION
+from .limits import GOLDEN, KINDS, VERSION
 from .tensors import TensorInfo
 from .writer import ArtifactWriter
 
 __all__ = [
+    "GOLDEN",
     "KINDS",
     "VERSION",
     "Artifact",

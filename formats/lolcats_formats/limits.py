@@ -21,6 +21,7 @@ COMMANDS = {
 MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
 METRICS = "metrics.jsonl"
+GOLDEN = "golden.safetensors"  # of a student
 README = "README.md"
 SCRATCH = "scratch"
 LOCK = ".lock"

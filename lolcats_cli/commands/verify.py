@@ -7,14 +7,14 @@ from lolcats_cli.commands import _options as o
 
 def verify(artifact: o.ArtifactIn, json: o.Json = False) -> None:
     """Check every size and SHA-256 of an artifact; of a student, also that it computes what it did when merged."""
-    from lolcats_formats import Artifact
+    from lolcats_formats import GOLDEN, Artifact
 
     opened = Artifact.open(o.artifact_path(artifact))
     total = sum(entry["size"] for entry in opened.files.values())
     with o.progress().task("verify", total, "bytes") as advance:
         opened.verify(advance)
     found = {"id": opened.id, "kind": opened.kind, "files": len(opened.files), "bytes": total}
-    if opened.kind == "student":
+    if opened.kind == "student" and GOLDEN in opened.files:
         from lolcats_cli.stages import golden
 
         found["golden_error"] = golden.check(opened)

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from lolcats_formats import Artifact
+from lolcats_formats import GOLDEN, Artifact
 from torch import Tensor
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter
@@ -25,7 +25,6 @@ from lolcats_cli.student.merged import student_class
 from lolcats_cli.teacher import identity
 from lolcats_cli.teacher.load import load_tokenizer, model_limit
 
-FILE = "golden.safetensors"
 PROMPTS = (
     "The sea was calm that morning, and nobody on board had slept. The captain counted the boats twice, then again",
     "To linearize a model, replace the softmax of each attention by a product of feature maps, and train these so that",
@@ -49,15 +48,13 @@ def golden(folder: Path, scratch: Path) -> dict[str, Tensor]:
     return {"input_ids": input_ids, "logits": _logits(folder, input_ids, scratch)[0]}
 
 
-def check(artifact: Artifact) -> float | None:
-    """The error of a student's logits here, relative to the spread of its golden ones; None if it has none.
+def check(artifact: Artifact) -> float:
+    """The error of a student's logits here, relative to the spread of its golden ones.
 
     Raises BadInput if it is beyond what rounding explains, or if the golden file is no such file.
     """
-    if FILE not in artifact.files:
-        return None
-    found = artifact.load(FILE)
-    where = artifact.path / FILE
+    found = artifact.load(GOLDEN)
+    where = artifact.path / GOLDEN
     input_ids, expected = _checked(found, where)
     with tempfile.TemporaryDirectory() as scratch:
         logits, dtype = _logits(artifact.path, input_ids, Path(scratch))
@@ -70,8 +67,8 @@ def check(artifact: Artifact) -> float | None:
 
         raise BadInput(
             f"The student in {artifact.path} answers otherwise than when it was merged: its logits differ from those "
-            f"in {FILE} by {error:.2g} of their spread; rounding explains {tolerance:g} at most. Its files are intact: "
-            f"torch {torch.__version__}, transformers {transformers.__version__} or this machine computes "
+            f"in {GOLDEN} by {error:.2g} of their spread; rounding explains {tolerance:g} at most. Its files are "
+            f"intact: torch {torch.__version__}, transformers {transformers.__version__} or this machine computes "
             f"something else than {artifact.manifest['created']['tool']} did. Try the versions it was merged with."
         )
     return error

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lolcats_formats import Artifact, ArtifactWriter, FormatError, TensorInfo
+from lolcats_formats import GOLDEN, Artifact, ArtifactWriter, FormatError, TensorInfo
 from lolcats_formats.tensors import read_header
 from lolcats_formats.writer import Resume
 from lolcats_kernels.maps import HybridConfig, HybridMaps
@@ -107,9 +107,9 @@ def merge(
             }
             writer.write_json("model.safetensors.index.json", index)
         _write_model_files(writer, plan, artifact)
-        if not writer.has(golden.FILE):
+        if not writer.has(GOLDEN):
             progress.note("merge runs the student over two prompts, for its golden logits")
-            writer.save(golden.FILE, golden.golden(writer.path, writer.scratch / "golden"))
+            writer.save(GOLDEN, golden.golden(writer.path, writer.scratch / "golden"))
         return writer.finish(
             {
                 "tensors": len(plan.sizes),

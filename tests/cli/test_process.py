@@ -85,7 +85,7 @@ def test_light_commands_import_no_torch(pipeline: SimpleNamespace) -> None:
         "import sys\n"
         "from lolcats_cli.main import run\n"
         f"for args in (['--help'], ['transfer', '--help'], ['inspect', {str(pipeline.lora)!r}], "
-        f"['inspect', {str(pipeline.capture)!r}, '--layer', '1'], ['verify', {str(pipeline.student)!r}]):\n"
+        f"['inspect', {str(pipeline.capture)!r}, '--layer', '1'], ['verify', {str(pipeline.lora)!r}]):\n"
         "    assert run(args) == 0, args\n"
         "    heavy = {'torch', 'transformers', 'datasets', 'peft', 'numpy'} & set(sys.modules)\n"
         "    assert not heavy, (args, heavy)\n"
