@@ -3,6 +3,7 @@
     python benchmarks/attention.py results.csv [--lengths 1024 4096] [--device cuda]
 
 One layer, batch 1, 8 heads of 64, fp32. Before anything is timed, chunked must agree with the reference in fp64.
+The gradients are of the maps and gamma, as in transfer.
 On a GPU: `attention_gpu`.
 """
 
@@ -27,6 +28,8 @@ KINDS = {
     "linear": HybridConfig(window=0),
 }
 PATHS = ("chunked", "reference", "sdpa")
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
+QUADRATIC = 4096  # tokens up to which the peers are run
 
 
 def inputs(kind: str, length: int, dtype: torch.dtype) -> tuple[HybridMaps, list[Tensor]]:
@@ -84,6 +87,13 @@ def peak_mib(kind: str, path: str, length: int, backward: bool) -> float:
     return float(done.stdout)
 
 
+def machine() -> str:
+    """The processor's name."""
+    with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
+        names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
 def resident_peak_kib() -> int:
     """Not getrusage: its maximum carries over from the process that started this one."""
     with open("/proc/self/status", encoding="ascii") as file:
@@ -125,14 +135,15 @@ def main() -> None:
             ["machine", "torch", "kind", "pass", "length", "path", "median_ms", "min_ms", "max_ms", "peak_mib"]
         )
         for kind in KINDS:
-            for length in args.lengths or [1024, 2048, 4096]:
+            for length in args.lengths or LENGTHS:
                 for backward in (False, True):
                     paths = [p for p in PATHS if p != ("sdpa" if backward else "reference")]
+                    paths = paths if length <= QUADRATIC else ["chunked"]
                     spent = paired({p: step(kind, p, length, backward) for p in paths}, args.rounds)
                     for path, ms in spent.items():
                         figures = (statistics.median(ms), min(ms), max(ms), peak_mib(kind, path, length, backward))
                         name = "forward+backward" if backward else "forward"
-                        row = [platform.machine(), torch.__version__, kind, name, length, path]
+                        row = [machine(), torch.__version__, kind, name, length, path]
                         table.writerow([*row, *(f"{x:.1f}" for x in figures)])
                         print(*row[2:], *(f"{x:.1f}" for x in figures), flush=True)
                         file.flush()
