@@ -232,10 +232,11 @@ class Stage:
         return self.end(folder) if code == -signal.SIGKILL else f"was not killed: exit {code}"
 
     def at_many_points(self, number: int) -> str | None:
-        """Killed again and again, after a few write points each time, until a process comes to the end."""
+        """Killed again and again, after some write points each time, until a process comes to the end."""
         folder, draw = self.begin(f"again-{number}"), random.Random(f"{self.name} {number}")
         for _ in range(200):
-            code = execute(folder, self.command, at_point(draw.randrange(5, max(6, self.points // 3)), kill))
+            # Any point of a run: a unit of work, such as all that follows the last checkpoint, may take most of them.
+            code = execute(folder, self.command, at_point(draw.randrange(5, self.points), kill))
             if code != -signal.SIGKILL:
                 break
         return self.end(folder) if code in (0, -signal.SIGKILL) else f"exit {code}"
