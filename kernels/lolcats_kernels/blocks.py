@@ -132,7 +132,7 @@ class _Tile:
         """x [., M L, N] -> [r m, P L, N], or the first columns of it; on CPU a view, in which bands overlap."""
         block = self.plan.block
         size = self.plan.reach * block - self.before
-        x = x[rows, self.last * block - size - (self.last - self.first - 1) * block : self.last * block]
+        x = x[rows, (self.first + 1) * block - size : self.last * block]
         return x.unfold(1, size, block).flatten(0, 1).transpose(-1, -2)[:, :columns]
 
     def add(self, total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -317,7 +317,7 @@ class BlockAttention(torch.autograd.Function):
             # y = n / d: dn = dy / d, and dd = -(dy . y) / d.
             dn = grad[here] * inverse[here]
             dd = (dn * out[here]).sum(-1, keepdim=True).neg_()
-            if dfq is not None:
+            if dfq is not None and not plan.sums:
                 dfq[here] = 0
             if dfk is not None:
                 dfk[here] = 0

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .chunked import chunked_attention
-from .maps import HybridMaps
+from .maps import HybridMaps, common_dtype
 from .reference import reference_attention
 from .state import KVState, may_overwrite
 
@@ -109,7 +109,7 @@ def hybrid_attention(
     """
     _check(q, k, v, maps, softcap, valid, state, terms, backend)
     wanted = q.dtype
-    q, k, v = (x.to(_common_dtype(q, k, v)) for x in (q, k, v))
+    q, k, v = (x.to(common_dtype(q, k, v)) for x in (q, k, v))
     run = _BACKENDS[_best_backend(q) if backend == "auto" else backend]
     with torch.autocast(q.device.type, enabled=False):  # sums stay in fp32
         out, after = run(
@@ -178,10 +178,5 @@ def _check(
                     f"The state's {name} are {list(got)}, these inputs need {list(shape)}: "
                     "the state comes from another batch, layer or configuration."
                 )
-        if state.keys.dtype != _common_dtype(q, k, v):
-            raise ValueError(f"The state holds {state.keys.dtype}, the inputs are {_common_dtype(q, k, v)}.")
-
-
-def _common_dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
-    """With autocast, norms leave q and k wider than v; the widest is used for all."""
-    return torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+        if state.keys.dtype != common_dtype(q, k, v):
+            raise ValueError(f"The state holds {state.keys.dtype}, the inputs are {common_dtype(q, k, v)}.")

@@ -77,6 +77,11 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def common_dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
+    """With autocast, norms leave q and k wider than v; the widest is used for all."""
+    return torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+
+
 def _start(rows: int, columns: int) -> Tensor:
     """The identity [rows, columns].
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from .maps import QUERY_BOUND, HybridMaps, compute_dtype, repeat_heads
+from .maps import QUERY_BOUND, HybridMaps, common_dtype, compute_dtype, repeat_heads
 from .reference import cap_scores, safe_divide
 from .state import KVState, window_start
 
@@ -78,8 +78,7 @@ def sparse_attention(
     if not maps.config.window:
         raise ValueError("A sparse cache takes what leaves the window, and this student has none (window 0).")
     wanted = q.dtype
-    common = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
-    q, k, v = (x.to(common) for x in (q, k, v))
+    q, k, v = (x.to(common_dtype(q, k, v)) for x in (q, k, v))
     if valid is not None and bool(valid.all()):
         valid = None
     if valid is not None:  # what lies in padding must not matter, not even NaN
