@@ -23,7 +23,7 @@ from .limits import MAX_HEADER_BYTES, MAX_RANK
 if TYPE_CHECKING:
     import torch
 
-CHUNK = 4 * 2**20  # bytes hashed and written, or read and hashed, at a time
+CHUNK = 2**20  # bytes hashed and written, or read and hashed, at a time
 
 # Bytes of an element. The order is that of the data in a file (larger elements first keeps each aligned);
 # names and order are those of the safetensors library.

@@ -41,6 +41,7 @@ UNDERSTOOD = {
 }
 # Other initialisations (PiSSA, OLoRA, LoftQ, CorDA …) change the base weights when training starts.
 PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
+BLOCK_ELEMENTS = 2**18  # folded at a time: in fp32 they stay in the processor's cache, a whole weight would not
 FOLDABLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -93,10 +94,15 @@ class Adapter:
                 f"{name} is {list(weight.shape)}, the adapter's B {list(b.shape)} and A {list(a.shape)} do not fit it: "
                 "it is another model's adapter."
             )
-        folded = (b @ a).mul_(scaling).add_(weight.T if transposed else weight)  # in fp32, in place: a weight is large
-        if length:
-            folded *= (length[0] / torch.linalg.norm(folded, dim=1))[:, None]
-        return (folded.T if transposed else folded).to(weight.dtype).contiguous()
+        base = weight.T if transposed else weight
+        result = torch.empty_like(base)
+        rows = max(1, BLOCK_ELEMENTS // a.shape[1])
+        for i in range(0, len(base), rows):
+            folded = (b[i : i + rows] @ a).mul_(scaling).add_(base[i : i + rows])
+            if length:
+                folded *= (length[0][i : i + rows] / torch.linalg.norm(folded, dim=1))[:, None]
+            result[i : i + rows] = folded
+        return (result.T if transposed else result).contiguous()
 
     def _by_module(self) -> dict[str, list[str]]:
         """Per module, the names of its A [r, I] and B [O, r], and with DoRA of its rows' lengths [O]."""

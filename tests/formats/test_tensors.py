@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lolcats_formats import Damaged, FormatError
-from lolcats_formats.tensors import ITEM_BYTES, read_header, serialize
+from lolcats_formats.tensors import CHUNK, ITEM_BYTES, read_header, serialize
 
 DTYPES = [
     torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.int16,
@@ -52,7 +52,7 @@ def test_bytes_do_not_depend_on_memory_layout_or_order():
 def test_large_tensors_are_written_in_pieces():
     tensor = torch.arange(3 * 2**20, dtype=torch.int32)
     chunks = list(serialize({"x": tensor}, None, "x"))
-    assert max(len(chunk) for chunk in chunks) == 4 * 2**20
+    assert max(len(chunk) for chunk in chunks) == CHUNK
     assert torch.equal(safetensors.torch.load(b"".join(chunks))["x"], tensor)
 
 
