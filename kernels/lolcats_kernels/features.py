@@ -43,12 +43,13 @@ class _Hedgehog(torch.autograd.Function):
         columns = weight.shape[2]
         out = x.new_empty(batch, weight.shape[0], time, 2 * columns)
         keys = None if slope is None else x.new_empty(batch, weight.shape[0], time, 1)  # exp(x . slope)
+        both = x.new_empty(time, 2, columns)  # x W and -x W
         for row in range(batch):
             for head, w in enumerate(weight):
-                one = x[row, head * heads // len(weight)]
-                y, phi = one @ w, out[row, head]
-                phi[:, :columns] = y.softmax(-1)
-                phi[:, columns:] = y.neg_().softmax(-1)
+                one, phi = x[row, head * heads // len(weight)], out[row, head]
+                torch.mm(one, w, out=both[:, 0])
+                torch.neg(both[:, 0], out=both[:, 1])
+                torch.softmax(both, -1, out=phi.view_as(both))
                 phi.clamp_(min=FEATURE_FLOOR)
                 if keys is not None and slope is not None:
                     torch.matmul(one, slope[head][:, None], out=keys[row, head])
