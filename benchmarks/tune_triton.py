@@ -1,0 +1,106 @@
+"""Finds the Triton kernels' blocks and warps for the GPU at hand, and prints its entry of `triton_attention.TILES`.
+
+    python benchmarks/tune_triton.py [--heads 64 128 256] [--length 4096] [--rounds 20]
+
+32 query and 8 key heads, batch 1, bf16, recipe best. Forward and backward have blocks of their own, but share their
+warps; for each number of warps the best blocks are taken, then the fastest sum of both. What does not compile, or does
+not fit into the GPU, is left out. Every choice must first give the same output and gradients as the table's own. Under
+TRITON_INTERPRET=1 it runs without a GPU, which shows that it works and nothing else.
+"""
+
+import argparse
+import itertools
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "kernels")]
+
+import triton  # noqa: E402
+from lolcats_kernels import HybridConfig, HybridMaps, hybrid_attention, triton_attention  # noqa: E402
+from lolcats_kernels.triton_parts import INTERPRETED  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+BLOCKS, WARPS = (16, 32, 64, 128), (4, 8)
+HEADS, KEY_HEADS = 32, 8
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+# What is raised where the GPU or the compiler has no room for a choice.
+NO_ROOM = (triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError, triton.CompilationError)
+
+
+def milliseconds(run: Callable[[], object], rounds: int) -> float:
+    """Median, after a first call that compiles."""
+    run()
+    times = []
+    for _ in range(rounds):
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        run()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(1000 * (time.perf_counter() - started))
+    return statistics.median(times)
+
+
+def tune(head: int, length: int, rounds: int) -> tuple[int, ...]:
+    """The best (block forward, block backward, warps) for heads of that size."""
+    torch.manual_seed(0)
+    maps = HybridMaps(HybridConfig(linear_factor="exp"), HEADS, head).to(DEVICE)
+    leaves = [
+        torch.randn(1, heads, length, head, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+        for heads in (HEADS, KEY_HEADS, KEY_HEADS)
+    ]
+    call = partial(hybrid_attention, *leaves, maps, scaling=head**-0.5, backend="triton")
+    capability = triton_attention.capability(DEVICE)
+
+    def gradients(out: Tensor) -> tuple[Tensor, ...]:
+        wanted = [*leaves, *(p for p in maps.parameters() if p.requires_grad)]
+        return torch.autograd.grad(out, wanted, torch.ones_like(out), retain_graph=True)
+
+    out = call()
+    expected = [x.float() for x in (out, *gradients(out))]
+    best: dict[int, tuple[float, int, int]] = {}
+    for warps in WARPS:
+        found: dict[bool, tuple[float, int]] = {}
+        for block, backward in itertools.product(BLOCKS, (False, True)):
+            # The other direction takes the smallest block: it only has to run.
+            tiles = (16, block, warps) if backward else (block, 16, warps)
+            try:
+                with patch.dict(triton_attention.TILES, {capability: {256: tiles}}, clear=True):
+                    out = call()
+                    for value, wanted in zip((out, *gradients(out)), expected, strict=True):
+                        assert (value.float() - wanted).norm() <= 0.02 * wanted.norm() + 1e-6, f"{tiles} is wrong"
+                    taken = milliseconds(partial(gradients, out) if backward else torch.no_grad()(call), rounds)
+            except NO_ROOM as error:
+                print(f"head {head}, {tiles}: {str(error).splitlines()[0]}", file=sys.stderr)
+                continue
+            print(f"head {head}, {'backward' if backward else 'forward'} {block}, {warps}: {taken:.3f} ms", flush=True)
+            found[backward] = min(found.get(backward, (taken, block)), (taken, block))
+        if len(found) == 2:
+            best[warps] = (found[False][0] + found[True][0], found[False][1], found[True][1])
+    if not best:
+        sys.exit(f"Nothing runs for heads of {head}.")
+    warps = min(best, key=lambda number: best[number][0])
+    return *best[warps][1:], warps
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--heads", type=int, nargs="+", default=[64, 128, 256])
+    parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--rounds", type=int, default=20)
+    args = parser.parse_args()
+    entry = {head: tune(head, args.length, args.rounds) for head in args.heads}
+    print(f"{triton_attention.capability(DEVICE)}: {entry},")
+
+
+if __name__ == "__main__":
+    main()
