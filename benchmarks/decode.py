@@ -9,12 +9,13 @@ softmax model's cache is filled with random keys and values, whose number is all
 
 import argparse
 import csv
-import platform
+import os
 import statistics
 import time
 from collections.abc import Callable
 
 import torch
+from attention import machine
 from lolcats_kernels import HybridConfig, HybridMaps
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -26,6 +27,7 @@ SHAPES = {
 }
 KEY_HEADS = {"small": 2, "8b": 8}
 PART, STEPS = 2048, 16
+COLUMNS = ("machine", "torch", "shape", "context", "batch", "model", "tokens/s", "least", "most", "cache MB")
 
 
 def build(shape: str, device: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedModel]:
@@ -103,10 +105,11 @@ def main() -> None:
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    machine = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
-    print(f"{machine}, {platform.processor() or platform.machine()}, torch {torch.__version__}, {args.shape}, {dtype}")
-    rows = []
-    with torch.inference_mode():
+    where = torch.cuda.get_device_name() if device == "cuda" else f"{machine()}, {torch.get_num_threads()} threads"
+    print(f"{where}, torch {torch.__version__}, {args.shape}, {dtype}")
+    with torch.inference_mode(), open(args.csv or os.devnull, "w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        table.writeheader()
         softmax, student = build(args.shape, device, dtype)
         gate(student)
         print("| context | batch | model | tokens/s: median (least to most) | cache, MB |")
@@ -120,7 +123,7 @@ def main() -> None:
                     size = cache.nbytes if name == "student" else sum(x.keys.nbytes * 2 for x in cache.layers)
                     rates = [batch / t for t in times]
                     row = {
-                        "machine": machine,
+                        "machine": where,
                         "torch": torch.__version__,
                         "shape": args.shape,
                         "context": context,
@@ -131,16 +134,12 @@ def main() -> None:
                         "most": max(rates),
                         "cache MB": size / 1e6,
                     }
-                    rows.append(row)
+                    table.writerow(row)
+                    file.flush()
                     spread = f"{row['tokens/s']:.0f} ({row['least']:.0f} to {row['most']:.0f})"
                     cells = (context, batch, name, spread, f"{row['cache MB']:.1f}")
                     print("| " + " | ".join(map(str, cells)) + " |", flush=True)
                     del cache
-    if args.csv:
-        with open(args.csv, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
 
 
 if __name__ == "__main__":
