@@ -30,6 +30,12 @@ def transfer(
         float,
         typer.Option(min=0, help="Weight of the attention weights' cross-entropy (memory quadratic in --seq-len)."),
     ] = 0.0,
+    window_dropout: Annotated[
+        float,
+        typer.Option(
+            min=0, max=1, help="Probability, falling to 0, that a batch is trained with the linear term alone."
+        ),
+    ] = 0.0,
     layers: Annotated[str | None, typer.Option(help="Train these layers only, such as 0-3,7.")] = None,
     keep_softmax: Annotated[
         str | None,
@@ -87,6 +93,7 @@ def transfer(
             gamma=gamma,
             mse_factor=mse_factor,
             xent_factor=xent_factor,
+            window_dropout=window_dropout,
             batch_size=batch_size,
             epochs=epochs,
             steps=steps,

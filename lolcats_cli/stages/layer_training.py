@@ -8,6 +8,7 @@ Shapes: B batch, H query heads, T time.
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -45,19 +46,22 @@ class TransferOptions:
         gamma: initial γ of every head.
         mse_factor, xent_factor: weights of the output MSE and of the attention weights' cross-entropy. The latter
             takes memory quadratic in the sequence.
+        window_dropout: the probability that a batch is trained with the linear term alone; it falls linearly from this
+            to 0 over the training (scheduled window dropout, arXiv 2510.05901).
         batch_size, grad_accum: rows per forward pass, and passes per optimizer step.
         epochs, steps: length of the training; `steps` wins. 0 keeps the initial maps.
         lr, clip: AdamW's learning rate; the largest gradient norm of a layer.
         eval_steps: optimizer steps between validations.
         patience: validations without improvement before the learning rate falls tenfold; after twice as many
             the layer stops.
-        seed: the order of the rows.
+        seed: the order of the rows, and which batches the window dropout takes.
     """
 
     hybrid: HybridConfig = field(default_factory=HybridConfig)
     gamma: float = 0.5
     mse_factor: float = 1000.0
     xent_factor: float = 0.0
+    window_dropout: float = 0.0
     batch_size: int = 1
     grad_accum: int = 8
     epochs: int = 2
@@ -175,8 +179,9 @@ def train_layer(
         if run.step == total:
             break
         run.optimizer.zero_grad(set_to_none=True)
-        for _ in range(options.grad_accum):
-            loss = _loss(next(batches).to(device), maps, info, options) / options.grad_accum
+        for index in range(run.step * options.grad_accum, (run.step + 1) * options.grad_accum):
+            terms = "linear" if _drops_window(options, index, total * options.grad_accum) else "both"
+            loss = _loss(next(batches).to(device), maps, info, options, terms) / options.grad_accum
             loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(maps.parameters(), options.clip)
         if not torch.isfinite(norm):
@@ -300,20 +305,33 @@ def _hybrid(batch: Batch, maps: HybridMaps, info: LayerInfo, terms: str = "both"
     )
 
 
-def _loss(batch: Batch, maps: HybridMaps, info: LayerInfo, options: TransferOptions) -> Tensor:
+def _drops_window(options: TransferOptions, index: int, total: int) -> bool:
+    """Whether batch `index` of `total` is trained with the linear term alone: drawn from the seed and the index, so
+    that a resumed training draws the same."""
+    share = options.window_dropout * (1 - index / total)
+    return random.Random(f"window dropout {options.seed} {index}").random() < share
+
+
+def _loss(batch: Batch, maps: HybridMaps, info: LayerInfo, options: TransferOptions, terms: str = "both") -> Tensor:
     """mse_factor · mean((y − ŷ)²) + xent_factor · mean(CE(a, â)) over the real tokens (section 3.1; Hedgehog)."""
     tokens = batch.q.shape[0] * batch.q.shape[2] if batch.valid is None else max(1, int(batch.valid.sum()))
     loss = torch.zeros((), device=batch.q.device)
     if options.mse_factor:
         with torch.no_grad():
             target = softmax_attention(batch.q, batch.k, batch.v, info.spec, batch.valid).float()
-        error = (_hybrid(batch, maps, info).float() - target).square().sum()
+        error = (_hybrid(batch, maps, info, terms).float() - target).square().sum()
         loss = loss + options.mse_factor * error / (tokens * info.num_heads * info.head_dim)
     if options.xent_factor:
         with torch.no_grad():
             wanted = softmax_weights(batch.q, batch.k, info.spec, batch.valid)
         given = hybrid_attention_weights(
-            batch.q, batch.k, maps, scaling=info.spec.scaling, softcap=info.spec.softcap, valid=batch.valid
+            batch.q,
+            batch.k,
+            maps,
+            scaling=info.spec.scaling,
+            softcap=info.spec.softcap,
+            valid=batch.valid,
+            terms=terms,
         ).clamp_min(1e-12)  # as far as the maps' own floor
         loss = loss - options.xent_factor * (wanted * given.log()).sum() / (tokens * info.num_heads)
     return loss

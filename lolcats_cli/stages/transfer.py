@@ -59,6 +59,11 @@ def transfer(
         raise UsageError("--keep-softmax auto:N looks at all layers. With --layers, name those to keep.")
     if keep_auto and not options.hybrid.window:
         raise UsageError("--keep-softmax auto:N goes by what the window misses, and --window is 0. Name the layers.")
+    if options.window_dropout and not 0 < options.hybrid.slots < parent.data["seq_len"]:
+        raise UsageError(
+            "--window-dropout trains on the keys before the window: it takes a --window, and rows that are longer than "
+            f"what it may see ({options.hybrid.slots} of {parent.data['seq_len']} tokens)."
+        )
     kept = _kept(source, keep_softmax, keep_auto)
     chosen = sorted(set(range(len(source.layers))) - kept if layers is None else set(layers))
     if not chosen or chosen[0] < 0 or chosen[-1] >= len(source.layers):
@@ -80,6 +85,8 @@ def transfer(
         progress.note(f"layers {', '.join(map(str, sorted(kept)))} stay softmax; missed by the window alone: {shown}")
 
     config = {key: value for key, value in asdict(options).items() if value is not None}
+    if not options.window_dropout:
+        del config["window_dropout"]  # as in transfers that were begun before there was such an option
     with ArtifactWriter.create(
         output,
         "transfer",

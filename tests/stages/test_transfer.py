@@ -96,10 +96,13 @@ def test_resumed_is_the_same_to_the_byte(
     resumed.verify()
 
 
-@pytest.mark.parametrize("every", [1, 2, 5])
+@pytest.mark.parametrize(("every", "window_dropout"), [(1, 0.0), (2, 0.0), (5, 0.0), (1, 0.5)])
 def test_resumed_at_every_step_is_the_same_to_the_byte(
-    pipeline: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
+    pipeline: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int, window_dropout: float
 ) -> None:
+    whole, options = Artifact.open(pipeline.transfer), replace(OPTIONS, window_dropout=window_dropout)
+    if window_dropout:
+        whole = transfer(pipeline.capture, tmp_path / "whole", options=options)
     monkeypatch.setattr(checkpoints, "SECONDS", 0)
     monkeypatch.setattr(checkpoints, "COST", inf)
     record, saved = Checkpoints.record, []
@@ -113,12 +116,11 @@ def test_resumed_at_every_step_is_the_same_to_the_byte(
     monkeypatch.setattr(Checkpoints, "record", die)
     for _ in range(100):
         try:
-            resumed = transfer(pipeline.capture, tmp_path / "t", options=OPTIONS)
+            resumed = transfer(pipeline.capture, tmp_path / "t", options=options)
             break
         except Stopped:
             assert sorted(folder.name for folder in (tmp_path / "t" / "scratch").iterdir()) == saved[-1:]
     assert saved == [f"layer-{layer:03d}-{step:07d}" for layer in range(2) for step in range(1, 7)]
-    whole = Artifact.open(pipeline.transfer)
     assert resumed.id == whole.id
     assert resumed.metrics() == whole.metrics()
     assert all(layer_bytes(resumed, layer) == layer_bytes(whole, layer) for layer in range(2))
@@ -261,6 +263,59 @@ def test_cross_entropy_loss_lowers_the_cross_entropy(pipeline: SimpleNamespace) 
     after.load_state_dict(states)
     with torch.no_grad():
         assert cross_entropy(source, after) < 0.97 * cross_entropy(source, before)
+
+
+def test_window_dropout_trains_the_linear_term_alone_less_and_less(
+    pipeline: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss, seen = layer_training._loss, []
+
+    def spy(batch, maps, info, options, terms):
+        seen.append(terms)
+        return loss(batch, maps, info, options, terms)
+
+    monkeypatch.setattr(layer_training, "_loss", spy)
+    source, drawn = StoredActivations(Artifact.open(pipeline.capture)), []
+    for seed in range(8):
+        train_layer(source, 0, replace(OPTIONS, window_dropout=1.0, seed=seed), device=CPU)
+        drawn.append([terms == "linear" for terms in seen])
+        seen.clear()
+    shares = torch.tensor(drawn, dtype=torch.float).mean(0)  # of the seeds, per batch
+    assert shares[0] == 1
+    assert shares[:8].mean() > 0.7 > 0.3 > shares[-8:].mean() > 0
+    assert len(set(map(tuple, drawn))) == 8
+
+    made = transfer(pipeline.capture, tmp_path / "t", options=replace(OPTIONS, window_dropout=0.5))
+    without = Artifact.open(pipeline.transfer)
+    assert all(layer_bytes(made, layer) != layer_bytes(without, layer) for layer in range(2))
+    assert made.config == {**without.config, "window_dropout": 0.5}
+
+
+def test_window_dropout_makes_the_linear_term_better_alone(pipeline: SimpleNamespace) -> None:
+    source, errors = StoredActivations(Artifact.open(pipeline.capture)), {}
+    for share in (0.0, 1.0):
+        options = replace(OPTIONS, steps=20, window_dropout=share)
+        maps = HybridMaps(HYBRID, 4, 16)
+        maps.load_state_dict(train_layer(source, 0, options, device=CPU)[0])
+        errors[share] = layer_training._errors(source, 0, maps, 1, ("linear",), CPU)[0]["linear"].sum()
+    assert errors[1.0] < errors[0.0]
+
+
+@pytest.mark.parametrize("hybrid", [{"window": 0}, {"window": 64}, {"window": 32, "layout": "terraced"}])
+def test_window_dropout_takes_keys_before_a_window(pipeline: SimpleNamespace, tmp_path: Path, hybrid: dict) -> None:
+    """Rows have 64 tokens."""
+    options = replace(OPTIONS, window_dropout=0.5, hybrid=HybridConfig(**hybrid))
+    with pytest.raises(UsageError, match="--window-dropout trains on the keys before the window"):
+        transfer(pipeline.capture, tmp_path / "t", options=options)
+    assert not (tmp_path / "t").exists()
+
+
+@pytest.mark.parametrize("loss", [{}, {"mse_factor": 0.0, "xent_factor": 1.0}])
+def test_window_dropout_of_padded_rows(padded: Path, loss: dict) -> None:
+    """Some of the rows are shorter than the window."""
+    source = StoredActivations(Artifact.open(padded))
+    maps, _ = train_layer(source, 0, replace(OPTIONS, window_dropout=1.0, **loss), device=CPU)
+    assert all(tensor.isfinite().all() for tensor in maps.values())
 
 
 def test_no_steps_keep_the_initial_maps(pipeline: SimpleNamespace, tmp_path: Path) -> None:
