@@ -10,6 +10,7 @@ import json
 import re
 import statistics
 import sys
+import time
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from lolcats_cli.stages.capture import capture  # noqa: E402
 from lolcats_cli.stages.evaluate import evaluate  # noqa: E402
 from lolcats_cli.stages.models import load_any  # noqa: E402
 from lolcats_cli.stages.transfer import transfer  # noqa: E402
+from lolcats_cli.student.build import hybrid_modules  # noqa: E402
 from lolcats_cli.teacher.data import DataOptions  # noqa: E402
 from lolcats_cli.teacher.load import LoadOptions  # noqa: E402
 
@@ -53,13 +55,14 @@ class Lab:
     def transfer(
         self, name: str, seed: int, *, recipe: str = "best", rows: int = TRANSFER_ROWS, **changes: Any
     ) -> Artifact:
-        """A transfer of `rows` rows; `changes` are of `TransferOptions` and `HybridConfig`."""
+        """A transfer of `rows` rows; `changes` are of `TransferOptions`, `HybridConfig` and which layers to keep."""
         chosen = layer_training.RECIPES[recipe] | changes
+        kept = {key: chosen.pop(key) for key in ("keep_softmax", "keep_auto") if key in chosen}
         hybrid = HybridConfig(**{key: chosen.pop(key) for key in HYBRID & chosen.keys()})
         steps = rows // chosen["grad_accum"]
         chosen["eval_steps"] = max(1, steps // 4)
         options = layer_training.TransferOptions(hybrid, steps=steps, seed=seed, **chosen)
-        return transfer(self.capture.path, self._folder(name, "transfer", seed), options=options)
+        return transfer(self.capture.path, self._folder(name, "transfer", seed), options=options, **kept)
 
     def lora(
         self, name: str, seed: int, maps: Artifact, *, recipe: str = "best", rows: int = LORA_ROWS, **changes: Any
@@ -84,7 +87,13 @@ class Lab:
         found = self._evaluated(path, term, "recall", recall_count=RECALL_ROWS)["recall"]
         return {f"recall@{distance}": share for distance, share in found.items()}
 
-    def _evaluated(self, path: Path, term: str, kind: str, recall_count: int) -> dict[str, Any]:
+    def recall_with(self, path: Path, exact_keys: int) -> dict[str, float]:
+        """The same of a student that keeps so many exact keys beside its window; and the seconds that it took."""
+        found = self._evaluated(path, "both", f"recall-{exact_keys}-keys", RECALL_ROWS, exact_keys)
+        shares = {f"recall@{distance}": share for distance, share in found["recall"].items()}
+        return {**shares, "CPU seconds": found["seconds"]}
+
+    def _evaluated(self, path: Path, term: str, kind: str, recall_count: int, exact_keys: int = 0) -> dict[str, Any]:
         name = "teacher" if path == self.teacher else str(path.relative_to(self.work)).replace("/", "-")
         kept = self.work / "figures" / f"{name}-{term}-{kind}.json"
         if not kept.exists():
@@ -92,8 +101,12 @@ class Lab:
             # Recall takes its filler from the text: some rows will do.
             options = DataOptions(SEQ_LEN, samples=TEXT_ROWS if kind == "text" else 4)
             loaded = load_any(str(path), LOAD)
+            for hybrid in hybrid_modules(loaded.model) if exact_keys else ():
+                hybrid.sparse_cache_size = exact_keys
+            started = time.process_time()
             found = evaluate(loaded, str(VALIDATION), options=options, terms=(term,), recall_count=recall_count)
-            kept.write_text(json.dumps(found["results"][term]), encoding="utf-8")
+            figures = found["results"][term] | {"seconds": time.process_time() - started}
+            kept.write_text(json.dumps(figures), encoding="utf-8")
         return json.loads(kept.read_text(encoding="utf-8"))
 
     def _folder(self, name: str, stage: str, seed: int) -> Path:

@@ -10,6 +10,10 @@ tuning      the same for the LoRA stage, all on the same maps
 paper       with and without transfer, before and after LoRA, Hedgehog and T2R, pure and hybrid (its tables 1, 6)
 sizes       transfer steps, window, layout, LoRA rank and projections (its tables 11, 12, 13, 16)
 terms       perplexity and recall with both terms of the attention, and with each alone
+dropout     `best` with scheduled window dropout, through both stages: each term alone too
+joint       `lolcats` trained layer by layer, as here, and jointly, as in the paper (its table 3)
+kept        layers left softmax: transfer alone
+cache       recall with a sparse exact cache beside the window (LoLA), after LoRA
 """
 
 from __future__ import annotations
@@ -17,18 +21,22 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import lab as shared
 import starts
+import tried
+from joint import Jointly
 from lab import LORA_ROWS, TRANSFER_ROWS, Lab, errors
 from lolcats_formats import Artifact
 from lolcats_kernels import HybridMaps
 from report import markdown, write
 
 from lolcats_cli.stages import layer_training
+from lolcats_cli.stages import transfer as transfer_stage
 from lolcats_cli.stages.activations import Batch
 from lolcats_cli.teacher.record import LayerInfo
 
@@ -36,7 +44,7 @@ Row = dict[str, float]
 
 # Name -> recipe, and the part of the tokens that it gets.
 RECIPES = {"lolcats": ("lolcats", 1.0), "best": ("best", 1.0), "best, 1/4 of the tokens": ("best", 0.25)}
-# Name -> what differs from `best`; "frozen" and "start" are no options.
+# Name -> what differs from `best`; "frozen", "start" and "tried" are no options.
 PIECES: dict[str, dict[str, Any]] = {
     "best": {},
     "without the start from the softmax's mass": {"start": starts.at_zero},
@@ -50,6 +58,10 @@ PIECES: dict[str, dict[str, Any]] = {
     "lr 4e-2": {"lr": 4e-2},
     "start from least squares": {"start": starts.least_squares},
     "start from twice the identity": {"start": starts.twice_the_identity},
+    "window dropout 0.5": {"window_dropout": 0.5},
+    "the loss on attention weights too": {"xent_factor": 1.0},
+    "features with the norm of q and k": {"tried": tried.norms_kept},
+    "exact attention for the first 4 tokens": {"tried": tried.first_tokens_exact},
 }
 # Name -> what differs from `best` in the LoRA stage, on the maps of `best`.
 TUNING: dict[str, dict[str, Any]] = {
@@ -80,6 +92,17 @@ SIZES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "v and o alone": ({}, {"targets": ("v_proj", "o_proj")}),
     "q and k alone": ({}, {"targets": ("q_proj", "k_proj")}),
 }
+# Name -> the probability that it starts with.
+DROPOUT = {"best": 0.0, "window dropout 0.5": 0.5}
+# Name -> which layers stay softmax.
+KEPT: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "auto:1": {"keep_auto": 1},
+    "auto:3": {"keep_auto": 3},
+    "every second": {"keep_softmax": (1, 3, 5)},
+}
+# Name -> exact keys of a layer and key head.
+CACHE = {"none": 0, "64 keys": 64}
 
 
 def both_stages(lab: Lab, name: str, window: int, seed: int) -> tuple[Artifact, Artifact]:
@@ -102,6 +125,7 @@ def recipes(lab: Lab, name: str, window: int, seed: int) -> Row:
 def pieces(lab: Lab, name: str, window: int, seed: int) -> Row:
     change = dict(PIECES[name])
     start, frozen = change.pop("start", starts.at_softmax_mass), change.pop("frozen", ())
+    attention = change.pop("tried", nullcontext)
 
     def begin(maps: HybridMaps, batches: Iterable[Batch], info: LayerInfo) -> None:
         start(maps, batches, info)
@@ -110,7 +134,7 @@ def pieces(lab: Lab, name: str, window: int, seed: int) -> Row:
 
     # `recipes` has made the whole ones.
     folder = f"window {window}/" + (name if name in RECIPES else f"pieces/{name}")
-    with patch.object(layer_training, "_start_at_softmax_mass", begin):
+    with patch.object(layer_training, "_start_at_softmax_mass", begin), attention():
         return errors(lab.transfer(folder, seed, window=window, **change))
 
 
@@ -145,6 +169,40 @@ def terms(lab: Lab, name: str, window: int, seed: int) -> Row:
     return {"gap": lab.gap(path, term), "perplexity": lab.text(path, term)["perplexity"], **lab.recall(path, term)}
 
 
+def dropout(lab: Lab, name: str, window: int, seed: int) -> Row:
+    # `pieces` has made the transfers.
+    folder = f"window {window}/" + (name if name in RECIPES else f"pieces/{name}")
+    maps = lab.transfer(folder, seed, window=window, window_dropout=DROPOUT[name])
+    tuned = lab.lora(folder, seed, maps)
+    return {
+        "attention mse": errors(maps)["attention mse"],
+        "gap after transfer": lab.gap(maps.path),
+        "linear alone": lab.gap(maps.path, "linear"),
+        "gap after LoRA": lab.gap(tuned.path),
+        "linear alone, after LoRA": lab.gap(tuned.path, "linear"),
+        **lab.recall(tuned.path),
+    }
+
+
+def joint(lab: Lab, name: str, window: int, seed: int) -> Row:
+    folder = f"window {window}/" + ("lolcats" if name == "layer by layer" else f"joint/{name}")
+    train = layer_training.train_layer if name == "layer by layer" else Jointly()
+    with patch.object(transfer_stage, "train_layer", train):
+        maps = lab.transfer(folder, seed, recipe="lolcats", window=window)
+    tuned = lab.lora(folder, seed, maps, recipe="lolcats")
+    return {**errors(maps), "gap after transfer": lab.gap(maps.path), "gap after LoRA": lab.gap(tuned.path)}
+
+
+def kept(lab: Lab, name: str, window: int, seed: int) -> Row:
+    folder = f"window {window}/" + ("best" if name == "nothing" else f"kept/{name}")
+    maps = lab.transfer(folder, seed, window=window, **KEPT[name])
+    return {"gap": lab.gap(maps.path), "perplexity": lab.text(maps.path)["perplexity"]}
+
+
+def cache(lab: Lab, name: str, window: int, seed: int) -> Row:
+    return lab.recall_with(both_stages(lab, "best", window, seed)[1].path, CACHE[name])
+
+
 TERMS = [
     "teacher, both",
     *(f"{recipe}, {term}" for recipe in ("lolcats", "best") for term in ("both", "window", "linear")),
@@ -157,6 +215,10 @@ TABLES: dict[str, tuple[list[str], Callable[[Lab, str, int, int], Row]]] = {
     "paper": (list(PAPER), paper),
     "sizes": (list(SIZES), sizes),
     "terms": (TERMS, terms),
+    "dropout": (list(DROPOUT), dropout),
+    "joint": (["layer by layer", "jointly"], joint),
+    "kept": (list(KEPT), kept),
+    "cache": (list(CACHE), cache),
 }
 
 

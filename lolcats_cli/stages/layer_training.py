@@ -151,11 +151,8 @@ def train_layer(
         The best maps' tensors, and their figures on the validation rows (see `measure`) with `initial_mse`, the
         `steps` trained and the `best_step`.
     """
-    info = source.layers[layer]
-    maps = HybridMaps(options.hybrid, info.num_heads, info.head_dim, window_factor=options.gamma).to(device)
-    if options.hybrid.linear_factor == "exp":
-        _start_at_softmax_mass(maps, source.batches(layer, "train", 1), info)
-    run = LayerRun(maps, options)
+    run = begin(source, layer, options, device)
+    maps = run.maps
     saved = checkpoints.folder(f"layer-{layer:03d}-") if checkpoints else None
     if saved:
         run.load(saved)
@@ -178,11 +175,7 @@ def train_layer(
         saved = None
         if run.step == total:
             break
-        run.optimizer.zero_grad(set_to_none=True)
-        for index in range(run.step * options.grad_accum, (run.step + 1) * options.grad_accum):
-            terms = "linear" if _drops_window(options, index, total * options.grad_accum) else "both"
-            loss = _loss(next(batches).to(device), maps, info, options, terms) / options.grad_accum
-            loss.backward()
+        accumulate(run, batches, source.layers[layer], options, total, device)
         norm = torch.nn.utils.clip_grad_norm_(maps.parameters(), options.clip)
         if not torch.isfinite(norm):
             raise UsageError(
@@ -192,6 +185,40 @@ def train_layer(
         run.step += 1
         advance(1, layer=layer, mse=run.best_mse)
     advance(total - run.step)
+    return finish(source, layer, run, options, device)
+
+
+def begin(source: StoredActivations, layer: int, options: TransferOptions, device: torch.device) -> LayerRun:
+    """A layer's training before its first step."""
+    info = source.layers[layer]
+    maps = HybridMaps(options.hybrid, info.num_heads, info.head_dim, window_factor=options.gamma).to(device)
+    if options.hybrid.linear_factor == "exp":
+        _start_at_softmax_mass(maps, source.batches(layer, "train", 1), info)
+    return LayerRun(maps, options)
+
+
+def accumulate(
+    run: LayerRun,
+    batches: Iterator[Batch],
+    info: LayerInfo,
+    options: TransferOptions,
+    total: int,
+    device: torch.device,
+) -> None:
+    """The gradients of the step after `run.step`, of `total`, from the next of `batches`."""
+    run.optimizer.zero_grad(set_to_none=True)
+    for index in range(run.step * options.grad_accum, (run.step + 1) * options.grad_accum):
+        terms = "linear" if _drops_window(options, index, total * options.grad_accum) else "both"
+        loss = _loss(next(batches).to(device), run.maps, info, options, terms) / options.grad_accum
+        loss.backward()
+
+
+def finish(
+    source: StoredActivations, layer: int, run: LayerRun, options: TransferOptions, device: torch.device
+) -> tuple[dict[str, Tensor], dict]:
+    """What `train_layer` returns, from the best state of a training. With the linear factor "exp" heads that are better
+    without the linear term lose it."""
+    maps = run.maps
     maps.load_state_dict(run.best)
     if options.hybrid.linear_factor == "exp" and options.hybrid.window:
         errors, _, _ = _errors(source, layer, maps, options.batch_size, ("both", "window"), device)
