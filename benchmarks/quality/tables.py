@@ -58,6 +58,7 @@ PIECES: dict[str, dict[str, Any]] = {
     "lr 4e-2": {"lr": 4e-2},
     "start from least squares": {"start": starts.least_squares},
     "start from twice the identity": {"start": starts.twice_the_identity},
+    "without the gradient clip": {"clip": 1e9},
     "window dropout 0.5": {"window_dropout": 0.5},
     "the loss on attention weights too": {"xent_factor": 1.0},
     "features with the norm of q and k": {"tried": tried.norms_kept},
