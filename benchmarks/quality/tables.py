@@ -11,7 +11,7 @@ paper       with and without transfer, before and after LoRA, Hedgehog and T2R, 
 sizes       transfer steps, window, layout, LoRA rank and projections (its tables 11, 12, 13, 16)
 terms       perplexity and recall with both terms of the attention, and with each alone
 dropout     `best` with scheduled window dropout, through both stages: each term alone too
-joint       `lolcats` trained layer by layer, as here, and jointly, as in the paper (its table 3)
+joint       the recipes trained layer by layer, as here, and jointly, as in the paper (its table 3)
 kept        layers left softmax: transfer alone
 cache       recall with a sparse exact cache beside the window (LoLA), after LoRA
 """
@@ -186,11 +186,12 @@ def dropout(lab: Lab, name: str, window: int, seed: int) -> Row:
 
 
 def joint(lab: Lab, name: str, window: int, seed: int) -> Row:
-    folder = f"window {window}/" + ("lolcats" if name == "layer by layer" else f"joint/{name}")
-    train = layer_training.train_layer if name == "layer by layer" else Jointly()
+    recipe, how = name.split(", ")
+    folder = f"window {window}/" + (recipe if how == "layer by layer" else f"joint/{name}")
+    train = layer_training.train_layer if how == "layer by layer" else Jointly()
     with patch.object(transfer_stage, "train_layer", train):
-        maps = lab.transfer(folder, seed, recipe="lolcats", window=window)
-    tuned = lab.lora(folder, seed, maps, recipe="lolcats")
+        maps = lab.transfer(folder, seed, recipe=recipe, window=window)
+    tuned = lab.lora(folder, seed, maps, recipe=recipe)
     return {**errors(maps), "gap after transfer": lab.gap(maps.path), "gap after LoRA": lab.gap(tuned.path)}
 
 
@@ -217,7 +218,7 @@ TABLES: dict[str, tuple[list[str], Callable[[Lab, str, int, int], Row]]] = {
     "sizes": (list(SIZES), sizes),
     "terms": (TERMS, terms),
     "dropout": (list(DROPOUT), dropout),
-    "joint": (["layer by layer", "jointly"], joint),
+    "joint": ([f"{recipe}, {how}" for recipe in ("lolcats", "best") for how in ("layer by layer", "jointly")], joint),
     "kept": (list(KEPT), kept),
     "cache": (list(CACHE), cache),
 }
