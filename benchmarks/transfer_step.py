@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from unittest.mock import patch
 
@@ -60,16 +61,12 @@ def main() -> None:
         for backend in BACKENDS:
             run = layer_training.LayerRun(HybridMaps(hybrid, HEADS, DIM), options)
 
-            def step(run: layer_training.LayerRun = run, batch: Batch = batch) -> float:
-                run.optimizer.zero_grad(set_to_none=True)
-                for _ in range(options.grad_accum):
-                    loss = layer_training._loss(batch, run.maps, info, options) / options.grad_accum
-                    loss.backward()
+            def step(run: layer_training.LayerRun = run, batch: Batch = batch) -> None:
+                layer_training.accumulate(run, repeat(batch), info, options, 1, torch.device("cpu"))
                 run.optimizer.step()
-                return loss.item()
 
             with patch.object(layer_training, "hybrid_attention", partial(hybrid_attention, backend=backend)):
-                losses[backend] = step()
+                losses[backend] = layer_training._loss(batch, run.maps, info, options).item()
                 found[backend] = seconds(step, args.rounds)
         assert abs(losses["reference"] - losses["chunked"]) <= 1e-4 * abs(losses["reference"]), losses
         target = partial(softmax_attention, batch.q, batch.k, batch.v, info.spec, None)
