@@ -48,7 +48,7 @@ def markdown(rows: Rows) -> str:
     columns = [column for column in rows[0] if column not in KEYS]
     lines = [f"| window | | seeds | {' | '.join(columns)} |", "| --- " * (len(columns) + 3) + "|"]
     for window in windows(rows):
-        for name in dict.fromkeys(row["row"] for row in rows if row["window"] == window):
+        for name in names_of([row for row in rows if row["window"] == window]):
             found = [values(rows, window, name, column) for column in columns]
             lines.append(f"| {window} | {name} | {len(found[0])} | {' | '.join(map(_mean, found))} |")
     return "\n".join(lines)
@@ -86,16 +86,16 @@ def filled(text: str) -> str:
     return MARKED.sub(table, text)
 
 
-def plot(rows: Rows, target: Path) -> None:
-    """Gap to the teacher after both stages: a bar is the mean, a dot one seed."""
-    import matplotlib
+def names_of(rows: Rows) -> list[str]:
+    return list(dict.fromkeys(row["row"] for row in rows))
 
-    matplotlib.use("svg")
+
+def plot_gaps(rows: Rows, target: Path) -> None:
+    """Gap to the teacher after both stages: a bar is the mean, a dot one seed."""
     import matplotlib.pyplot as plt
 
-    matplotlib.rcParams["svg.hashsalt"] = "lolcats"
     figure, axes = plt.subplots(1, len(windows(rows)), figsize=(8, 3), sharey=True, squeeze=False)
-    names = list(dict.fromkeys(row["row"] for row in rows))
+    names = names_of(rows)
     for ax, window in zip(axes[0], windows(rows), strict=True):
         for shift, column, colour in ((-0.2, "gap after transfer", "#b8c4d6"), (0.2, "gap after LoRA", "#33588f")):
             for place, name in enumerate(names):
@@ -111,6 +111,28 @@ def plot(rows: Rows, target: Path) -> None:
     figure.savefig(target, metadata={"Date": None})
 
 
+def plot_pieces(rows: Rows, target: Path) -> None:
+    """Attention error of `best` with one thing changed, beside its own: a bar is the mean, a dot one seed."""
+    import matplotlib.pyplot as plt
+
+    names = names_of(rows)[1:]
+    figure, axes = plt.subplots(1, len(windows(rows)), figsize=(8, 0.27 * len(names) + 0.8), sharey=True, squeeze=False)
+    for ax, window in zip(axes[0], windows(rows), strict=True):
+        best = statistics.mean(values(rows, window, "best", "relative mse"))
+        for place, name in enumerate(names):
+            found = [value / best for value in values(rows, window, name, "relative mse")]
+            ax.barh(place, statistics.mean(found) - 1, 0.7, left=1, color="#33588f")
+            ax.plot(found, [place] * len(found), "k.", markersize=3)
+        ax.axvline(1, color="black", linewidth=0.8)
+        ax.set_yticks(range(len(names)), names, fontsize=8)
+        ax.set_title(f"window {window}", fontsize=10)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.set_xlabel("times the error of best", fontsize=8)
+    axes[0][0].invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(target, metadata={"Date": None})
+
+
 def _mean(found: list[float]) -> str:
     mean = f"{statistics.mean(found):.3g}"
     return f"{mean} ± {statistics.stdev(found):.1g}" if len(found) > 1 else mean
@@ -120,9 +142,14 @@ def main() -> None:
     path = DOCS / "quality.md"
     path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")
     try:
-        plot(read(RESULTS / "recipes.csv"), DOCS / "quality.svg")
+        import matplotlib
     except ImportError:
-        print("The plot was left as it is: it needs matplotlib.")
+        print("The plots were left as they are: they need matplotlib.")
+        return
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "lolcats"
+    plot_gaps(read(RESULTS / "recipes.csv"), DOCS / "quality.svg")
+    plot_pieces(read(RESULTS / "pieces.csv"), DOCS / "quality-pieces.svg")
 
 
 if __name__ == "__main__":
