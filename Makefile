@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint install clean
+.PHONY: demo test lint install benchmarks-gpu clean
 
 demo: install
 	$(BIN)/lolcats demo $(DEMO)
@@ -23,6 +23,15 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
+
+# On a GPU, with a Python that has torch for it, triton, transformers, matplotlib: make benchmarks-gpu PYTHON=python
+RESULTS := benchmarks/results
+benchmarks-gpu: export PYTHONPATH := .:kernels:formats
+benchmarks-gpu:
+	$(PYTHON) benchmarks/attention.py $(RESULTS)/attention-gpu.csv --device cuda
+	$(PYTHON) benchmarks/attention_plot.py $(RESULTS)/attention-gpu.csv docs/attention-gpu.svg
+	$(PYTHON) benchmarks/decode.py $(RESULTS)/decode-gpu.csv --shape 8b --batches 1 8 64
+	$(PYTHON) benchmarks/tune_triton.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -132,8 +132,9 @@ def main(path: str, lengths: list[int], rounds: int) -> None:
     machine = [torch.cuda.get_device_name(), torch.__version__]
     with open(path, "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file, lineterminator="\n")
+        # The length of a decoding step is its batch, its memory that of its state.
         table.writerow(
-            ["machine", "torch", "kind", "pass", "length or batch", "path", "median_ms", "min_ms", "max_ms", "MiB"]
+            ["machine", "torch", "kind", "pass", "length", "path", "median_ms", "min_ms", "max_ms", "peak_mib"]
         )
 
         def write(kind: str, name: str, size: int, path: str, times: list[float], mib: float) -> None:

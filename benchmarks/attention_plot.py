@@ -9,6 +9,9 @@ import csv
 from matplotlib import rcParams
 from matplotlib.figure import Figure
 
+OURS = ("chunked", "triton")
+PASSES = ("forward", "forward+backward")
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -16,24 +19,22 @@ def main() -> None:
     parser.add_argument("picture")
     args = parser.parse_args()
     with open(args.csv, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+        rows = [row for row in csv.DictReader(file) if row["pass"] in PASSES]
     rcParams["svg.hashsalt"] = "lolcats"  # the same picture from the same figures
     figure = Figure(figsize=(9, 6.5), layout="constrained")
     panels = figure.subplots(2, 2, sharex=True)
-    for line, passed in zip(panels, ("forward", "forward+backward"), strict=True):
+    for line, passed in zip(panels, PASSES, strict=True):
         for panel, column in zip(line, ("median_ms", "peak_mib"), strict=True):
             for kind, path in dict.fromkeys((row["kind"], row["path"]) for row in rows if row["pass"] == passed):
-                if path != "chunked" and kind != "sliding":
+                if path not in OURS and kind != "sliding":
                     continue  # the peers do the same work in all kinds
                 points = [
                     (int(row["length"]), float(row[column]))
                     for row in rows
                     if (row["pass"], row["kind"], row["path"]) == (passed, kind, path)
                 ]
-                name = kind if path == "chunked" else {"sdpa": "causal softmax"}.get(path, path)
-                panel.plot(
-                    *zip(*points, strict=True), marker="o", linestyle="-" if path == "chunked" else "--", label=name
-                )
+                name = f"{kind}, {path}" if path in OURS else {"sdpa": "causal softmax"}.get(path, path)
+                panel.plot(*zip(*points, strict=True), marker="o", linestyle="-" if path in OURS else "--", label=name)
             panel.set(xscale="log", yscale="log", title=f"{passed}, {column.replace('_', ', ')}")
             panel.grid(alpha=0.3)
             panel.legend(fontsize="small")

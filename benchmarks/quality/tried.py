@@ -6,10 +6,10 @@ Shapes: B batch, H query heads, T time, J keys, D head, F' features.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from unittest.mock import patch
 
-from lolcats_kernels import HybridConfig, HybridMaps, chunked, hybrid, reference
+from lolcats_kernels import HybridConfig, HybridMaps, hybrid, reference
 from torch import Tensor
 
 from lolcats_cli.stages import layer_training
@@ -27,18 +27,13 @@ def norms_kept() -> Iterator[None]:
         phi = features(maps, x, side)
         return phi * (x.norm(dim=-1, keepdim=True) / phi.norm(dim=-1, keepdim=True))
 
-    with (
-        patch.object(HybridMaps, "_features", kept),
-        # The chunked attention has features of its own.
-        patch.object(chunked, "q_features", HybridMaps.q_features),
-        patch.object(chunked, "k_features", HybridMaps.k_features),
-    ):
+    with patch.object(HybridMaps, "_features", kept), _by_the_definition():
         yield
 
 
 @contextmanager
 def first_tokens_exact() -> Iterator[None]:
-    """The first tokens of a row stay in the softmax for every query. Quadratic: chunked attention has no such masks."""
+    """The first tokens of a row stay in the softmax for every query."""
     masks = reference.key_masks
 
     def with_first(query: Tensor, key: Tensor, config: HybridConfig) -> tuple[Tensor, Tensor]:
@@ -50,6 +45,11 @@ def first_tokens_exact() -> Iterator[None]:
     with (
         patch.object(reference, "key_masks", with_first),
         patch.object(layer_training, "key_masks", with_first),
-        patch.dict(hybrid._BACKENDS, chunked=reference.reference_attention),
+        _by_the_definition(),
     ):
         yield
+
+
+def _by_the_definition() -> AbstractContextManager[object]:
+    """Quadratic, but it has no masks and features of its own, as the chunked attention has."""
+    return patch.dict(hybrid._BACKENDS, chunked=reference.reference_attention)

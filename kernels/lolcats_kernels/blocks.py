@@ -1,415 +1,287 @@
-"""The attention of the chunked path, forward and backward: linear time, and memory for inputs and outputs only.
+"""The attention of the chunked path, forward and backward: linear time; memory for inputs, features, sums and outputs.
 
-Shapes: R rows = batch x query heads, G query heads per key head, T time, D head, Dv value head, F' features,
-L block, M blocks, P blocks in a band (2; 1 where no query sees by softmax beyond its block), r, m: of one tile.
+Shapes: R rows = batch x query heads, G query heads per key head, H heads, T time, D head, Dv value head, F' features,
+L block, M blocks, P blocks in a band, r: of one group, m: of one tile (see `tiles`).
 
-The time is cut in blocks of L tokens, L at least the window. A query sees by softmax keys of its band: its own
-block and the one before. Keys of the band that are older than its window enter the linear term one by one; the
-blocks before the band enter it by their sums S and z, running sums over blocks.
-
-On CPU one row is handled after the other, in tiles of some blocks: what is neither input nor output stays in the
-cache, and backward computes it again instead of keeping it.
+Keys of a query's band that are older than its window enter the linear term one by one; the blocks before the band enter
+it by their sums S and z, running sums over blocks. Rows are handled in groups, on CPU one after the other, in tiles of
+some blocks: weights, and the gradients of features and sums, are those of one group or tile, and stay in the cache.
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.nn.functional import pad
 
-from .maps import QUERY_BOUND, HybridConfig
-from .reference import key_masks
+from .features import add_feature_gradients, features
+from .gradients import GroupGradients
+from .maps import QUERY_BOUND, HybridConfig, op_name
+from .tiles import Plan, Tile, pad_blocks
 
-_MIN_BLOCK = 64  # smaller blocks mean more block sums, larger ones more masked work
-# exp is several times slower where it underflows, and always on -inf. e^-80 is nothing beside the window's e^0.
-_LEAST_EXPONENT = -80.0
-_TILE_SCORES = 2**18  # scores held at a time on CPU: 1 MB in fp32
-_ROUND = 16  # columns that a product over some of a band's keys takes at least, and multiples: vectors of a CPU
+Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+_TENSORS = 12  # that `block_attention` takes and differentiates
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How one call is cut, and what it sums."""
-
-    block: int  # L
-    blocks: int  # M
-    reach: int  # P
-    group: int  # G
-    scaling: float
-    softcap: float | None
-    win: Tensor | None  # [L, P L], added to the scores: 0 where softmax sees the key, else -inf; None: no window
-    old: Tensor  # [L, columns]: 1 where a key of the band enters the linear term; all lie in these columns
-    sums: bool  # whether the linear term reaches before the band
-    tile_rows: int
-    tile_blocks: int
-
-    def tiles(self, rows: int) -> "Iterator[list[_Tile]]":
-        """For each group of rows its tiles, which cover all blocks in order. The first block has no block before it,
-        and where others have, a tile of its own."""
-        alone = self.reach - 1
-        edges = [*range(alone), *range(alone, self.blocks, self.tile_blocks), self.blocks]
-        for row in range(0, rows, self.tile_rows):
-            row_slice = slice(row, row + self.tile_rows)
-            key_slice = slice(row // self.group, (row + self.tile_rows - 1) // self.group + 1)
-            yield [_Tile(self, row_slice, key_slice, first, last) for first, last in pairwise(edges)]
+def _fill_sums(tile: Tile, fk: Tensor, v: Tensor, start: Tensor | None, sums: Tensor, norms: Tensor) -> None:
+    """S [r, M, F', Dv] and z [r, M, F'] of the tile's blocks, over all keys before their bands, the state's included;
+    fk and v with the zeros in front.
+    """
+    plan = tile.plan
+    first = max(tile.first, plan.reach)
+    if tile.first < plan.reach:
+        begin = slice(tile.first, min(first, tile.last))
+        sums[:, begin], norms[:, begin] = (0, 0) if start is None else (start[:, None, :, :-1], start[:, None, :, -1])
+    if first < tile.last:
+        left = slice((first - 1) * plan.block, (tile.last - 1) * plan.block)
+        keys, values = (x[:, left].unflatten(1, (-1, plan.block)) for x in (fk, v))
+        # A loop: on CPU, cumsum over a dimension that is not the last takes several times as long.
+        after = sums[:, first - 1 : tile.last].unbind(1)
+        for block, product in enumerate((keys.transpose(-1, -2) @ values).unbind(1)):
+            torch.add(after[block], product, out=after[block + 1])
+        norms[:, first : tile.last] = keys.sum(2).cumsum(1) + norms[:, first - 1, None]
 
 
-def make_plan(
-    q: Tensor,
-    group: int,
-    config: HybridConfig,
-    *,
-    scaling: float,
-    softcap: float | None = None,
-    terms: str,
-    has_state: bool,
-) -> Plan:
-    """The plan for q [R, T, D]. Unless G is 1 or the device is a CPU, rows must share no keys."""
-    rows, time, _ = q.shape
-    window = config.window
-    block = max(window, _MIN_BLOCK)
-    if config.layout == "terraced" and window:
-        block = -(-block // window) * window  # a block must not end inside a terrace
-    block = min(block, time)
-    blocks = -(-time // block)
-    reach = 2 if window and blocks > 1 else 1
-    position = torch.arange(reach * block, device=q.device)
-    win, old = key_masks(position[-block:], position, config)
-    has_window, has_linear = bool(window) and terms != "linear", terms != "window"
-    old_keys = old.any(0).nonzero()
-    columns = -(-(int(old_keys[-1]) + 1) // _ROUND) * _ROUND if has_linear and len(old_keys) else 0
-    cpu = q.device.type == "cpu"
-    assert cpu or group == 1
-    return Plan(
-        block=block,
-        blocks=blocks,
-        reach=reach,
-        group=group,
-        scaling=scaling,
-        softcap=softcap,
-        win=torch.zeros_like(win, dtype=q.dtype).masked_fill_(~win, -torch.inf) if has_window else None,
-        old=old[:, :columns].to(q.dtype),
-        sums=has_linear and (has_state or blocks > reach),
-        tile_rows=1 if cpu else rows,
-        tile_blocks=max(1, _TILE_SCORES // (reach * block * block)) if cpu else blocks,
+def _plan(q: Tensor, start: Tensor | None, options: Sequence[Any]) -> Plan:
+    config, others = HybridConfig(*options[:5]), options[5:]
+    return Plan(config, start is not None, q.shape[1], q.device, q.dtype, *others)
+
+
+def _room(plan: Plan, q: Tensor, v: Tensor, counted: bool, logits: Tensor | None) -> Results:
+    """Room for what `block_attention` returns, out with the zeros after it."""
+    rows, size, total = q.shape[0], v.shape[2], plan.blocks * plan.block
+    columns = plan.config.features(q.shape[2])
+    # Without a backward these are of one group at a time.
+    held, kept = rows if plan.keep else plan.tile_rows, columns if plan.linear else 0
+    return (
+        q.new_empty(rows, total, size),
+        q.new_empty(rows if counted else 0, columns, size),
+        q.new_empty(rows if counted else 0, columns),
+        q.new_empty(held, total, kept),
+        q.new_empty(held, total + (plan.reach - 1) * plan.block, kept),
+        q.new_empty(held, plan.blocks if plan.sums else 0, kept, size),
+        q.new_empty(held, plan.blocks if plan.sums else 0, kept),
+        q.new_empty(0 if logits is None else rows, total, 1),
+        q.new_empty(rows, total, 1),
+        q.new_zeros(rows, total, 1),
     )
 
 
-@dataclass(frozen=True)
-class _Tile:
-    """Some blocks of some rows, of tensors [., M L, N]."""
-
-    plan: Plan
-    rows: slice
-    keys: slice  # the rows of k and v
-    first: int
-    last: int
-
-    @property
-    def before(self) -> int:
-        """Columns of a band that lie before the row: all bands of a tile begin inside it, or it is the first block."""
-        return 0 if self.first else (self.plan.reach - 1) * self.plan.block
-
-    @property
-    def old(self) -> Tensor:
-        return self.plan.old[:, self.before :]
-
-    def of(self, x: Tensor, shift: int = 0) -> Tensor:
-        """The tile's part of x [r, M L, N], as a view [r, m, L, N]; or that part of it `shift` blocks later."""
-        block = self.plan.block
-        return x[:, (self.first + shift) * block : (self.last + shift) * block].unflatten(1, (-1, block))
-
-    def queries(self, x: Tensor) -> Tensor:
-        """x [R, M L, N] -> [r m, L, N]."""
-        return self.of(x[self.rows]).flatten(0, 1)
-
-    def band(self, x: Tensor, rows: slice, columns: int | None = None) -> Tensor:
-        """x [., M L, N] -> [r m, P L, N], or the first columns of it; on CPU a view, in which bands overlap."""
-        block = self.plan.block
-        size = self.plan.reach * block - self.before
-        x = x[rows, (self.first + 1) * block - size : self.last * block]
-        return x.unfold(1, size, block).flatten(0, 1).transpose(-1, -2)[:, :columns]
-
-    def add(self, total: Tensor, a: Tensor, b: Tensor) -> None:
-        """total [R, M L, N] += a @ b, [r m, L, .] and [r m, ., N], in the tile's place."""
-        _add_product(self.of(total[self.rows]), a.unflatten(0, (-1, self.last - self.first)), b)
-
-    def add_to_band(self, total: Tensor, rows: slice, bands: Tensor) -> None:
-        """The adjoint of `band`: adds bands [r m, columns, N] to total [., M L, N]."""
-        block = self.plan.block
-        bands = bands.unflatten(0, (-1, self.last - self.first))
-        shift = 1 - (self.plan.reach - self.before // block)
-        for part, piece in enumerate(bands.split(block, 2)):
-            self.of(total[rows], shift + part)[:, :, : piece.shape[2]].add_(piece)
-
-    def scores(self, q: Tensor, k: Tensor) -> Tensor:
-        """[r m, L, P L]: scaling q . k, capped, and -inf for what softmax does not see."""
-        plan = self.plan
-        assert plan.win is not None
-        scores = self.queries(q) @ self.band(k, self.keys).transpose(-1, -2)
-        if plan.softcap is None:
-            scores *= plan.scaling
-        else:
-            scores.mul_(plan.scaling / plan.softcap).tanh_().mul_(plan.softcap)
-        scores += plan.win[:, self.before :]
-        return scores
-
-    def window(self, scores: Tensor, top: Tensor, gamma: Tensor) -> Tensor:
-        """gamma exp(scores - top), in the place of scores; top [R, M L, 1]."""
-        assert self.plan.win is not None
-        scores.sub_(self.queries(top)).clamp_(min=_LEAST_EXPONENT).exp_()
-        weights = scores.unflatten(0, (-1, self.last - self.first))
-        weights *= torch.where(self.plan.win[:, self.before :] == 0, gamma[self.rows, None, None, None], 0)
-        return scores
-
-    def add_linear(self, window: Tensor | None, fq: Tensor, fk: Tensor) -> Tensor:
-        """window, in its place, plus phi_q . phi_k for the band's keys that are older than the window."""
-        columns = self.old.shape[1]
-        if columns == 0 and window is not None:
-            return window
-        linear = self.queries(fq) @ self.band(fk, self.rows, columns).transpose(-1, -2)
-        linear *= self.old
-        if window is None:
-            return linear
-        window[..., :columns] += linear
-        return window
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total [r, m, I, N] += a [r, m, I, J] @ b [r m, J, N]; of one row without room for the product."""
-    if total.shape[0] == 1:
-        total[0].baddbmm_(a[0], b)
-    else:
-        total += a @ b.view(*total.shape[:2], *b.shape[1:])
-
-
-def _pad(x: Tensor, plan: Plan) -> Tensor:
-    """[., T, N] -> [., M L, N], zeros after."""
-    missing = plan.blocks * plan.block - x.shape[1]
-    return pad(x, (0, 0, 0, missing)) if missing else x.contiguous()
-
-
-def _blocks(x: Tensor, plan: Plan) -> Tensor:
-    """[r, M L, N] -> [r, M, L, N]."""
-    return x.unflatten(1, (-1, plan.block))
-
-
-def _summed(x: Tensor, plan: Plan) -> Tensor:
-    """[r, M L, N] -> [r, M - P, L, N]: the blocks of keys that are before some band, as a view."""
-    return _blocks(x, plan)[:, : plan.blocks - plan.reach]
-
-
-def _prefix_sums(fk: Tensor, v: Tensor, start: Tensor | None, plan: Plan) -> tuple[Tensor, Tensor]:
-    """S [r, M, F', Dv] and z [r, M, F'], per block, over all keys before its band, the state's included."""
-    rows, _, features = fk.shape
-    sums, norms = fk.new_empty(rows, plan.blocks, features, v.shape[2]), fk.new_zeros(rows, plan.blocks, features)
-    sums[:, : plan.reach] = 0 if start is None else start[:, None, :, :-1]
-    if plan.blocks > plan.reach:
-        keys, values = _summed(fk, plan), _summed(v, plan)
-        # A loop: on CPU, cumsum over a dimension that is not the last takes several times as long.
-        after = sums.unbind(1)
-        for block, product in enumerate((keys.transpose(-1, -2) @ values).unbind(1), plan.reach):
-            torch.add(after[block - 1], product, out=after[block])
-        norms[:, plan.reach :] = keys.sum(2).cumsum(1)
-    if start is not None:
-        norms += start[:, None, :, -1]
-    return sums, norms
-
-
-class BlockAttention(torch.autograd.Function):
+@torch.library.custom_op(op_name(__name__, "forward"), mutates_args=())
+def block_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gamma: Tensor,
+    factor: Tensor | None,
+    logits: Tensor | None,
+    start: Tensor | None,
+    q_weight: Tensor | None,
+    q_bias: Tensor | None,
+    k_weight: Tensor | None,
+    k_bias: Tensor | None,
+    k_slope: Tensor | None,
+    count: Tensor | None,
+    feature_map: str,
+    feature_dim: int,
+    window: int,
+    layout: str,
+    linear_factor: str,
+    heads: int,
+    group: int,
+    scaling: float,
+    softcap: float | None,
+    terms: str,
+    keep: bool,
+) -> Results:
     """Eq. 7 for contiguous rows without padding. All tensors of one dtype, fp32 or fp64.
 
-    q [R, T, D], k [R / G, T, D], v [R / G, T, Dv], phi_q and phi_k [R, T, F'] (None when `terms` is "window"),
-    gamma [R], factor [R] or None (1), logits [R, T] ("exp") or None, start [R, F', Dv + 1] (S and z of the state) or
-    None -> out [R, T, Dv].
+    q [R, T, D], k [R / G, T, D], v [R / G, T, Dv], gamma [R], factor [R] or None (1), logits [R, T] ("exp") or None,
+    start [R, F', Dv + 1] (S and z of the state) or None, the parameters of the features (`features.parameters`).
+
+    Returns out [R, T, Dv]; with count [B], S [R, F', Dv] and z [R, F'] over the first so many keys of each sequence,
+    without gradients; and what backward needs, if it is to be kept: phi_q and phi_k; S and z in front of every block's
+    band; the share of the linear term beside the window's largest; 1 / denominator, 0 where nothing was summed; c_n.
     """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        phi_q: Tensor | None,
-        phi_k: Tensor | None,
-        gamma: Tensor,
-        factor: Tensor | None,
-        logits: Tensor | None,
-        start: Tensor | None,
-        plan: Plan,
-    ) -> Tensor:
-        ctx.plan, ctx.time = plan, q.shape[1]
-        q, k, v = (_pad(x, plan) for x in (q, k, v))
-        # Without a linear term there are no features.
-        fq, fk = (q[..., :0] if x is None else _pad(x, plan) for x in (phi_q, phi_k))
-        if factor is not None:
-            fq = fq * factor[:, None, None]
-        plain, share = fq, None  # share of the linear term beside the window's largest: what logits become
-        if logits is not None:
-            share = _pad(logits[..., None], plan).clone()
-            fq = torch.empty_like(plain)
-        rows, total, size = q.shape[0], q.shape[1], v.shape[2]
-        out = q.new_empty(rows, total, size)
-        inverse = q.new_empty(rows, total, 1)  # of the denominator; 0 where nothing was summed
-        top = q.new_empty(rows, total, 1)  # c_n
-        for tiles in plan.tiles(rows):
-            here, keys = tiles[0].rows, tiles[0].keys
+    options = *(feature_map, feature_dim, window, layout, linear_factor), heads, group, scaling, softcap, terms, keep
+    plan = _plan(q, start, options)
+    results = _room(plan, q, v, count is not None, logits)
+    out, end_sums, end_norms, phi_q, phi_k, sums, norms, share, inverse, top = results
+    counts = None if count is None else count.tolist()
+    q, time = pad_blocks(q, plan), q.shape[1]
+    k, v = (pad_blocks(x, plan, plan.reach - 1) for x in (k, v))
+    front = k.shape[1] - q.shape[1]
+    phi_k[:, :front] = 0
+    if logits is not None:
+        share.copy_(pad_blocks(logits[..., None], plan))
+    for rows, keys, heads_ in plan.groups(len(q)):
+        q_r, k_r, v_r, out_r, inverse_r, top_r = q[rows], k[keys], v[keys], out[rows], inverse[rows], top[rows]
+        phi_q_r, fk, sums_r, norms_r = (x[rows] if keep else x for x in (phi_q, phi_k, sums, norms))
+        of_q = [_some(x, heads_) for x in (q_weight, q_bias, None)]
+        of_k = [_some(x, heads_) for x in (k_weight, k_bias, k_slope)]
+        for tile in plan.tiles():
+            at = tile.tokens
+            if plan.linear:
+                features(plan.config, q_r[:, at], *of_q, out=phi_q_r[:, at])
+                features(plan.config, k_r[:, tile.own], *of_k, out=fk[:, tile.own])
             if plan.sums:
-                sums, norms = _prefix_sums(fk[here], v[keys], _some(start, here), plan)
-            for tile in tiles:
-                weights = None
-                if plan.win is not None:
-                    scores = tile.scores(q, k)
-                    part = tile.of(top[here])
-                    part.copy_(scores.amax(-1).view(part.shape))
-                    weights = tile.window(scores, top, gamma)
-                if share is not None:
-                    part = tile.of(share[here])
-                    part.sub_(tile.of(top[here])).clamp_(max=QUERY_BOUND).exp_()
-                    torch.mul(tile.of(plain[here]), part, out=tile.of(fq[here]))
-                weights = tile.add_linear(weights, fq, fk)
-                y = weights @ tile.band(v, keys, weights.shape[-1])
-                denominator = weights.sum(-1, keepdim=True)
-                if plan.sums:
-                    features = tile.queries(fq)
-                    y.baddbmm_(features, sums[:, tile.first : tile.last].flatten(0, 1))
-                    denominator += (features * norms[:, tile.first : tile.last].flatten(0, 1)[:, None]).sum(
-                        -1, keepdim=True
-                    )
-                part = tile.of(inverse[here])
-                part.copy_(torch.where(denominator > 0, denominator.reciprocal(), 0).view(part.shape))
-                torch.mul(y.view(*part.shape[:-1], size), part, out=tile.of(out[here]))
-        ctx.save_for_backward(q, k, v, fq, fk, gamma, factor, share, start, out, inverse, top)
-        return out[:, : ctx.time].contiguous()
+                _fill_sums(tile, fk, v_r, _some(start, rows), sums_r, norms_r)
+            weights = None
+            if plan.windowed:
+                scores = tile.scores(q_r, k_r)
+                part = tile.of(top_r)
+                part.copy_(scores.amax(-1).view(part.shape))
+                weights = tile.window(scores, top_r, gamma[rows])
+            if logits is not None:
+                share[rows, at].sub_(top_r[:, at]).clamp_(max=QUERY_BOUND).exp_()
+            fq = tile.queries(phi_q_r)
+            weight = _weight(tile, factor, share, rows)
+            if weight is not None:
+                fq = fq * weight
+            weights = tile.add_linear(weights, fq, fk)
+            y = weights @ tile.band(v_r, weights.shape[-1])
+            denominator = weights.sum(-1, keepdim=True)
+            if plan.sums:
+                y.baddbmm_(fq, sums_r[:, tile.blocks].flatten(0, 1))
+                denominator += (fq * norms_r[:, tile.blocks].flatten(0, 1)[:, None]).sum(-1, keepdim=True)
+            part = tile.of(inverse_r)
+            part.copy_(torch.where(denominator > 0, denominator.reciprocal(), 0).view(part.shape))
+            torch.mul(y.view(*part.shape[:-1], -1), part, out=tile.of(out_r))
+        if counts is not None:
+            old = slice(front, front + counts[rows.start // heads])
+            torch.matmul(fk[:, old].transpose(-1, -2), v_r[:, old], out=end_sums[rows])
+            torch.sum(fk[:, old], 1, out=end_norms[rows])
+    _, *others = results
+    return out[:, :time].contiguous(), *others  # type: ignore[return-value]
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.autocast(grads[0].device.type, enabled=False):  # sums stay in fp32
-            return BlockAttention._backward(ctx, grads[0])
 
-    @staticmethod
-    def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, fq, fk, gamma, factor, share, start, out, inverse, top = ctx.saved_tensors
-        plan: Plan = ctx.plan
-        rows = q.shape[0]
-        need_q, need_k, need_v, need_fq, need_fk, need_gamma, need_factor, need_logits, need_start, _ = (
-            ctx.needs_input_grad
+@block_attention.register_fake
+def _fake(q: Tensor, k: Tensor, v: Tensor, gamma: Tensor, factor: Any, logits: Any, start: Any, *rest: Any) -> Any:
+    out, *others = _room(_plan(q, start, rest[6:]), q, v, rest[5] is not None, logits)
+    return q.new_empty(*q.shape[:2], out.shape[2]), *others
+
+
+@torch.library.custom_op(op_name(__name__, "backward"), mutates_args=())
+def _backward(
+    grad: Tensor,
+    results: Sequence[Tensor],
+    tensors: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    feature_map: str,
+    feature_dim: int,
+    window: int,
+    layout: str,
+    linear_factor: str,
+    heads: int,
+    group: int,
+    scaling: float,
+    softcap: float | None,
+    terms: str,
+    keep: bool,
+) -> list[Tensor]:
+    """Gradients of the tensors that `block_attention` takes; empty where they are not needed.
+
+    grad [R, T, Dv]; results: out, and all that `block_attention` returns for this.
+    """
+    options = *(feature_map, feature_dim, window, layout, linear_factor), heads, group, scaling, softcap, terms, keep
+    q, k, v, gamma, factor, logits, start, *of_features = tensors
+    assert q is not None and k is not None and v is not None and gamma is not None
+    plan = _plan(q, start, options)
+    out, phi_q, phi_k, sums, norms, share, inverse, top = results
+    q, out, grad, time = *(pad_blocks(x, plan) for x in (q, out, grad)), q.shape[1]
+    k, v = (pad_blocks(x, plan, plan.reach - 1) for x in (k, v))
+    need_q, need_k, need_v, need_gamma, need_factor, need_logits, need_start, *need_of = needs
+    need_gamma = need_gamma and plan.windowed and plan.linear  # else it cancels
+    need_weight = need_gamma or need_factor or need_logits  # of the linear term
+    need_fq = plan.linear and (need_weight or need_q or any(need_of[:2]))
+    need_fk = plan.linear and (need_k or any(need_of[2:]))
+
+    def zeros(needed: bool, x: Tensor | None) -> Tensor | None:
+        return torch.zeros_like(x) if needed and x is not None else None
+
+    dq, dk, dv, dstart, dlogits = (
+        zeros(need, x) for need, x in ((need_q, q), (need_k, k), (need_v, v), (need_start, start), (need_logits, share))
+    )
+    dof_features = [zeros(need, x) for need, x in zip(need_of, of_features, strict=True)]
+    linear = torch.zeros_like(gamma)  # the linear weights times their gradients, summed
+    for rows, keys, heads_ in plan.groups(len(q)):
+        q_r, k_r, dq_r, dk_r = q[rows], k[keys], _some(dq, rows), _some(dk, keys)
+        of, dof = ([_some(x, heads_) for x in some] for some in (of_features, dof_features))
+        backward = GroupGradients(
+            *(plan, q_r, k_r, v[keys], phi_k[rows], sums[rows], norms[rows], gamma[rows], top[rows]),
+            *(dq_r, dk_r, _some(dv, keys), need_fq, need_fk),
+            top_counts=logits is None,
         )
-        need_scores = plan.win is not None and (need_q or need_k)
-        need_gamma = need_gamma and plan.win is not None and fq.shape[2] > 0  # else it cancels
-        grad = _pad(grad, plan)
-
-        def zeros(needed: bool, x: Tensor | None) -> Tensor | None:
-            return torch.zeros_like(x) if needed and x is not None else None
-
-        dq, dk, dv, dstart = zeros(need_q, q), zeros(need_k, k), zeros(need_v, v), zeros(need_start, start)
-        dfq = torch.empty_like(fq) if need_fq or need_factor or need_logits or need_gamma else None
-        dfk = torch.empty_like(fk) if need_fk else None
-        linear = torch.zeros_like(gamma)  # the linear weights times their gradients, summed
-        for tiles in plan.tiles(rows):
-            here, keys = tiles[0].rows, tiles[0].keys
+        for tile in reversed(plan.tiles()):
+            at, own = tile.tokens, tile.own
             # y = n / d: dn = dy / d, and dd = -(dy . y) / d.
-            dn = grad[here] * inverse[here]
-            dd = (dn * out[here]).sum(-1, keepdim=True).neg_()
-            if dfq is not None and not plan.sums:
-                dfq[here] = 0
+            dn = tile.queries(grad[rows]) * tile.queries(inverse[rows])
+            dd = (dn * tile.queries(out[rows])).sum(-1, keepdim=True).neg_()
+            fq = tile.queries(phi_q[rows])
+            weight = _weight(tile, factor, share, rows)
+            if weight is not None:
+                fq = fq * weight
+            dfq, dfk = backward.tile(tile, fq, dn, dd)
+            if dfq is not None:
+                if need_weight:
+                    each = torch.linalg.vecdot(dfq, fq)
+                    linear[rows] += each.view(len(q_r), -1).sum(-1)
+                    if dlogits is not None and weight is not None:  # the bound passes no gradient
+                        bounded = weight[..., 0] >= math.exp(QUERY_BOUND)
+                        dlogits[rows, at] = each.masked_fill_(bounded, 0).view(len(q_r), -1, 1)
+                if weight is not None:
+                    dfq *= weight
+                dx = None if dq_r is None else dq_r[:, at]
+                dfq = dfq.view(len(q_r), -1, dfq.shape[-1])
+                inputs, totals = (q_r[:, at], *of[:2], None), (dx, *dof[:2], None)
+                add_feature_gradients(plan.config, phi_q[rows, at], dfq, inputs, totals)
             if dfk is not None:
-                dfk[here] = 0
-            if plan.sums:
-                queries, dn_blocks, dd_blocks = (_blocks(x, plan) for x in (fq[here], dn, dd))
-                if dfq is not None:
-                    sums, norms = _prefix_sums(fk[here], v[keys], _some(start, here), plan)
-                    part = _blocks(dfq[here], plan)
-                    torch.mul(dd_blocks, norms[:, :, None], out=part)
-                    _add_product(part, dn_blocks, sums.flatten(0, 1).transpose(-1, -2))
-                # Of each block's sums, then of all that it enters: as in `_prefix_sums`, from the end.
-                dsums = queries.transpose(-1, -2) @ dn_blocks
-                dnorms = (dd_blocks.transpose(-1, -2) @ queries)[:, :, 0].flip(1).cumsum(1).flip(1)
-                before = dsums.unbind(1)
-                for block in range(plan.blocks - 2, -1, -1):
-                    before[block].add_(before[block + 1])
-                if dstart is not None:
-                    dstart[here] = torch.cat([dsums[:, 0], dnorms[:, 0, :, None]], -1)
-                if plan.blocks > plan.reach:
-                    later = dsums[:, plan.reach :].flatten(0, 1)
-                    if dfk is not None:
-                        part = _summed(dfk[here], plan)
-                        part.copy_(dnorms[:, plan.reach :, None].expand_as(part))
-                        _add_product(part, _summed(v[keys], plan), later.transpose(-1, -2))
-                    if dv is not None:
-                        _add_product(_summed(dv[keys], plan), _summed(fk[here], plan), later)
-            for tile in tiles:
-                columns = tile.old.shape[1]
-                if not (need_scores or dv is not None or columns):
-                    continue
-                dn_tile, dd_tile = tile.of(dn).flatten(0, 1), tile.of(dd).flatten(0, 1)
-                # of every key's weight; for the maps alone, of the old keys'
-                dweights = dn_tile @ tile.band(v, keys, None if need_scores else columns).transpose(-1, -2)
-                dweights += dd_tile
-                window = None
-                if plan.win is not None and (need_scores or dv is not None):
-                    scores = tile.scores(q, k)
-                    # tanh's slope; 0 for what is not seen, -inf
-                    slope = 1 - (scores / plan.softcap).clamp_(min=-1).square_() if plan.softcap else None
-                    if need_scores and share is None:
-                        is_top = (scores >= tile.queries(top)).to(scores.dtype)
-                    window = tile.window(scores, top, gamma)
-                    if need_scores:
-                        dscores = window * dweights
-                        if share is None:
-                            # c_n shifts the window's scores only, so its gradient does not vanish (ties share it).
-                            dtop = dscores.sum(-1, keepdim=True) / is_top.sum(-1, keepdim=True).clamp_(min=1)
-                            dscores -= dtop * is_top
-                        dscores *= plan.scaling
-                        if slope is not None:
-                            dscores *= slope
-                        if dq is not None:
-                            tile.add(dq, dscores, tile.band(k, keys))
-                        if dk is not None:
-                            tile.add_to_band(dk, keys, dscores.transpose(-1, -2) @ tile.queries(q))
-                if dv is not None:
-                    weights = tile.add_linear(window, fq, fk)
-                    tile.add_to_band(dv, keys, weights.transpose(-1, -2) @ dn_tile)
-                if columns:
-                    dlinear = dweights[..., :columns]
-                    dlinear *= tile.old
-                    if dfq is not None:
-                        tile.add(dfq, dlinear, tile.band(fk, here, columns))
-                    if dfk is not None:
-                        tile.add_to_band(dfk, here, dlinear.transpose(-1, -2) @ tile.queries(fq))
-            if dfq is not None and (need_gamma or need_factor):
-                linear[here] = torch.linalg.vecdot(dfq[here], fq[here]).sum(-1)
-        # All weights of a query times their gradients sum to 0: what the window's give is what the linear ones lack.
-        dgamma = -linear / gamma if need_gamma else torch.zeros_like(gamma)
-        dfactor, dlogits = None if factor is None else linear / factor, None
-        if dfq is not None and factor is not None:  # fq is phi_q times factor
-            dfq.mul_(factor[:, None, None])
-        if dfq is not None and share is not None:  # fq is phi_q times share
-            if need_logits:
-                dlogits = (dfq * fq).sum(-1).masked_fill_(share[..., 0] >= math.exp(QUERY_BOUND), 0)
-            dfq.mul_(share)
+                dx = None if dk_r is None else dk_r[:, own]
+                add_feature_gradients(plan.config, phi_k[rows, own], dfk, (k_r[:, own], *of[2:]), (dx, *dof[2:]))
+        if dstart is not None:
+            dstart[rows] = torch.cat([backward.dsums[:, 0], backward.dnorms[:, 0, :, None]], -1)
+    # All weights of a query times their gradients sum to 0: what the window's give is what the linear ones lack.
+    dgamma = (-linear / gamma if need_gamma else torch.zeros_like(gamma)) if needs[3] else None
+    dfactor = linear / factor if need_factor and factor is not None else None
+    front = k.shape[1] - q.shape[1]
+    dk, dv = (None if x is None else x[:, front:] for x in (dk, dv))
+    dq, dk, dv, dlogits = (None if x is None else x[:, :time] for x in (dq, dk, dv, dlogits))
+    dlogits = None if dlogits is None else dlogits[..., 0]
+    found = dq, dk, dv, dgamma, dfactor, dlogits, dstart, *dof_features
+    return [q.new_empty(0) if x is None else x.contiguous() for x in found]
 
-        def cut(x: Tensor | None, needed: bool = True) -> Tensor | None:
-            return None if x is None or not needed else x[:, : ctx.time]
 
-        return (
-            cut(dq),
-            cut(dk),
-            cut(dv),
-            cut(dfq, need_fq),
-            cut(dfk),
-            dgamma,
-            dfactor,
-            cut(dlogits),
-            dstart,
-            None,
-        )
+@_backward.register_fake
+def _backward_fake(grad: Tensor, results: Any, tensors: Any, needs: Any, *options: Any) -> list[Tensor]:
+    return [grad.new_empty(x.shape if need and x is not None else 0) for x, need in zip(tensors, needs, strict=True)]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    out, _, _, *kept = output
+    ctx.save_for_backward(out, *kept, *inputs[:_TENSORS])
+    ctx.options = inputs[_TENSORS + 1 :]
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _differentiate(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors  # only once: checkpointing computes them when asked
+    results, tensors = saved[:-_TENSORS], saved[-_TENSORS:]
+    needs = [need and x is not None for need, x in zip(ctx.needs_input_grad[:_TENSORS], tensors, strict=True)]
+    with torch.autocast(grad.device.type, enabled=False):  # sums stay in fp32
+        found = _backward(grad, results, tensors, needs, *ctx.options)
+    gradients = [x if need else None for x, need in zip(found, needs, strict=True)]
+    return *gradients, *(None for _ in range(1 + len(ctx.options)))
+
+
+block_attention.register_autograd(_differentiate, setup_context=_setup)
+
+
+def _weight(tile: Tile, factor: Tensor | None, share: Tensor, rows: slice) -> Tensor | None:
+    """Of the linear term, [r m, L or 1, 1]; None: 1."""
+    if factor is not None:
+        return factor[rows].repeat_interleave(tile.last - tile.first)[:, None, None]
+    return tile.queries(share[rows]) if len(share) else None
 
 
 def _some(x: Tensor | None, rows: slice) -> Tensor | None:

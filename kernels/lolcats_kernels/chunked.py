@@ -6,14 +6,15 @@ Shapes: B batch, H query heads, K key heads, T time, D head, Dv value head, C wi
 first, padding goes to the end, where causal queries do not see it.
 """
 
+from dataclasses import astuple
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from .blocks import BlockAttention, make_plan
+from .blocks import block_attention
 from .decoding import decode_step
-from .features import k_features, q_features
+from .features import parameters
 from .maps import HybridMaps, compute_dtype, repeat_heads
 from .state import KVState, masked_sums, next_ring, window_start
 
@@ -113,66 +114,37 @@ def _block_rows(
     state: KVState | None,
     terms: str,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """By `BlockAttention`."""
-    phi_k = k_features(maps, k) if terms != "window" or count is not None else None
-    out = _attend(q, k, v, phi_k, maps, scaling, softcap, state, terms)
-    if count is None:
-        return out, None, None
-    assert phi_k is not None
-    old = torch.arange(k.shape[2], device=k.device) < count[:, None]
-    return out, *masked_sums(phi_k, v, old, state)
-
-
-def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    phi_k: Tensor | None,
-    maps: HybridMaps,
-    scaling: float,
-    softcap: float | None,
-    state: KVState | None,
-    terms: str,
-) -> Tensor:
-    """[B, H, J, Dv] in the compute dtype."""
+    """By `block_attention`."""
     batch, heads = q.shape[:2]
     dtype = compute_dtype(q.dtype)
     linear = terms != "window"
-    phi_q = q_features(maps, q) if linear else None
     if q.device.type != "cpu":
         k, v = repeat_heads(k, heads), repeat_heads(v, heads)
     start = None
     if state is not None and linear:
         start = torch.cat([state.sums, state.norms[..., None]], -1).flatten(0, 1)
     gamma, factor = (x.repeat(batch) for x in maps.factors(dtype))
-    rows = q.to(dtype).flatten(0, 1)
-    plan = make_plan(
-        rows,
-        heads // k.shape[1],
-        maps.config,
-        scaling=scaling,
-        softcap=softcap,
-        terms=terms,
-        has_state=start is not None,
-    )
-    if plan.win is None and not plan.old.numel() and not plan.sums:  # `terms` leaves nothing to sum
-        return rows.new_zeros(batch, heads, q.shape[2], v.shape[3])
-    logits = maps.query_logits(q) if linear and plan.win is not None else None
-    if logits is not None:
-        logits = logits.flatten(0, 1)
-    out = BlockAttention.apply(
-        rows,
-        k.to(dtype).flatten(0, 1),
-        v.to(dtype).flatten(0, 1),
-        phi_q.flatten(0, 1) if phi_q is not None else None,
-        phi_k.flatten(0, 1) if phi_k is not None and linear else None,
+    logits = maps.query_logits(q) if linear and maps.config.window and terms != "linear" else None
+    # The sums of a state come with the attention, unless autograd follows them or nothing else needs the features.
+    together = linear and not torch.is_grad_enabled()
+    tensors = [
+        *(x.to(dtype).flatten(0, 1) for x in (q, k, v)),
         gamma,
         factor if maps.config.linear_factor == "affine" else None,  # None: 1
-        logits,
+        None if logits is None else logits.flatten(0, 1),
         start,
-        plan,
-    )
-    return out.unflatten(0, (batch, heads))
+        *parameters(maps, dtype),
+    ]
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    options = *astuple(maps.config), heads, heads // k.shape[1], scaling, softcap, terms, keep
+    results = block_attention(*tensors, count if together else None, *options)
+    out, sums, norms = (x.unflatten(0, (batch, -1)) for x in results[:3])
+    if count is None:
+        return out, None, None
+    if not together:
+        old = torch.arange(k.shape[2], device=k.device) < count[:, None]
+        return out, *masked_sums(maps.k_features(k), v, old, state)
+    return out, *((sums, norms) if state is None else (sums + state.sums, norms + state.norms))
 
 
 def chunked_attention(

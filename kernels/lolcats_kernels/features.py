@@ -1,92 +1,81 @@
-"""Hedgehog's features for the chunked path on CPU: as `HybridMaps` defines them, one head after the other.
+"""Features of a few rows at a time and their gradients, for attention by blocks: no whole tensor of gradients is held.
 
-Shapes: B batch, H query heads, K heads of x (H, or the key heads), T time, D head, F columns of the map.
-
-A head's scores and softmaxes stay in the cache; forward and backward write whole tensors only once.
+Shapes: R rows (query heads), T time, D head, F columns of the map, F' features.
 """
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .maps import FEATURE_FLOOR, KEY_BOUND, HybridMaps, compute_dtype
-
-
-def k_features(maps: HybridMaps, k: Tensor) -> Tensor:
-    """phi_k: k [B, K, T, D] -> [B, H, T, F']."""
-    return _features(maps, k, "k")
+from .maps import FEATURE_FLOOR, KEY_BOUND, HybridConfig, HybridMaps, feature_map
 
 
-def q_features(maps: HybridMaps, q: Tensor) -> Tensor:
-    """phi_q: q [B, H, T, D] -> [B, H, T, F']."""
-    return _features(maps, q, "q")
+def parameters(maps: HybridMaps, dtype: torch.dtype) -> list[Tensor | None]:
+    """What the features of all heads are made with: weight [H, D, F] and bias [H, F] of q and of k, slope [H, D] of k,
+    each None where there is none."""
+    # The query's weight is not in its features: see `HybridMaps.query_logits`.
+    names = ("q_weight", "q_bias", "k_weight", "k_bias", "k_slope")
+    found = (getattr(maps, name, None) for name in names)
+    return [None if x is None else x.to(dtype) for x in found]
 
 
-def _features(maps: HybridMaps, x: Tensor, side: str) -> Tensor:
-    if x.device.type != "cpu" or maps.config.feature_map != "hedgehog":
-        return maps.q_features(x) if side == "q" else maps.k_features(x)
-    dtype = compute_dtype(x.dtype)
-    weight = maps.q_weight if side == "q" else maps.k_weight
-    slope = maps.k_slope.to(dtype) if side == "k" and maps.config.linear_factor == "exp" else None
-    return _Hedgehog.apply(x.to(dtype), weight.to(dtype), slope)
+def features(
+    config: HybridConfig, x: Tensor, weight: Tensor | None, bias: Tensor | None, slope: Tensor | None, *, out: Tensor
+) -> Tensor:
+    """phi_q or phi_k as `HybridMaps` defines them: x [R, T, D], parameters of R heads -> out [R, T, F']."""
+    if config.feature_map == "hedgehog" and weight is not None:
+        # Half the time of the definition's five steps.
+        both = x.new_empty(x.shape[1], 2, weight.shape[2])  # x W and -x W
+        for one, w, phi in zip(x, weight, out, strict=True):
+            torch.mm(one, w, out=both[:, 0])
+            torch.neg(both[:, 0], out=both[:, 1])
+            torch.softmax(both, -1, out=phi.view_as(both))
+        out.clamp_(min=FEATURE_FLOOR)
+    else:
+        out.copy_(feature_map(config, x, weight, bias))
+    if slope is not None:
+        out *= _key_weight(x, slope)
+    return out
 
 
-class _Hedgehog(torch.autograd.Function):
-    """x [B, K, T, D], weight [H, D, F], slope [H, D] or None
-    -> max([softmax(x W), softmax(-x W)], floor) exp(x . slope) [B, H, T, 2F]."""
+def add_feature_gradients(
+    config: HybridConfig, phi: Tensor, dphi: Tensor, inputs: Sequence[Tensor | None], totals: Sequence[Tensor | None]
+) -> None:
+    """Adds the gradients of inputs, x and its parameters, to totals, where these are not None.
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, slope: Tensor | None) -> Tensor:
-        batch, heads, time, _ = x.shape
-        columns = weight.shape[2]
-        out = x.new_empty(batch, weight.shape[0], time, 2 * columns)
-        keys = None if slope is None else x.new_empty(batch, weight.shape[0], time, 1)  # exp(x . slope)
-        both = x.new_empty(time, 2, columns)  # x W and -x W
-        for row in range(batch):
-            for head, w in enumerate(weight):
-                one, phi = x[row, head * heads // len(weight)], out[row, head]
-                torch.mm(one, w, out=both[:, 0])
-                torch.neg(both[:, 0], out=both[:, 1])
-                torch.softmax(both, -1, out=phi.view_as(both))
-                phi.clamp_(min=FEATURE_FLOOR)
-                if keys is not None and slope is not None:
-                    torch.matmul(one, slope[head][:, None], out=keys[row, head])
-                    phi *= keys[row, head].clamp_(-KEY_BOUND, KEY_BOUND).exp_()
-        ctx.save_for_backward(x, weight, slope, out, keys)
-        return out
+    phi [R, T, F'] is what `features` gave for them, dphi its gradient.
+    """
+    x, weight, _, slope = inputs
+    total_x, total_weight, total_bias, total_slope = totals
+    assert x is not None
+    key = None if slope is None else _key_weight(x, slope)
+    if config.feature_map == "hedgehog":
+        # A feature at the floor should pass none of its gradient; it passes 1e-12 of it.
+        dy = (phi * dphi).unflatten(2, (2, -1))
+        sums = dy.sum(-1, keepdim=True)
+        dlogit = sums.sum(2)  # of x . slope
+        dy -= phi.view_as(dy) * (sums if key is None else sums / key[:, :, None])
+        dx = dy[:, :, 0] - dy[:, :, 1]
+    else:
+        dlogit = (phi * dphi).sum(-1, keepdim=True)
+        slopes = phi > 0 if config.feature_map == "t2r" else torch.where(x > 0, 1, phi if key is None else phi / key)
+        dx = dphi * (slopes if key is None else slopes * key)
+    if total_weight is not None:
+        total_weight += x.transpose(1, 2) @ dx
+    if total_bias is not None:
+        total_bias += dx.sum(1)
+    if total_x is not None:
+        total_x += dx if weight is None else dx @ weight.transpose(1, 2)
+    if slope is not None and key is not None:
+        # The bound passes no gradient.
+        dlogit = dlogit.masked_fill(key.log().abs_() >= KEY_BOUND * (1 - 1e-6), 0)
+        if total_slope is not None:
+            total_slope += (x.transpose(1, 2) @ dlogit)[..., 0]
+        if total_x is not None:
+            total_x += dlogit * slope[:, None]
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        x, weight, slope, out, keys = ctx.saved_tensors
-        dx, dweight, dslope = (
-            torch.zeros_like(a) if needed and a is not None else None
-            for needed, a in zip(ctx.needs_input_grad, (x, weight, slope), strict=True)
-        )
-        heads, columns = x.shape[1], weight.shape[2]
-        with torch.autocast(x.device.type, enabled=False):
-            for row in range(x.shape[0]):
-                for head, w in enumerate(weight):
-                    head_of_x = head * heads // len(weight)
-                    # A feature at the floor should pass none of its gradient; it passes 1e-12 of it.
-                    phi, grad = (t[row, head].unflatten(1, (2, columns)) for t in (out, grads[0]))
-                    dy = phi * grad
-                    total = dy.sum(-1, keepdim=True)
-                    if keys is not None:
-                        key = keys[row, head]
-                        # The bound passes no gradient.
-                        dkey = total.sum(1).masked_fill_(key.log().abs_() >= KEY_BOUND * (1 - 1e-6), 0)
-                        if dslope is not None:
-                            dslope[head] += (x[row, head_of_x].T @ dkey)[:, 0]
-                        if dx is not None:
-                            dx[row, head_of_x].addmm_(dkey, slope[head][None])
-                        total = total / key[:, None]
-                    dy -= phi * total
-                    dy = dy[:, 0] - dy[:, 1]
-                    if dweight is not None:
-                        dweight[head].addmm_(x[row, head_of_x].T, dy)
-                    if dx is not None:
-                        dx[row, head_of_x].addmm_(dy, w.T)
-        return dx, dweight, dslope
+
+def _key_weight(x: Tensor, slope: Tensor) -> Tensor:
+    """exp(x . slope), bounded: x [R, T, D], slope [R, D] -> [R, T, 1]."""
+    return (x @ slope[..., None]).clamp_(-KEY_BOUND, KEY_BOUND).exp_()

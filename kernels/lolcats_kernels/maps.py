@@ -7,6 +7,7 @@ Source: LoLCATs, arXiv 2410.10254, section 3; Hedgehog, arXiv 2402.04347; T2R, a
 """
 
 import math
+import re
 from dataclasses import dataclass
 
 import torch
@@ -70,6 +71,11 @@ class HybridConfig:
     def features(self, head_dim: int) -> int:
         """F': the number of features the map gives for heads of size `head_dim`."""
         return 2 * self.feature_dim if self.feature_map == "hedgehog" else head_dim
+
+
+def op_name(module: str, op: str) -> str:
+    """Of an op of torch.library. One process may hold several versions of a file: merged models bring theirs."""
+    return f"lolcats::{re.sub(r'[^0-9A-Za-z_]', '_', module)}_{op}"
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -173,13 +179,18 @@ class HybridMaps(nn.Module):
         return gamma, 1 - gamma if self.config.linear_factor == "affine" else torch.ones_like(gamma)
 
     def _features(self, x: Tensor, side: str) -> Tensor:
-        x = x.to(compute_dtype(x.dtype))
-        if self.config.feature_map == "elu":
-            return 1 + functional.elu(x)
-        x = x @ getattr(self, f"{side}_weight").to(x.dtype)
-        if self.config.feature_map == "t2r":
-            return torch.relu(x + getattr(self, f"{side}_bias").to(x.dtype)[:, None])
-        return torch.cat([torch.softmax(x, -1), torch.softmax(-x, -1)], -1).clamp(min=FEATURE_FLOOR)
+        weight, bias = (getattr(self, f"{side}_{name}", None) for name in ("weight", "bias"))
+        return feature_map(self.config, x.to(compute_dtype(x.dtype)), weight, bias)
+
+
+def feature_map(config: HybridConfig, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """x [..., H, T, D], weight [H, D, F] or None (elu), bias [H, F] (t2r) or None -> [..., H, T, F']."""
+    if weight is None:
+        return 1 + functional.elu(x)
+    x = x @ weight.to(x.dtype)
+    if bias is not None:
+        return torch.relu(x + bias.to(x.dtype)[:, None])
+    return torch.cat([torch.softmax(x, -1), torch.softmax(-x, -1)], -1).clamp(min=FEATURE_FLOOR)
 
 
 def _per_head(x: Tensor, slope: Tensor) -> Tensor:

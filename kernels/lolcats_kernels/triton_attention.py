@@ -6,7 +6,6 @@ features, N features in the kernels' order (padded), M blocks.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .chunked import attend_in_rows
-from .maps import KEY_BOUND, QUERY_BOUND, HybridMaps
+from .maps import KEY_BOUND, QUERY_BOUND, HybridMaps, op_name
 from .state import KVState, records_gradients
 from .triton_backward import backward_keys, backward_queries, backward_values, sum_queries
 from .triton_decoding import triton_decode_step
@@ -29,8 +28,6 @@ TILES = {
 }
 COLUMNS = 64  # of values and S that one program takes, where it does not need all
 
-# One process may hold several versions of this file: merged models bring theirs.
-_NAME = "lolcats::" + re.sub(r"\W", "_", __name__)
 # The tensors of a call, in the order of the arguments of `_forward`.
 _TENSORS = (
     *("q", "k", "v", "q_weight", "k_weight", "q_bias", "k_bias", "logits", "key_logits"),
@@ -113,7 +110,7 @@ def _for_model(q: Tensor, size: int) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], size).transpose(1, 2)
 
 
-@torch.library.custom_op(f"{_NAME}_forward", mutates_args=())
+@torch.library.custom_op(op_name(__name__, "forward"), mutates_args=())
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -157,7 +154,7 @@ def _forward_fake(q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, *res
     return _for_model(q, v.shape[3]), gamma.new_empty(*norms.shape, v.shape[3]), norms, *_vectors(gamma, q)
 
 
-@torch.library.custom_op(f"{_NAME}_backward", mutates_args=())
+@torch.library.custom_op(op_name(__name__, "backward"), mutates_args=())
 def _backward(
     grads: Sequence[Tensor],
     results: Sequence[Tensor],

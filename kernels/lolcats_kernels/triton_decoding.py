@@ -6,12 +6,10 @@ that leave the window go into its sums, L at a time; the first query head of a k
 
 from __future__ import annotations
 
-import re
-
 import torch
 from torch import Tensor
 
-from .maps import HybridMaps
+from .maps import HybridMaps, op_name
 from .state import KVState
 from .triton_parts import (
     KEY_BOUND,
@@ -30,7 +28,6 @@ from .triton_parts import (
 
 # By the largest head.
 WARPS = {128: 8, 256: 16}
-_NAME = "lolcats::" + re.sub(r"\W", "_", __name__)  # merged models bring their own version of this file
 
 
 @triton.jit
@@ -194,7 +191,7 @@ def decode(
     tl.store(out + r * V + column, result.to(out.dtype.element_ty), mask=column < V)
 
 
-@torch.library.custom_op(f"{_NAME}_decode", mutates_args=("sums", "norms", "keys", "values", "length"))
+@torch.library.custom_op(op_name(__name__, "decode"), mutates_args=("sums", "norms", "keys", "values", "length"))
 def _decode(
     q: Tensor,
     k: Tensor,

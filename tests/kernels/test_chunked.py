@@ -1,14 +1,17 @@
 """The chunked path is the definition: outputs and gradients, over shapes and options."""
 
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lolcats_kernels import FEATURE_MAPS, LAYOUTS, LINEAR_FACTORS
-from lolcats_kernels.blocks import BlockAttention, make_plan
+from lolcats_kernels import FEATURE_MAPS, LAYOUTS, LINEAR_FACTORS, blocks, chunked
+from lolcats_kernels.blocks import block_attention
+from lolcats_kernels.features import parameters
 from lolcats_kernels.maps import repeat_heads
+from lolcats_kernels.tiles import Plan
+from torch.utils._pytree import tree_map_only
 
 
 @settings(max_examples=240, deadline=None, derandomize=True)
@@ -23,9 +26,9 @@ def test_output_is_the_references(cases, data):
 @given(data=st.data())
 def test_gradients_are_the_references(cases, data):
     case = data.draw(cases)
-    for chunked, reference in zip(case.gradients("chunked"), case.gradients("reference"), strict=True):
+    for got, reference in zip(case.gradients("chunked"), case.gradients("reference"), strict=True):
         # t2r's denominators can be small: an error counts beside the gradient's own size.
-        torch.testing.assert_close(chunked, reference, rtol=1e-9, atol=1e-10 * (1 + reference.abs().max().item()))
+        torch.testing.assert_close(got, reference, rtol=1e-9, atol=1e-10 * (1 + reference.abs().max().item()))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -98,35 +101,74 @@ def test_fp32_is_as_exact_as_the_reference_in_fp32(make_case, layout, feature_ma
 @pytest.mark.parametrize("terms", ["both", "linear"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("factor", LINEAR_FACTORS)
-@pytest.mark.parametrize("tiles", [(1, 1), (1, 2), (6, 4)])
-def test_tiling_changes_nothing(make_case, terms, layout, factor, tiles):
-    """CPU computes a row at a time, other devices all rows at once."""
+@pytest.mark.parametrize("tiles", [(1, 1), (1, 2), (2, 4)])
+def test_tiling_changes_nothing(make_case, monkeypatch, terms, layout, factor, tiles):
+    """CPU computes a row at a time, other devices a sequence at a time."""
     case = make_case(batch=3, key_heads=1, time=250, layout=layout, linear_factor=factor, value_dim=4)
     maps = case.maps
 
-    def run(tile_rows=None, tile_blocks=None):
+    def run():
         leaves = [x.detach().requires_grad_() for x in (case.q, repeat_heads(case.k, 2), repeat_heads(case.v, 2))]
         gamma, share = (x.detach().repeat(3).requires_grad_() for x in maps.factors(torch.float64))
         logits = maps.query_logits(case.q)
         if logits is not None:
             logits = logits.detach().flatten(0, 1).requires_grad_()
-        q, k, v = (x.flatten(0, 1) for x in leaves)
-        phi_q, phi_k = (f(x).detach().flatten(0, 1).requires_grad_() for f, x in
-                        ((maps.q_features, leaves[0]), (maps.k_features, leaves[1])))  # fmt: skip
         start = torch.rand(6, maps.num_features, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
         start.requires_grad_()
-        plan = make_plan(q, 1, maps.config, scaling=0.4, terms=terms, has_state=True)
-        if tile_rows:
-            plan = replace(plan, tile_rows=tile_rows, tile_blocks=tile_blocks)
         if terms == "linear":  # no window, nothing to weigh against
             logits = None
-        out = BlockAttention.apply(q, k, v, phi_q, phi_k, gamma, share, logits, start, plan)
-        inputs = [*leaves, phi_q, phi_k, gamma, share, *([] if logits is None else [logits]), start]
+        tensors = *(x.flatten(0, 1) for x in leaves), gamma, share, logits, start, *parameters(maps, torch.float64)
+        options = *astuple(maps.config), maps.num_heads, 1, 0.4, None, terms, True
+        out, sums, norms, *_ = block_attention(*tensors, torch.tensor([100, 250, 7]), *options)
+        inputs = [*leaves, *(x for x in tensors[3:] if x is not None)]
         grads = torch.autograd.grad(out.sin().sum(), inputs, allow_unused=True)
-        return [out, *(g for g in grads if g is not None)]
+        return [out, sums, norms, *(g for g in grads if g is not None)]
 
-    for got, expected in zip(run(*tiles), run(), strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-11)
+    expected = run()
+    monkeypatch.setattr(Plan, "tile_rows", tiles[0])
+    monkeypatch.setattr(Plan, "tile_blocks", tiles[1])
+    for got, whole in zip(run(), expected, strict=True):
+        torch.testing.assert_close(got, whole, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    "options", [{"linear_factor": "exp"}, {"feature_map": "t2r", "window": 0}, {"layout": "terraced"}]
+)
+def test_registered_ops(make_case, options, monkeypatch):
+    """Schemas, fake kernels, autograd and compilation, as torch checks them."""
+    calls = []
+
+    def note(op):
+        def call(*arguments):
+            calls.append((op, arguments))
+            return op(*arguments)
+
+        return call
+
+    forward, backward = blocks.block_attention, blocks._backward
+    case = make_case(batch=1, time=150, dtype=torch.float32, **options)
+    monkeypatch.setattr(chunked, "block_attention", note(forward))
+    monkeypatch.setattr(blocks, "_backward", note(backward))
+    case.gradients("chunked")
+    with torch.no_grad():
+        case.run("chunked", return_state=True)
+    assert [op for op, _ in calls] == [forward, backward, forward]
+    for op, arguments in calls:
+        # Leaves, as opcheck differentiates more than once. Backward has no derivative, nor what keeps nothing for it.
+        keep = op is forward and arguments[-1]
+        leaf = [lambda x: x.detach(), lambda x: x.detach().requires_grad_(x.requires_grad)][keep]
+        torch.library.opcheck(op, tree_map_only(torch.Tensor, leaf, arguments))
+
+
+def test_compiles_as_one_graph(make_case):
+    """Forward and backward, without a break."""
+    case = make_case(batch=2, time=150, dtype=torch.float32)
+    for leaf in case.leaves:
+        leaf.requires_grad_()
+    compiled = torch.compile(case.run, backend="aot_eager", fullgraph=True)
+    out, expected = compiled("chunked"), case.run("chunked")
+    found, wanted = (torch.autograd.grad(y.sin().sum(), case.leaves) for y in (out, expected))
+    torch.testing.assert_close([out, *found], [expected, *wanted])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -154,5 +196,5 @@ def test_large_inputs(make_case, layout, factor):
         case.k *= 50
     assert (case.maps.q_features(case.q) == 1e-12).any()
     torch.testing.assert_close(case.run("chunked"), case.run("reference"), rtol=1e-10, atol=1e-10)
-    for chunked, reference in zip(case.gradients("chunked"), case.gradients("reference"), strict=True):
-        torch.testing.assert_close(chunked, reference, rtol=1e-8, atol=1e-9 * (1 + reference.abs().max().item()))
+    for got, reference in zip(case.gradients("chunked"), case.gradients("reference"), strict=True):
+        torch.testing.assert_close(got, reference, rtol=1e-8, atol=1e-9 * (1 + reference.abs().max().item()))
