@@ -255,6 +255,17 @@ def test_a_compiled_decoding_step_is_one_graph_for_all_tokens(make_student, conf
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
 
 
+def test_a_compiled_training_step_is_one_graph(make_student, tokens):
+    student = make_student(CONFIGS[0]).train()
+    torch._dynamo.reset()
+    gradients = []
+    for forward in (student.forward, torch.compile(student.forward, backend="aot_eager", fullgraph=True)):
+        forward(tokens, labels=tokens, use_cache=False).loss.backward()
+        gradients.append([p.grad.clone() for p in student.parameters() if p.grad is not None])
+        student.zero_grad()
+    torch.testing.assert_close(*gradients)
+
+
 def test_a_kept_layer_with_a_soft_cap_is_the_teachers_own(sizes, make_maps, tokens):
     """Gemma 2's, with a window over all tokens in the converted layer: nothing differs but the cap's own place."""
     torch.manual_seed(0)
