@@ -262,9 +262,12 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.save_for_backward(out, *kept, *inputs[:_TENSORS])
     ctx.options = inputs[_TENSORS + 1 :]
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # zeros in the size of all that is kept
 
 
-def _differentiate(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * (_TENSORS + 1 + len(ctx.options))
     saved = ctx.saved_tensors  # only once: checkpointing computes them when asked
     results, tensors = saved[:-_TENSORS], saved[-_TENSORS:]
     needs = [need and x is not None for need, x in zip(ctx.needs_input_grad[:_TENSORS], tensors, strict=True)]
