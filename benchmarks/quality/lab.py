@@ -84,14 +84,12 @@ class Lab:
 
     def recall(self, path: Path, term: str = "both") -> dict[str, float]:
         """The share of facts that a model recalls, by distance."""
-        found = self._evaluated(path, term, "recall", recall_count=RECALL_ROWS)["recall"]
-        return {f"recall@{distance}": share for distance, share in found.items()}
+        return _by_distance(self._evaluated(path, term, "recall", recall_count=RECALL_ROWS))
 
     def recall_with(self, path: Path, exact_keys: int) -> dict[str, float]:
         """The same of a student that keeps so many exact keys beside its window; and the seconds that it took."""
         found = self._evaluated(path, "both", f"recall-{exact_keys}-keys", RECALL_ROWS, exact_keys)
-        shares = {f"recall@{distance}": share for distance, share in found["recall"].items()}
-        return {**shares, "CPU seconds": found["seconds"]}
+        return {**_by_distance(found), "CPU seconds": found["seconds"]}
 
     def _evaluated(self, path: Path, term: str, kind: str, recall_count: int, exact_keys: int = 0) -> dict[str, Any]:
         name = "teacher" if path == self.teacher else str(path.relative_to(self.work)).replace("/", "-")
@@ -123,3 +121,7 @@ def errors(maps: Artifact) -> dict[str, float]:
         "relative mse": statistics.mean(figures["relative_mse"] for figures in layers),
         "relative mse, window alone": statistics.mean(figures["relative_window_mse"] for figures in layers),
     }
+
+
+def _by_distance(figures: dict[str, Any]) -> dict[str, float]:
+    return {f"recall@{distance}": share for distance, share in figures["recall"].items()}

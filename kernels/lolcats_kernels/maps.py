@@ -74,7 +74,7 @@ class HybridConfig:
 
 
 def op_name(module: str, op: str) -> str:
-    """Of an op of torch.library. One process may hold several versions of a file: merged models bring theirs."""
+    """Of a custom op. One process may hold several versions of a file: merged models bring theirs."""
     return f"lolcats::{re.sub(r'[^0-9A-Za-z_]', '_', module)}_{op}"
 
 

@@ -217,6 +217,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.options = inputs[len(_TENSORS) :]
     ctx.save_for_backward(out, *vectors, *inputs[: len(_TENSORS)])
     ctx.mark_non_differentiable(*vectors)
+    ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -6,6 +6,7 @@ Shapes: B batch, H query heads, K key heads, T time, D head, Dv value head.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -183,6 +184,27 @@ def cases() -> st.SearchStrategy[Case]:
 def small_cases() -> st.SearchStrategy[Case]:
     """The same, shorter."""
     return st.builds(build_case, **(_OPTIONS | _SMALL))
+
+
+@pytest.fixture
+def note_calls(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[tuple[Any, tuple]]]:
+    """note_calls((module, name), ...): the calls that these ops get from now on, as (op, arguments)."""
+
+    def start(*places: tuple[Any, str]) -> list[tuple[Any, tuple]]:
+        calls: list[tuple[Any, tuple]] = []
+
+        def noting(op: Any) -> Callable[..., Any]:
+            def call(*arguments: Any) -> Any:
+                calls.append((op, arguments))
+                return op(*arguments)
+
+            return call
+
+        for module, name in places:
+            monkeypatch.setattr(module, name, noting(getattr(module, name)))
+        return calls
+
+    return start
 
 
 @pytest.fixture

@@ -134,21 +134,11 @@ def test_tiling_changes_nothing(make_case, monkeypatch, terms, layout, factor, t
 @pytest.mark.parametrize(
     "options", [{"linear_factor": "exp"}, {"feature_map": "t2r", "window": 0}, {"layout": "terraced"}]
 )
-def test_registered_ops(make_case, options, monkeypatch):
+def test_registered_ops(make_case, options, note_calls):
     """Schemas, fake kernels, autograd and compilation, as torch checks them."""
-    calls = []
-
-    def note(op):
-        def call(*arguments):
-            calls.append((op, arguments))
-            return op(*arguments)
-
-        return call
-
     forward, backward = blocks.block_attention, blocks._backward
     case = make_case(batch=1, time=150, dtype=torch.float32, **options)
-    monkeypatch.setattr(chunked, "block_attention", note(forward))
-    monkeypatch.setattr(blocks, "_backward", note(backward))
+    calls = note_calls((chunked, "block_attention"), (blocks, "_backward"))
     case.gradients("chunked")
     with torch.no_grad():
         case.run("chunked", return_state=True)

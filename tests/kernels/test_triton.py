@@ -130,21 +130,11 @@ def test_fp64_is_refused(make_case):
 
 
 @pytest.mark.parametrize("options", [{"linear_factor": "exp"}, {"feature_map": "t2r"}, {"feature_map": "elu"}])
-def test_registered_ops(make_case, options, monkeypatch):
+def test_registered_ops(make_case, options, note_calls):
     """Schemas, fake kernels, autograd and compilation, as torch checks them."""
-    calls = []
     forward, backward = triton_attention._forward, triton_attention._backward
-
-    def note(op):
-        def call(*arguments):
-            calls.append((op, arguments))
-            return op(*arguments)
-
-        return call
-
     case = make_case(batch=1, key_heads=1, time=9, dtype=torch.float32, **options)
-    monkeypatch.setattr(triton_attention, "_forward", note(forward))
-    monkeypatch.setattr(triton_attention, "_backward", note(backward))
+    calls = note_calls((triton_attention, "_forward"), (triton_attention, "_backward"))
     case.gradients("triton")
     assert [op for op, _ in calls] == [forward, backward]
     checks = ["test_schema", "test_faketensor"]
