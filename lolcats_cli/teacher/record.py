@@ -5,10 +5,11 @@ Shapes: B batch, H query heads, K key heads, T time, D head.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
 
 NAME = "lolcats_record"
 PROBE_LENGTH = 48
+TOLERANCE = 1e-4  # of the largest output: what two orders of the same fp32 sums may differ by
+
+FINITE_ADVICE = (
+    "Weights with NaN or infinity do this, and float16 where activations are large: try --dtype bfloat16 or float32."
+)
 
 Sink = Callable[[int, Tensor, Tensor, Tensor, AttentionSpec], None]
 
@@ -58,27 +64,110 @@ def recording(model: PreTrainedModel, sink: Sink) -> Iterator[None]:
 
     q is [B, H, T, D]; k and v are [B, K, T, D], as the attention function receives them.
     """
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
+    from transformers.masking_utils import flash_attention_mask
 
     def attention(
-        module: nn.Module,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        attention_mask: Tensor | None,
-        scaling: float | None = None,
-        sliding_window: int | None = None,
-        softcap: float | None = None,
-        **_: object,
+        module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, **options: Any
     ) -> tuple[Tensor, None]:
-        spec = AttentionSpec(q.shape[-1] ** -0.5 if scaling is None else float(scaling), sliding_window, softcap)
+        spec = _spec(q, options)
         sink(int(module.layer_idx), q, k, v, spec)  # type: ignore[arg-type]
         valid = None if attention_mask is None else attention_mask.bool()
         return softmax_attention(q, k, v, spec, valid).transpose(1, 2).contiguous(), None
 
+    with _intercepted(model, attention, flash_attention_mask):
+        yield
+
+
+@contextmanager
+def checking(model: PreTrainedModel, valid: Tensor | None = None) -> Iterator[dict[int, LayerInfo]]:
+    """While open, every attention of `model` is computed twice and compared: by the function that its own code brings,
+    and by `softmax_attention`. Both get the same q, k, v, mask and options in fp32, so the errors of earlier layers and
+    of the model's dtype have no part in it. It holds for any forward pass, through the whole model or some layers.
+
+    Args:
+        valid: [B, T] bool, true for the real tokens of the batch that is passed; None if all are.
+
+    Yields:
+        What was found, by layer index; filled while the pass goes on.
+
+    Raises:
+        BadInput: from inside the forward pass, naming the model, the layer and what is wrong with its attention.
+    """
+    from transformers.masking_utils import eager_mask
+
+    found: dict[int, LayerInfo] = {}
+
+    def attention(
+        module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, **options: Any
+    ) -> tuple[Tensor, None]:
+        name, layer = f"{type(model).__name__} cannot be linearized", module.layer_idx
+        if not all(bool(part.isfinite().all()) for part in (q, k, v)):
+            raise BadInput(f"{name}: the queries, keys or values of layer {layer} are NaN or infinite. {FINITE_ADVICE}")
+        if not q.shape[-1] == k.shape[-1] == v.shape[-1]:
+            sizes = f"{q.shape[-1]}, {k.shape[-1]}, {v.shape[-1]}"
+            raise BadInput(f"{name}: the queries, keys and values of layer {layer} differ in head size ({sizes}).")
+        spec = _spec(q, options)
+        q32, k32, v32 = q.float(), k.float(), v.float()
+        mask = attention_mask
+        if mask is not None and mask.is_floating_point():
+            mask = mask.float()
+        own = _own_attention(module)(module, q32, k32, v32, mask, **options)[0]
+        ours = softmax_attention(q32, k32, v32, spec, valid).transpose(1, 2)
+        real = slice(None) if valid is None else valid
+        largest = own[real].abs().max()
+        error = (ours[real] - own[real]).abs().max()
+        if not error <= TOLERANCE * largest:
+            raise BadInput(
+                f"{name}: the attention of layer {layer} is not reproduced by softmax attention over its queries, keys "
+                f"and values (largest difference {error:.2g} where outputs reach {largest:.2g}). It may use sinks, a "
+                "bias or another mask that lolcats does not know."
+            )
+        found[int(module.layer_idx)] = LayerInfo(q.shape[1], k.shape[1], q.shape[-1], spec)  # type: ignore[arg-type]
+        return own.to(q.dtype), None
+
+    with _intercepted(model, attention, eager_mask):
+        yield found
+
+
+@torch.no_grad()
+def probe(model: PreTrainedModel, *, seed: int = 0) -> list[LayerInfo]:
+    """Check that every attention of `model` can be recorded and reproduced (see `checking`); what it found, per layer.
+
+    Runs random tokens, one row left-padded, through the model.
+
+    Raises:
+        BadInput: naming the model and the layer that the interface does not reach or that differs.
+    """
+    name, config = type(model).__name__, model.config.get_text_config()
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, config.vocab_size, (2, PROBE_LENGTH), generator=generator).to(model.device)
+    mask = torch.ones_like(ids)
+    mask[1, : PROBE_LENGTH // 3] = 0
+    with checking(model, mask.bool()) as layers:
+        last = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+    count = config.num_hidden_layers
+    missed = sorted(set(range(count)) - set(layers))
+    if missed:
+        raise BadInput(
+            f"{name} cannot be linearized: layer {missed[0]} ({len(missed)} of {count} layers) does not use "
+            "transformers' attention interface, so its queries, keys and values cannot be recorded."
+        )
+    if not last[mask.bool()].isfinite().all():
+        raise BadInput(
+            f"{name} cannot be linearized: the output of its last layer, {count - 1}, is NaN or infinite. "
+            f"{FINITE_ADVICE}"
+        )
+    return [layers[layer] for layer in range(count)]
+
+
+@contextmanager
+def _intercepted(model: PreTrainedModel, attention: Callable, mask: Callable) -> Iterator[None]:
+    """While open, `attention` computes every attention of `model`, with masks as `mask` makes them."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
     AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, flash_attention_mask)  # without it padding would be ignored
+    AttentionMaskInterface.register(NAME, mask)  # without it padding would be ignored
     before = model.config._attn_implementation
     model.set_attn_implementation(NAME)
     try:
@@ -87,77 +176,22 @@ def recording(model: PreTrainedModel, sink: Sink) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-@torch.no_grad()
-def probe(model: PreTrainedModel, *, seed: int = 0) -> list[LayerInfo]:
-    """Check that every attention of `model` can be recorded and reproduced; what it found, per layer.
+def _spec(q: Tensor, options: dict[str, Any]) -> AttentionSpec:
+    """What besides q, k and v decides the attention, from the options that a module calls its function with."""
+    scaling = options.get("scaling")
+    scaling = q.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    return AttentionSpec(scaling, options.get("sliding_window"), options.get("softcap"))
 
-    Runs random tokens, one row left-padded, through the model's own eager attention and through ours, and compares
-    every layer's attention output.
 
-    Raises:
-        BadInput: naming the model and the layer that the interface does not reach or that differs.
+def _own_attention(module: nn.Module) -> Callable:
+    """The attention function that the module's own code falls back to; every file of transformers has it by one name.
+
+    Raises `BadInput` for code that has not.
     """
-    name, count = type(model).__name__, model.config.get_text_config().num_hidden_layers
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, model.config.get_text_config().vocab_size, (2, PROBE_LENGTH), generator=generator)
-    mask = torch.ones_like(ids)
-    mask[1, : PROBE_LENGTH // 3] = 0
-    inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device), "use_cache": False}
-
-    layers: dict[int, LayerInfo] = {}
-
-    def note(layer: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> None:
-        if not q.shape[-1] == k.shape[-1] == v.shape[-1]:
-            raise BadInput(
-                f"{name} cannot be linearized: in layer {layer} queries, keys and values differ in head size "
-                f"({q.shape[-1]}, {k.shape[-1]}, {v.shape[-1]})."
-            )
-        layers[layer] = LayerInfo(q.shape[1], k.shape[1], q.shape[-1], spec)
-
-    with recording(model, note):
-        ours = _attention_outputs(model, inputs)
-    missed = sorted(set(range(count)) - set(layers))
-    if missed:
+    own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    if own is None:
         raise BadInput(
-            f"{name} cannot be linearized: layer {missed[0]} ({len(missed)} of {count} layers) does not use "
-            "transformers' attention interface, so its queries, keys and values cannot be recorded."
+            f"{type(module).__name__} cannot be linearized: its code has no eager_attention_forward, with which its "
+            "recorded attention would be compared."
         )
-    before = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        theirs = _attention_outputs(model, inputs)
-    finally:
-        model.set_attn_implementation(before)
-    real = mask.bool()
-    tolerance = 1e-3 if model.dtype == torch.float32 else 5e-2
-    for layer in sorted(ours):
-        mine, own = ours[layer].cpu()[real].float(), theirs[layer].cpu()[real].float()
-        if not torch.allclose(mine, own, rtol=tolerance, atol=tolerance * own.abs().max().item()):
-            raise BadInput(
-                f"{name} cannot be linearized: the attention of layer {layer} is not reproduced by softmax attention "
-                f"over its queries, keys and values (largest difference {(mine - own).abs().max():.2g} where outputs "
-                f"reach {own.abs().max():.2g}). It may use sinks, a bias or another mask that lolcats does not know."
-            )
-    return [layers[layer] for layer in range(count)]
-
-
-def _attention_outputs(model: PreTrainedModel, inputs: dict) -> dict[int, Tensor]:
-    """The output of every attention module in one forward pass, by layer index."""
-    outputs: dict[int, Tensor] = {}
-    handles = []
-    for module in model.modules():
-        layer = getattr(module, "layer_idx", None)
-        # Decoder blocks of some models carry a layer_idx too: the innermost one is the attention.
-        if layer is None or any(getattr(child, "layer_idx", None) is not None for child in list(module.modules())[1:]):
-            continue
-
-        def keep(_: nn.Module, __: object, out: object, layer: int = layer) -> None:
-            outputs[layer] = out[0] if isinstance(out, tuple) else out  # type: ignore[assignment]
-
-        handles.append(module.register_forward_hook(keep))
-    try:
-        model.base_model(**inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return outputs
+    return own

@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lolcats_cli.errors import BadInput
-from lolcats_cli.teacher.attention import AttentionSpec, softmax_attention
-from lolcats_cli.teacher.record import LayerInfo, probe, recording
+from lolcats_cli.teacher.attention import AttentionSpec, softmax_attention, softmax_scores
+from lolcats_cli.teacher.record import LayerInfo, checking, probe, recording
 
 SMALL = {
     "vocab_size": 64,
@@ -114,6 +114,95 @@ def test_sinks_are_refused_by_layer() -> None:
         probe(model)
 
 
+def other_bias(q: Tensor, k: Tensor, mask: Tensor, scaling: float) -> tuple[Tensor, float]:
+    """ALiBi, small: a penalty for each token of distance."""
+    place = torch.arange(k.shape[2])
+    return mask - 0.01 * (place[:, None] - place).clamp(min=0), scaling
+
+
+def other_scaling(q: Tensor, k: Tensor, mask: Tensor, scaling: float) -> tuple[Tensor, float]:
+    return mask, scaling * 1.01
+
+
+def other_mask(q: Tensor, k: Tensor, mask: Tensor, scaling: float) -> tuple[Tensor, float]:
+    """The last token does not see the third."""
+    mask = mask.clone()
+    mask[..., -1, 2] = torch.finfo(mask.dtype).min
+    return mask, scaling
+
+
+@pytest.mark.parametrize("other", [other_bias, other_scaling, other_mask])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_attention_that_does_something_else_is_refused(other, dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    modeling = transformers.models.llama.modeling_llama
+    eager = modeling.eager_attention_forward
+
+    def changed(module, query, key, value, attention_mask, scaling, **options):
+        if module.layer_idx == 1:
+            attention_mask, scaling = other(query, key, attention_mask, scaling)
+        return eager(module, query, key, value, attention_mask, scaling=scaling, **options)
+
+    model = make("Llama").to(dtype)
+    probe(model)
+    monkeypatch.setattr(modeling, "eager_attention_forward", changed)
+    with pytest.raises(BadInput, match=r"LlamaForCausalLM cannot be linearized: the attention of layer 1 is not repro"):
+        probe(model)
+
+
+def test_attention_in_chunks_is_refused() -> None:
+    config = transformers.Llama4TextConfig(
+        **SMALL, attention_chunk_size=16, head_dim=8, num_local_experts=2, num_experts_per_tok=1
+    )
+    model = transformers.Llama4ForCausalLM(config).eval()
+    with pytest.raises(BadInput, match="the attention of layer 0 is not reproduced"):
+        probe(model)
+
+
+def test_a_deep_model_in_bf16_with_sharp_scores_is_taken() -> None:
+    model = make("Llama", num_hidden_layers=64, initializer_range=1.0).bfloat16()
+    largest = []
+
+    def note(_: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> None:
+        largest.append(softmax_scores(q, k, spec).max())
+
+    with torch.no_grad(), recording(model, note):
+        model(input_ids=torch.arange(3, 51)[None])
+    assert max(largest) > 100
+    assert len(probe(model)) == 64
+
+
+def test_some_layers_can_be_checked_alone() -> None:
+    model = make("Llama", num_hidden_layers=3)
+    model.model.layers = model.model.layers[1:]
+    valid = torch.ones(1, 9, dtype=torch.bool)
+    valid[:, :4] = False
+    with torch.no_grad(), checking(model, valid) as found:
+        model.model(input_ids=torch.arange(3, 12)[None], attention_mask=valid.long(), use_cache=False)
+    assert found == {layer: LayerInfo(4, 2, 8, AttentionSpec(8**-0.5)) for layer in (1, 2)}
+
+
+def test_weights_that_are_nan_are_named_by_layer() -> None:
+    model = make("Llama", num_hidden_layers=3)
+    model.model.layers[1].self_attn.k_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(BadInput, match=r"keys or values of layer 1 are NaN or infinite.* --dtype bfloat16 or float32"):
+        probe(model)
+
+
+def test_an_overflow_of_float16_is_named_by_layer() -> None:
+    model = make("Llama", num_hidden_layers=3)
+    model.model.layers[1].mlp.down_proj.weight.data *= 1e5
+    assert len(probe(model)) == 3
+    with pytest.raises(BadInput, match=r"keys or values of layer 2 are NaN or infinite.* --dtype bfloat16 or float32"):
+        probe(model.half())
+
+
+def test_a_last_layer_that_overflows_is_named() -> None:
+    model = make("Llama")
+    model.model.layers[1].mlp.down_proj.weight.data[:] = torch.inf
+    with pytest.raises(BadInput, match="the output of its last layer, 1, is NaN or infinite"):
+        probe(model)
+
+
 def test_latent_attention_of_two_head_sizes_is_refused() -> None:
     model = make(
         "DeepseekV3",
@@ -125,5 +214,5 @@ def test_latent_attention_of_two_head_sizes_is_refused() -> None:
         v_head_dim=6,
         first_k_dense_replace=2,
     )
-    with pytest.raises(BadInput, match=r"DeepseekV3ForCausalLM cannot be linearized: in layer 0 .* \(8, 8, 6\)"):
+    with pytest.raises(BadInput, match=r"DeepseekV3ForCausalLM cannot be linearized: .* of layer 0 .* \(8, 8, 6\)"):
         probe(model)
