@@ -19,7 +19,10 @@ def lora(
     rank: Annotated[int, typer.Option(min=1, help="LoRA's r.")] = 8,
     alpha: Annotated[float, typer.Option(help="LoRA's alpha; its update is scaled by alpha / r.")] = 16.0,
     dropout: Annotated[float, typer.Option(min=0, max=1, help="LoRA's dropout.")] = 0.0,
-    targets: Annotated[str, typer.Option(help="Modules that get an adapter.")] = "q_proj,k_proj,v_proj,o_proj",
+    targets: Annotated[
+        str | None,
+        typer.Option(help="Modules that get an adapter: a,b,c. All projections of the attentions otherwise."),
+    ] = None,
     train_maps: Annotated[
         bool | None, typer.Option("--train-maps/--freeze-maps", help="Train the feature maps too (best), or not.")
     ] = None,
@@ -76,7 +79,7 @@ def lora(
             rank=rank,
             alpha=alpha,
             dropout=dropout,
-            targets=tuple(targets.split(",")),
+            targets=None if targets is None else tuple(targets.split(",")),
             match=match,
             schedule=schedule,
             batch_size=batch_size,

@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -26,7 +26,7 @@ from lolcats_cli.progress import Advance, Progress
 from lolcats_cli.stages.capture import SPLITS
 from lolcats_cli.stages.checkpoints import Checkpoints
 from lolcats_cli.stages.models import kept_config, load_student, maps_file, teacher_folder
-from lolcats_cli.student.build import as_teacher, hybrid_modules
+from lolcats_cli.student.build import as_teacher, hybrid_modules, linear_layers, projections
 from lolcats_cli.teacher.data import DataOptions, Rows, describe_rows, read_rows, split_rows
 from lolcats_cli.teacher.load import LoadOptions, load_tokenizer, model_limit
 
@@ -50,7 +50,8 @@ class LoraOptions:
     """How the adapter is trained; the defaults are the paper's for 8B models.
 
     Attributes:
-        rank, alpha, dropout, targets: PEFT's `r`, `lora_alpha`, `lora_dropout` and `target_modules`.
+        rank, alpha, dropout, targets: PEFT's `r`, `lora_alpha`, `lora_dropout` and `target_modules`; without targets,
+            all projections of the attentions.
         train_maps: train the feature maps and γ too.
         match: what the student's predictions are trained on: the "text" (next-token cross-entropy), or the "teacher"'s
             predictions on it (KL divergence), at the cost of one forward pass of the teacher more.
@@ -66,7 +67,7 @@ class LoraOptions:
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    targets: tuple[str, ...] | None = None
     train_maps: bool = False
     match: str = "text"
     batch_size: int = 1
@@ -111,6 +112,7 @@ def lora(
     limit, seq_len = model_limit(student.config), splits["train"].input_ids.shape[1]
     if limit is not None and seq_len > limit:
         raise BadInput(f"--seq-len {seq_len} is over the {limit} tokens that the teacher was made for.")
+    options = replace(options, targets=_targets(student, options.targets))
     model = _with_adapter(student, options, parent)
 
     config = {key: value for key, value in asdict(options).items() if value is not None}
@@ -119,7 +121,7 @@ def lora(
         "lora",
         config={
             **config,
-            "targets": list(options.targets),
+            "targets": list(options.targets or ()),
             "hybrid": parent.config["hybrid"],
             "dtype": str(student.dtype).removeprefix("torch."),
             **kept_config(parent),
@@ -160,17 +162,26 @@ def _rows(
     return {split: Rows.from_tensors(capture.load(f"tokens/{split}.safetensors")) for split in SPLITS}, data
 
 
+def _targets(student: PreTrainedModel, asked: tuple[str, ...] | None) -> tuple[str, ...]:
+    """The modules that get an adapter: those asked for, or all projections of the attentions. Raises UsageError."""
+    ours = projections(student)
+    if asked is None:
+        return tuple(ours)
+    linear = [f".{name}" for name in linear_layers(student)]
+    missing = [target for target in asked if not any(name.endswith(f".{target}") for name in linear)]
+    if missing:
+        others = sorted({name.rpartition(".")[2] for name in linear} - set(ours))
+        raise UsageError(
+            f"{type(student).__name__} has no modules named {', '.join(missing)}. The projections of its attentions are "
+            f"{', '.join(ours)}; other linear layers are {', '.join(others)}. Name some with --targets, or leave it out."
+        )
+    return asked
+
+
 def _with_adapter(student: PreTrainedModel, options: LoraOptions, parent: Artifact) -> PeftModel:
     from peft import LoraConfig, get_peft_model
     from transformers import set_seed
 
-    names = {name.rsplit(".", 1)[-1] for name, _ in student.named_modules()}
-    missing = [target for target in options.targets if target not in names]
-    if missing:
-        raise UsageError(
-            f"{type(student).__name__} has no modules named {', '.join(missing)}. "
-            "Name its attention projections with --targets."
-        )
     set_seed(options.seed)
     model = get_peft_model(
         student,
@@ -178,7 +189,7 @@ def _with_adapter(student: PreTrainedModel, options: LoraOptions, parent: Artifa
             r=options.rank,
             lora_alpha=options.alpha,  # type: ignore[arg-type]  # PEFT divides it by r; any number will do
             lora_dropout=options.dropout,
-            target_modules=list(options.targets),
+            target_modules=list(options.targets or ()),
             task_type="CAUSAL_LM",
         ),
         revision=parent.teacher["revision"],

@@ -14,6 +14,7 @@ from lolcats_kernels.hybrid import TERMS
 from lolcats_kernels.maps import HybridConfig, HybridMaps
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from lolcats_cli.errors import BadInput, IdentityMismatch
 from lolcats_cli.student.attention import HybridAttention
@@ -27,8 +28,10 @@ __all__ = [
     "attention_modules",
     "check_servable",
     "hybrid_modules",
+    "linear_layers",
     "linearize",
     "model_heads",
+    "projections",
     "set_terms",
 ]
 
@@ -135,6 +138,30 @@ def model_heads(model: PreTrainedModel) -> tuple[int, int]:
     sizes = [getattr(module, name, None) for name in ("qk_head_dim", "head_dim", "head_size")]
     sizes.append(getattr(config, "head_dim", None))
     return heads, next((size for size in sizes if isinstance(size, int)), config.hidden_size // heads)
+
+
+def linear_layers(model: nn.Module) -> set[str]:
+    """The names of the modules that an adapter can be given to."""
+    return {name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+
+
+def projections(model: nn.Module) -> list[str]:
+    """The linear layers of a model's attentions, by names that PEFT's `target_modules` takes, in the model's order.
+
+    A name that other layers of the model have too stands behind that of its attention: `attn.c_proj` in GPT-2.
+    """
+    places = linear_layers(model)
+    attentions = {id(module) for module in attention_modules(model)}
+    inside = {
+        f"{name}.{part}": (name.rpartition(".")[2], part)
+        for name, module in model.named_modules()
+        if id(module) in attentions
+        for part, _ in module.named_modules()
+        if f"{name}.{part}" in places
+    }
+    elsewhere = [f".{name}" for name in sorted(places - set(inside))]
+    short = {part: not any(name.endswith(f".{part}") for name in elsewhere) for _, part in inside.values()}
+    return list(dict.fromkeys(part if short[part] else f"{parent}.{part}" for parent, part in inside.values()))
 
 
 class _InMemory(LolcatsMixin):

@@ -58,7 +58,7 @@ FACTORS = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
 WAVES = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 MIXED = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-# name -> model type, what its configuration says besides the sizes, and the modules that get LoRA if not q, k, v, o.
+# name -> model type, what its configuration says besides the sizes, and its projections if not q, k, v, o.
 SERVED: dict[str, tuple[str, dict, tuple[str, ...]]] = {
     "Llama": ("llama", {}, ()),
     "Llama, tied embeddings": ("llama", {"tie_word_embeddings": True}, ()),
@@ -81,6 +81,7 @@ SERVED: dict[str, tuple[str, dict, tuple[str, ...]]] = {
     "Gemma 2": ("gemma2", {"head_dim": 16, "attn_logit_softcapping": 2.0, **MIXED}, ()),
     "Gemma 3": ("gemma3_text", {"head_dim": 16, **MIXED}, ()),
     "GPT-NeoX": ("gpt_neox", {}, ("query_key_value", "dense")),
+    "GPT-2": ("gpt2", {}, ("c_attn", "attn.c_proj")),
     "GLM-4": ("glm4", {"head_dim": 16}, ()),
     "OPT": ("opt", {"ffn_dim": 96, "word_embed_proj_dim": 64}, ("q_proj", "k_proj", "v_proj", "out_proj")),
     "Mixtral": ("mixtral", {"num_local_experts": 4}, ()),
@@ -116,8 +117,8 @@ def test_the_whole_pipeline(name: str, pipeline: SimpleNamespace, tmp_path: Path
     maps = transfer(captured.path, tmp_path / "maps", options=options)
     done.append("transfer")
     rates = {"steps": 2, "grad_accum": 1, "lr": 1e-2, "train_maps": True}
-    options = LoraOptions(**rates, targets=targets or LoraOptions.targets)
-    adapted = lora(maps.path, tmp_path / "lora", options=options)
+    adapted = lora(maps.path, tmp_path / "lora", options=LoraOptions(**rates))
+    assert sorted(adapted.config["targets"]) == sorted(targets or ("q_proj", "k_proj", "v_proj", "o_proj"))
     done.append("lora")
     folder = merge(adapted.path, tmp_path / "student").path
     PASSED[name] = done + check_student(folder, load_any(str(adapted.path), LoadOptions()).model)

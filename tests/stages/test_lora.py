@@ -234,7 +234,10 @@ def test_rank_alpha_and_targets(pipeline: SimpleNamespace, tmp_path: Path) -> No
 
 
 def test_unknown_targets(pipeline: SimpleNamespace, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="has no modules named c_attn"):
+    there = (
+        "attentions are q_proj, k_proj, v_proj, o_proj; other linear layers are down_proj, gate_proj, lm_head, up_proj"
+    )
+    with pytest.raises(UsageError, match=f"has no modules named c_attn.*{there}"):
         lora(pipeline.transfer, tmp_path / "l", options=replace(QUICK, targets=("q_proj", "c_attn")), load=CPU)
     assert not (tmp_path / "l").exists()
 
