@@ -172,8 +172,9 @@ def _targets(student: PreTrainedModel, asked: tuple[str, ...] | None) -> tuple[s
     if missing:
         others = sorted({name.rpartition(".")[2] for name in linear} - set(ours))
         raise UsageError(
-            f"{type(student).__name__} has no modules named {', '.join(missing)}. The projections of its attentions are "
-            f"{', '.join(ours)}; other linear layers are {', '.join(others)}. Name some with --targets, or leave it out."
+            f"{type(student).__name__} has no modules named {', '.join(missing)}. The projections of its attentions "
+            f"are {', '.join(ours)}; other linear layers are {', '.join(others)}. Name some with --targets, or leave "
+            "it out."
         )
     return asked
 
