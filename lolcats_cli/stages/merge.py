@@ -35,11 +35,6 @@ from lolcats_cli.student.mixin import attention_modules
 from lolcats_cli.teacher import identity
 
 MAX_SHARD_BYTES = 5_000_000_000
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja",
-    "chat_template.json",
-)  # fmt: skip
 FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 LICENCE_FILES = re.compile(r"(?i)^(licen[cs]e|notice|use_policy)(\.(txt|md))?$")
 
@@ -269,7 +264,7 @@ def _write_model_files(writer: ArtifactWriter, plan: _Plan, artifact: Artifact) 
         writer.write_json("generation_config.json", export.generation_config(json.loads(generation.read_text())))
     for name, text in export.code_files(*plan.classes, plan.config["model_type"]).items():
         writer.write_text(name, text)
-    copied = [name for name in TOKENIZER_FILES if (plan.teacher / name).is_file()]
+    copied = identity.tokenizer_files(plan.teacher)
     copied += sorted(path.name for path in plan.teacher.iterdir() if LICENCE_FILES.match(path.name) and path.is_file())
     tokenizer = _tokenizer_config(plan.teacher)
     for name in copied:

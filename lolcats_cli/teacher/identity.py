@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -12,32 +13,66 @@ from pathlib import Path
 
 from lolcats_cli.errors import BadInput, IdentityMismatch
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
+# What a tokenizer is made of, in two parts, as the first artifacts hashed the first part alone.
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
+SETTINGS_FILES = (
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "chat_template.json", "spiece.model", "sentencepiece.bpe.model", "sentencepiece.model", "spm.model",
+    "tiktoken.model", "tekken.json",
+)  # fmt: skip
+CHAT_TEMPLATES = "additional_chat_templates"  # a folder of *.jinja
+
 VOLATILE_CONFIG = ("_name_or_path", "transformers_version")
 REMEMBERED_BYTES = 16 * 2**20  # files from this size on are hashed once
-FIELDS = ("config_sha256", "weights_sha256", "tokenizer_sha256")
+# File systems on which every write, also through a mapping of a file that was synced before, changes the file's ctime.
+# On tmpfs a mapped write changes nothing; of others it is not known here.
+TIMED_FILE_SYSTEMS = {"ext3", "ext4", "xfs", "f2fs"}
+SETTINGS = "tokenizer_settings_sha256"
+FIELDS = ("config_sha256", "weights_sha256", "tokenizer_sha256", SETTINGS)
+MAX_CONFIG_BYTES = 2**24
+MAX_INDEX_BYTES = 2**28
+# Sizes in a configuration, by the names that models have for them, and the most that is believed. A billion layers
+# would take for ever to build.
+MAX_LAYERS, MAX_SIZE = 4096, 2**31 - 1
+LAYER_NAMES = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+SIZE_NAMES = (
+    "hidden_size", "n_embd", "num_attention_heads", "n_head", "n_heads", "num_key_value_heads", "head_dim",
+    "vocab_size",
+)  # fmt: skip
+_SHARD = re.compile(r"[^/\\\x00-\x1f]+\.safetensors")
 
 
 def identify(folder: Path | str) -> dict[str, str]:
     """Hash a local model folder; reads every weight byte once, and not again while the files stay untouched.
 
-    Returns the three `FIELDS` as SHA-256 hex digests. Raises `BadInput` if the folder has no readable
-    configuration or no safetensors weights.
+    Returns the `FIELDS` as SHA-256 hex digests. Raises `BadInput` if the folder has no readable configuration or no
+    safetensors weights, or if it is not plain which weights transformers would load from it.
     """
     folder = Path(folder)
     config = read_config(folder)
     stable = {key: value for key, value in config.items() if key not in VOLATILE_CONFIG}
     return {
         "config_sha256": hashlib.sha256(json.dumps(stable, sort_keys=True).encode()).hexdigest(),
-        "weights_sha256": _hash_files(weight_files(folder)),
-        "tokenizer_sha256": _hash_files([folder / f for f in TOKENIZER_FILES if (folder / f).is_file()]),
+        "weights_sha256": _hash_files(folder, [file.name for file in weight_files(folder)]),
+        "tokenizer_sha256": _hash_files(folder, [name for name in tokenizer_files(folder) if name in VOCABULARY_FILES]),
+        SETTINGS: _hash_files(folder, [name for name in tokenizer_files(folder) if name not in VOCABULARY_FILES]),
     }
 
 
+def tokenizer_files(folder: Path) -> list[str]:
+    """The names of the files in a model folder that its tokenizer is made of: those that count, and that are copied."""
+    templates = sorted(f"{CHAT_TEMPLATES}/{path.name}" for path in (folder / CHAT_TEMPLATES).glob("*.jinja"))
+    return [name for name in (*VOCABULARY_FILES, *SETTINGS_FILES, *templates) if (folder / name).is_file()]
+
+
 def check(expected: dict, folder: Path | str) -> None:
-    """Raise `IdentityMismatch`, naming the differing fields, unless `folder` holds the `expected` teacher."""
+    """Raise `IdentityMismatch`, naming the differing fields, unless `folder` holds the `expected` teacher.
+
+    Artifacts that were made before the tokenizer's settings counted do not name them: those are then not compared.
+    """
     found = identify(folder)
-    differing = [field for field in FIELDS if found[field] != expected.get(field)]
+    fields = FIELDS if SETTINGS in expected else FIELDS[:-1]
+    differing = [field for field in fields if found[field] != expected.get(field)]
     if differing:
         raise IdentityMismatch(
             f"{folder} is not the teacher that was captured: {', '.join(differing)} "
@@ -47,36 +82,71 @@ def check(expected: dict, folder: Path | str) -> None:
 
 
 def read_config(folder: Path) -> dict:
-    """The folder's config.json. Raises `BadInput` if it is missing or not a JSON object."""
+    """The folder's config.json. Raises `BadInput` if it is missing, not a JSON object, or has impossible sizes."""
     path = folder / "config.json"
     if not path.is_file():
         raise BadInput(f"{folder} is not a model folder: it has no config.json. Pass a folder saved by transformers.")
-    return _read_object(path)
+    config = _read_object(path, MAX_CONFIG_BYTES)
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict):
+            _check_sizes(part, path)
+    return config
+
+
+def _check_sizes(config: dict, path: Path) -> None:
+    for name in (*LAYER_NAMES, *SIZE_NAMES):
+        size, most = config.get(name), MAX_LAYERS if name in LAYER_NAMES else MAX_SIZE
+        if isinstance(size, int) and not 1 <= size <= most:  # else what it means is the model's own matter
+            raise BadInput(f"{path} says {name}: {str(size)[:40]}; it must be from 1 to {most}.")
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The folder's safetensors files as its index lists them. Raises `BadInput` if some, or all, are missing."""
-    index = folder / "model.safetensors.index.json"
+    """The safetensors files that transformers loads from the folder: `model.safetensors`, or those of its index.
+
+    Raises `BadInput` if some, or all, are missing, or if transformers would take other weights than these: those of an
+    adapter, of another file that the configuration names, or of the one of two sets that it prefers.
+    """
+    adapter, named = folder / "adapter_config.json", read_config(folder).get("transformers_weights")
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if adapter.exists():
+        raise BadInput(
+            f"{folder} holds an adapter ({adapter.name}), which transformers would load with the model, or instead of "
+            "it. Merge the adapter into the weights, or move its files away."
+        )
+    if named is not None:
+        raise BadInput(
+            f"{folder}/config.json names the weights {str(named)[:80]!r} (transformers_weights). Give a folder whose "
+            f"weights are {single.name}, or the files of {index.name}."
+        )
+    names = [single.name]
     if index.is_file():
-        listed = _read_object(index).get("weight_map")
-        if not isinstance(listed, dict):
+        listed = _read_object(index, MAX_INDEX_BYTES).get("weight_map")
+        if not isinstance(listed, dict) or not listed:
             raise BadInput(f"{index} has no weight_map. Download or save the model again.")
         names = sorted(set(map(str, listed.values())))
-        files = [folder / name for name in names]
-    else:
-        files = [folder / "model.safetensors"]
-    missing = [file.name for file in files if not file.is_file()]
+        strange = [name for name in names if not _SHARD.fullmatch(name)]
+        if strange:
+            raise BadInput(f"{index} lists {strange[0][:80]!r}, which is not the name of a safetensors file beside it.")
+        if single.exists() and names != [single.name]:
+            raise BadInput(
+                f"{folder} holds two sets of weights: {single.name}, and those of {index.name}. Move one of them away."
+            )
+    missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise BadInput(
-            f"{folder} lacks the weights {', '.join(missing)}. lolcats reads safetensors only: "
+            f"{folder} lacks the weights {', '.join(missing[:5])}. lolcats reads safetensors only: "
             "save the model with save_pretrained(), or download it again."
         )
-    return files
+    return [folder / name for name in names]
 
 
-def _read_object(path: Path) -> dict:
+def _read_object(path: Path, limit: int) -> dict:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > limit:
+            raise ValueError(f"it is larger than {limit} bytes, the most that is read")
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_constant)
+    except RecursionError as error:
+        raise BadInput(f"{path} is not valid JSON (nested too deep). Download or save the model again.") from error
     except ValueError as error:  # UnicodeDecodeError too
         raise BadInput(f"{path} is not valid JSON ({error}). Download or save the model again.") from error
     if not isinstance(content, dict):
@@ -84,33 +154,62 @@ def _read_object(path: Path) -> dict:
     return content
 
 
-def _hash_files(files: list[Path]) -> str:
+def _constant(text: str) -> float:
+    """Infinity, which some configurations have as a limit; no configuration has a use for NaN."""
+    if text == "NaN":
+        raise ValueError("it holds NaN")
+    return float(text)
+
+
+def _hash_files(folder: Path, names: list[str]) -> str:
     total = hashlib.sha256()
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for file, digest in zip(files, pool.map(_digest, files), strict=True):
-            total.update(f"{file.name} {digest}\n".encode())
+        for name, digest in zip(names, pool.map(_digest, [folder / name for name in names]), strict=True):
+            total.update(f"{name} {digest}\n".encode())
     return total.hexdigest()
 
 
 def _digest(file: Path) -> str:
     """A file's SHA-256. That of a large one is remembered for as long as the file stays untouched."""
-    before = _stamp(file)
-    if file.stat().st_size < REMEMBERED_BYTES:
+    if file.stat().st_size < REMEMBERED_BYTES or _file_system(file) not in TIMED_FILE_SYSTEMS:
         return _read_digest(file)
+    _sync(file)
+    before, started = _stamp(file), time.time()
     place = _cache_folder() / hashlib.sha256(str(before).encode()).hexdigest()
-    with suppress(OSError):
+    with suppress(OSError, ValueError):
         digest = place.read_text(encoding="ascii")
-        if len(digest) == 64:
+        if re.fullmatch("[0-9a-f]{64}", digest):
             return digest
     digest = _read_digest(file)
-    # A file that was written just now may be written again within one tick of its clock.
-    if _stamp(file) == before and time.time() - file.stat().st_ctime > 2:
+    # A file that had just been written may be written again within one tick of its clock, or through a mapping.
+    if _stamp(file) == before and started - file.stat().st_ctime > 2:
         with suppress(OSError):  # without a cache it is slower
             place.parent.mkdir(parents=True, exist_ok=True)
             beside = place.with_suffix(f".{os.getpid()}")
             beside.write_text(digest, encoding="ascii")
             beside.replace(place)
     return digest
+
+
+def _file_system(file: Path) -> str:
+    """The type of the file system that a file lies on, such as "ext4"; "" if the system does not say."""
+    device = file.stat().st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    with suppress(OSError, ValueError, IndexError):
+        for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            fields, _, rest = line.partition(" - ")
+            if fields.split()[2] == wanted:
+                return rest.split()[0]
+    return ""
+
+
+def _sync(file: Path) -> None:
+    """Write out what a mapping has changed: only then does the next write through it change the file's times."""
+    descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _read_digest(file: Path) -> str:
