@@ -54,6 +54,12 @@ def requested() -> bool:
     return _requested is not None
 
 
+def request(by: str) -> None:
+    """As a first signal would: wait for `check`, which names `by`. Nothing happens if one is waiting."""
+    global _requested
+    _requested = _requested or by
+
+
 def check() -> None:
     """Raise `Stopped` if a signal is waiting."""
     if _requested is not None:

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROOTS = {"lolcats_cli": ROOT, "lolcats_kernels": ROOT / "kernels", "lolcats_formats": ROOT / "formats"}
 MAX_LINES = 600
-ANYWHERE = {"lolcats_cli", "lolcats_cli.errors", "lolcats_cli.progress"}  # within lolcats_cli
+ANYWHERE = {"lolcats_cli", "lolcats_cli.errors", "lolcats_cli.progress", "lolcats_cli.ranks"}  # within lolcats_cli
 # What a part may import besides itself and ANYWHERE.
 ARROWS: dict[str, set[str]] = {
     "lolcats_cli": set(),  # lolcats_cli/__init__.py

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -34,6 +35,13 @@ Template = Annotated[
 TextField = Annotated[str, typer.Option(help="The column that holds the text.")]
 Split = Annotated[str, typer.Option(help="The split of a hub dataset.")]
 SeqLen = Annotated[int, typer.Option(min=2, help="Tokens per row.")]
+
+
+def positive(value: float | None) -> float | None:
+    """Of an option that is a number: more than 0, and not infinity."""
+    if value is not None and not 0 < value < math.inf:
+        raise typer.BadParameter(f"{value} is not a positive number.")
+    return value
 
 
 def artifact_path(given: str, data: str | None = None) -> str:

@@ -17,7 +17,9 @@ def lora(
         typer.Option(help="Defaults of --train-maps, --grad-accum, --lr and --eval-steps; lolcats: the paper's."),
     ] = "best",
     rank: Annotated[int, typer.Option(min=1, help="LoRA's r.")] = 8,
-    alpha: Annotated[float, typer.Option(help="LoRA's alpha; its update is scaled by alpha / r.")] = 16.0,
+    alpha: Annotated[
+        float, typer.Option(callback=o.positive, help="LoRA's alpha; its update is scaled by alpha / r.")
+    ] = 16.0,
     dropout: Annotated[float, typer.Option(min=0, max=1, help="LoRA's dropout.")] = 0.0,
     targets: Annotated[
         str | None,
@@ -45,7 +47,10 @@ def lora(
     ] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the rows.")] = 2,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps, instead of --epochs.")] = None,
-    lr: Annotated[float | None, typer.Option(min=0, help="AdamW's learning rate: 5e-4, or 1e-4 (lolcats).")] = None,
+    lr: Annotated[
+        float | None,
+        typer.Option(min=0, max=1e6, help="AdamW's learning rate: 5e-4, or 1e-4 (lolcats)."),
+    ] = None,
     schedule: Annotated[
         Literal["plateau", "linear"],
         typer.Option(help="--lr falls when the validation loss no longer does, or linearly to 0."),

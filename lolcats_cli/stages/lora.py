@@ -7,34 +7,27 @@ The artifact holds `adapter/`, a plain PEFT folder, and `maps/`, the feature map
 from __future__ import annotations
 
 import json
-import math
-import time
-from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-import torch
 from lolcats_formats import Artifact, ArtifactWriter
 from lolcats_formats.writer import Resume
-from safetensors.torch import load_file, save_file
-from torch.nn import functional
 
-from lolcats_cli import __version__, stopping
+from lolcats_cli import __version__, ranks
 from lolcats_cli.errors import BadInput, IdentityMismatch, UsageError
-from lolcats_cli.progress import Advance, Progress
+from lolcats_cli.progress import Progress
 from lolcats_cli.stages.capture import SPLITS
-from lolcats_cli.stages.checkpoints import Checkpoints
 from lolcats_cli.stages.models import kept_config, load_student, maps_file, teacher_folder
-from lolcats_cli.student.build import as_teacher, hybrid_modules, linear_layers, projections
+from lolcats_cli.student.build import hybrid_modules, linear_layers, projections
 from lolcats_cli.teacher.data import DataOptions, Rows, describe_rows, read_rows, split_rows
 from lolcats_cli.teacher.load import LoadOptions, load_tokenizer, model_limit
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftModel
-    from transformers import PreTrainedModel, Trainer
-
-    from lolcats_cli.student.attention import HybridAttention
+    from transformers import PreTrainedModel
 
 
 # What a recipe means, where an option does not say otherwise. lolcats: the paper's, as in LoraOptions; best: what did
@@ -80,6 +73,21 @@ class LoraOptions:
     eval_steps: int = 100
     seed: int = 0
 
+    def share(self, processes: int) -> tuple[int, int]:
+        """(rows per forward pass, passes per optimizer step) of each of the processes, which share a step's rows.
+
+        Raises UsageError if they cannot share them evenly.
+        """
+        rows, rest = divmod(self.batch_size * self.grad_accum, processes)
+        if rest or not rows:
+            raise UsageError(
+                f"An optimizer step has {self.batch_size * self.grad_accum} rows (--batch-size times --grad-accum), "
+                f"which {processes} processes cannot share evenly. Take a multiple of {processes}, "
+                f"as with --grad-accum {-(-self.grad_accum // processes) * processes}."
+            )
+        batch_size = max(size for size in range(1, self.batch_size + 1) if rows % size == 0)
+        return batch_size, rows // batch_size
+
 
 def lora(
     transfer: Path | str,
@@ -105,44 +113,66 @@ def lora(
     Raises:
         FormatError, BadInput, IdentityMismatch, UsageError: what cannot be used, before any training.
     """
+    options.share(ranks.size())
+    device = load.resolved_device()
     parent = Artifact.open(transfer, "transfer")
-    folder = teacher_folder(parent, teacher)
-    splits, source = _rows(parent, data, data_options, folder, load, options.seed)
-    student = load_student(parent, folder, load)
-    limit, seq_len = model_limit(student.config), splits["train"].input_ids.shape[1]
-    if limit is not None and seq_len > limit:
-        raise BadInput(f"--seq-len {seq_len} is over the {limit} tokens that the teacher was made for.")
-    options = replace(options, targets=_targets(student, options.targets))
-    model = _with_adapter(student, options, parent)
-
-    config = {key: value for key, value in asdict(options).items() if value is not None}
-    with ArtifactWriter.create(
-        output,
-        "lora",
-        config={
-            **config,
-            "targets": list(options.targets or ()),
-            "hybrid": parent.config["hybrid"],
-            "dtype": str(student.dtype).removeprefix("torch."),
-            **kept_config(parent),
-        },
-        teacher=parent.teacher,
-        data=describe_rows(splits, source),
-        parents=[parent],
-        tool=f"lolcats {__version__}",
-        resume=resume,
-        force=force,
-    ) as writer:
-        if writer.finished:
-            progress.note(f"{output} is finished already")
-            return writer.finished
-        summary = _train(model, splits, options, load, writer, progress)
-        for hybrid in hybrid_modules(student):
-            writer.save(
-                maps_file(hybrid.layer_idx), {name: tensor.cpu() for name, tensor in hybrid.state_dict().items()}
+    with ranks.joined(device.type), ExitStack() as stack:
+        with ranks.one_first():  # it hashes the teacher, and the others find its hashes
+            folder = teacher_folder(parent, teacher)
+        splits, source = _rows(parent, data, data_options, folder, load, options.seed)
+        student = load_student(parent, folder, load)
+        limit, seq_len = model_limit(student.config), splits["train"].input_ids.shape[1]
+        if limit is not None and seq_len > limit:
+            raise BadInput(f"--seq-len {seq_len} is over the {limit} tokens that the teacher was made for.")
+        options = replace(options, targets=_targets(student, options.targets))
+        model = _with_adapter(student, options, parent)
+        writer = None
+        if ranks.rank() == 0:
+            config = {**_config(options, parent), "dtype": str(student.dtype).removeprefix("torch.")}
+            writer = stack.enter_context(
+                ArtifactWriter.create(
+                    output,
+                    "lora",
+                    config=config,
+                    teacher=parent.teacher,
+                    data=describe_rows(splits, source),
+                    parents=[parent],
+                    tool=f"lolcats {__version__}",
+                    resume=resume,
+                    force=force,
+                )
             )
-        _save_adapter(model, writer)
-        return writer.finish({**summary, "layers": parent.summary["layers"]})
+        if ranks.share(lambda: writer is not None and writer.finished is not None):
+            progress.note(f"{output} is finished already")
+        else:
+            _run(model, splits, options, device, writer, progress, layers=parent.summary["layers"])
+    return Artifact.open(output)
+
+
+def _config(options: LoraOptions, parent: Artifact) -> dict[str, Any]:
+    given = {key: value for key, value in asdict(options).items() if value is not None}
+    return {**given, "targets": list(options.targets or ()), "hybrid": parent.config["hybrid"], **kept_config(parent)}
+
+
+def _run(
+    model: PeftModel,
+    splits: dict[str, Rows],
+    options: LoraOptions,
+    device: torch.device,
+    writer: ArtifactWriter | None,
+    progress: Progress,
+    layers: Any,
+) -> None:
+    """Train, and finish the artifact on the rank that has the writer."""
+    from lolcats_cli.stages.lora_training import train
+
+    summary = train(model, splits, options, device, writer, progress)
+    if writer is None:
+        return
+    for hybrid in hybrid_modules(model.get_base_model()):
+        writer.save(maps_file(hybrid.layer_idx), {name: tensor.cpu() for name, tensor in hybrid.state_dict().items()})
+    _save_adapter(model, writer)
+    writer.finish({**summary, "layers": layers})
 
 
 def _rows(
@@ -198,175 +228,6 @@ def _with_adapter(student: PreTrainedModel, options: LoraOptions, parent: Artifa
     for hybrid in hybrid_modules(student):
         hybrid.requires_grad_(options.train_maps)
     return model
-
-
-class _TokenRows(torch.utils.data.Dataset):
-    """Rows as the Trainer takes them: labels are the tokens themselves, padding is not predicted."""
-
-    def __init__(self, rows: Rows) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        ids = self.rows.input_ids[index].long()
-        if self.rows.valid is None:
-            return {"input_ids": ids, "labels": ids}
-        valid = self.rows.valid[index]
-        return {"input_ids": ids, "attention_mask": valid.long(), "labels": ids.masked_fill(~valid, -100)}
-
-
-def _train(
-    model: PeftModel,
-    splits: dict[str, Rows],
-    options: LoraOptions,
-    load: LoadOptions,
-    writer: ArtifactWriter,
-    progress: Progress,
-) -> dict:
-    from transformers import Trainer, TrainingArguments
-
-    trainer = (Trainer if options.match == "text" else _distiller())(
-        model=model,
-        args=TrainingArguments(
-            output_dir=str(writer.scratch),
-            per_device_train_batch_size=options.batch_size,
-            per_device_eval_batch_size=options.batch_size,
-            gradient_accumulation_steps=options.grad_accum,
-            num_train_epochs=options.epochs,
-            max_steps=-1 if options.steps is None else options.steps,
-            learning_rate=options.lr,
-            lr_scheduler_type={"plateau": "reduce_lr_on_plateau"}.get(options.schedule, options.schedule),
-            weight_decay=0.0,
-            max_grad_norm=options.clip,
-            eval_strategy="steps",
-            eval_steps=options.eval_steps,
-            logging_steps=1,  # Trainer's own mean over more steps would not survive a resume
-            save_strategy="no",  # the reporter says when
-            report_to="none",
-            disable_tqdm=True,
-            seed=options.seed,
-            use_cpu=load.resolved_device().type == "cpu",
-            dataloader_pin_memory=False,
-            prediction_loss_only=True,
-        ),
-        train_dataset=_TokenRows(splits["train"]),
-        eval_dataset=_TokenRows(splits["validation"]),
-    )
-    trainer.remove_callback(_printer())
-    checkpoints, maps = Checkpoints(writer), hybrid_modules(model.get_base_model())
-    reporter = _reporter(writer.log, options.eval_steps, checkpoints, maps if options.train_maps else [])
-    trainer.add_callback(reporter)
-    saved = writer.restart()
-    if saved is None:
-        trainer.evaluate()
-    else:
-        reporter.load(saved)
-    total = trainer.args.max_steps if trainer.args.max_steps > 0 else _steps(len(splits["train"]), options)
-    with progress.task("lora", total, "steps") as advance, stopping.deferred():
-        reporter.advance = advance
-        trainer.train(resume_from_checkpoint=None if saved is None else str(saved))
-    if reporter.evaluated != trainer.state.global_step:
-        trainer.evaluate()
-    progress.note(f"validation loss {reporter.initial:.3f} -> {reporter.loss:.3f} nats per token")
-    return {"initial_loss": reporter.initial, "loss": reporter.loss, "steps": trainer.state.global_step}
-
-
-def _steps(rows: int, options: LoraOptions) -> int:
-    batches = -(-rows // options.batch_size)
-    return options.epochs * -(-batches // options.grad_accum)
-
-
-def _distiller() -> type[Trainer]:
-    from transformers import Trainer
-
-    class Distiller(Trainer):
-        """Trains on the teacher's predictions: the mean over tokens of KL(teacher || student). The teacher is the same
-        weights, as they were. Validation stays next-token cross-entropy."""
-
-        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-            if not model.training:
-                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            real = inputs["labels"][:, 1:] != -100
-            given = {name: value for name, value in inputs.items() if name != "labels"} | {"use_cache": False}
-            with torch.no_grad(), as_teacher(cast("PeftModel", self.model)):
-                wanted = model(**given).logits[:, :-1][real].float().log_softmax(-1)
-            found = model(**given).logits[:, :-1][real].float().log_softmax(-1)
-            loss = functional.kl_div(found, wanted, reduction="sum", log_target=True)
-            # Trainer divides by the number of batches in a step unless the loss is one over the step's tokens.
-            over_step = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-            return loss / (num_items_in_batch if over_step else real.sum().clamp(min=1))
-
-    return Distiller
-
-
-def _printer() -> type:
-    from transformers import PrinterCallback
-
-    return PrinterCallback
-
-
-def _reporter(log: Callable[..., None], every: int, checkpoints: Checkpoints, maps: list[HybridAttention]):
-    from transformers import TrainerCallback
-
-    class Reporter(TrainerCallback):
-        """Trainer's events, into our metrics, progress and checkpoints.
-
-        `initial` and `loss` are the first and the last validation's, the latter after `evaluated` steps; `losses` are
-        the training losses since the last event.
-        """
-
-        def __init__(self) -> None:
-            self.advance: Advance = lambda done=1, **figures: None
-            self.initial, self.loss, self.evaluated = math.nan, math.nan, -1
-            self.losses: list[float] = []
-            self.since = 0.0  # when the work that precedes a save ended
-
-        def load(self, folder: Path) -> None:
-            """Continue from a checkpoint: our part of it."""
-            vars(self).update(json.loads((folder / "reporter.json").read_text()))
-            for hybrid in maps:
-                hybrid.load_state_dict(load_file(folder / f"maps-{hybrid.layer_idx}.safetensors"))
-
-        def on_train_begin(self, args, state, control, **kwargs):
-            self.advance(state.global_step)
-
-        def on_step_end(self, args, state, control, **kwargs):
-            # Not at the end: Trainer resumed there would go on, and what is left takes seconds.
-            control.should_save = state.global_step < state.max_steps and checkpoints.due()
-            self.advance(1)
-
-        def on_evaluate(self, args, state, control, **kwargs):
-            self.evaluated, self.loss = state.global_step, kwargs["metrics"]["eval_loss"]
-            if self.evaluated == 0:
-                self.initial = self.loss
-            log(event="validation", step=self.evaluated, loss=self.loss)
-            self.since = time.monotonic()
-
-        def on_log(self, args, state, control, **kwargs):
-            logs = kwargs["logs"]
-            if "loss" in logs:
-                self.losses.append(logs["loss"])
-                self.advance(0, loss=logs["loss"])
-                if state.global_step % every == 0:
-                    mean = sum(self.losses) / len(self.losses)
-                    log(event="train", step=state.global_step, loss=mean, lr=logs["learning_rate"])
-                    self.losses = []
-                self.since = time.monotonic()
-
-        def on_save(self, args, state, control, **kwargs):
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            for name in ("training_args.bin", "README.md"):  # a pickle that nobody reads; a template
-                (folder / name).unlink(missing_ok=True)
-            numbers = {name: getattr(self, name) for name in ("initial", "loss", "evaluated", "losses")}
-            (folder / "reporter.json").write_text(json.dumps(numbers))
-            for hybrid in maps:
-                tensors = {name: tensor.cpu() for name, tensor in hybrid.state_dict().items()}
-                save_file(tensors, folder / f"maps-{hybrid.layer_idx}.safetensors")
-            checkpoints.record(folder, self.since)
-
-    return Reporter()
 
 
 def _save_adapter(model: PeftModel, writer: ArtifactWriter) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lolcats_cli import ranks
 from lolcats_cli.errors import BadInput, UsageError, is_out_of_memory
 from lolcats_cli.teacher import identity
 
@@ -28,14 +29,20 @@ class LoadOptions:
     trust_remote_code: bool = False
 
     def resolved_device(self) -> torch.device:
-        """The device; "auto" is CUDA where there is one. Raises `UsageError` for one that is not there."""
-        if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        """The device; "auto" is CUDA where there is one, and each of several ranks has its own.
+
+        Raises `UsageError` for one that is not there.
+        """
+        name = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+        if ranks.size() > 1 and name.startswith("cuda:"):
+            raise UsageError(f"--device {name} is one device, and there are {ranks.size()} processes. Leave it out.")
+        if ranks.size() > 1 and name == "cuda":
+            name = f"cuda:{ranks.local_rank()}"
         try:
-            device = torch.device(self.device)
+            device = torch.device(name)
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
-            raise UsageError(f"--device {self.device} cannot be used here: {str(error).splitlines()[0]}") from error
+            raise UsageError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
         return device
 
 

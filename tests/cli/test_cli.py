@@ -221,6 +221,23 @@ BAD: dict[str, tuple[Case, int, str]] = {
         2,
         "no modules named c_attn",
     ),
+    "learning rate": (
+        lambda m, t: ("lora", m.transfer, "-o", t / "OUT", "--lr", "nan"),
+        2,
+        "'--lr'",
+    ),
+    "large learning rate": (lambda m, t: ("lora", m.transfer, "-o", t / "OUT", "--lr", "1e38"), 2, "'--lr'"),
+    "alpha": (lambda m, t: ("lora", m.transfer, "-o", t / "OUT", "--alpha", "inf"), 2, "inf is not a positive number"),
+    "dropout": (
+        lambda m, t: ("lora", m.transfer, "-o", t / "OUT", "--dropout", "nan"),
+        2,
+        "'--dropout'",
+    ),
+    "divergence": (
+        lambda m, t: ("lora", m.transfer, "-o", t / "OUT", "--steps", "4", "--grad-accum", "1", "--lr", "1e6"),
+        3,
+        "The training diverged: the training loss is nan",
+    ),
     "dtype": (lambda m, t: ("capture", m.teacher, m.text, "-o", t / "OUT", *CAPTURE, "--dtype", "fp8"), 2, "fp8"),
     "device": (
         lambda m, t: ("transfer", m.capture, "-o", t / "OUT", "--device", "tpu"),

@@ -14,20 +14,22 @@ import torch
 from lolcats_formats import Artifact, ConfigMismatch, Damaged, WrongKind
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers.training_args import ParallelMode
 
 import lolcats_cli.stages.lora as module
 from lolcats_cli.errors import BadInput, IdentityMismatch, Stopped, UsageError
-from lolcats_cli.stages import checkpoints
+from lolcats_cli.stages import checkpoints, lora_training
 from lolcats_cli.stages.capture import capture
 from lolcats_cli.stages.checkpoints import Checkpoints
 from lolcats_cli.stages.layer_training import TransferOptions
 from lolcats_cli.stages.lora import LoraOptions, lora
+from lolcats_cli.stages.lora_training import arguments
 from lolcats_cli.stages.models import load_any, load_student, maps_file
 from lolcats_cli.stages.transfer import transfer
 from lolcats_cli.student.build import as_teacher
-from lolcats_cli.teacher.data import DataOptions
-from lolcats_cli.teacher.load import LoadOptions
+from lolcats_cli.teacher.data import DataOptions, read_rows, split_rows
+from lolcats_cli.teacher.load import LoadOptions, load_tokenizer
 
 CPU = LoadOptions(device="cpu")
 QUICK = LoraOptions(steps=2, grad_accum=2, eval_steps=2, lr=1e-2)
@@ -266,6 +268,66 @@ def capture_of_other_tokenizer(pipeline: SimpleNamespace, root: Path) -> Path:
     (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text() + "\n")
     options = DataOptions(seq_len=64, samples=3)
     return capture(str(other), str(pipeline.text), root / "foreign", options=options, load=CPU).path
+
+
+@pytest.fixture(scope="module")
+def unequal(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, DataOptions]:
+    """Data whose rows have 6 to 44 tokens, and how it is read; 4 of 75 rows are for validation."""
+    path = tmp_path_factory.mktemp("unequal") / "rows.jsonl"
+    text = "two men saw a whale at home, then one white sail"
+    path.write_text("".join(json.dumps({"text": text[i % 4 : i % 4 + 5 + 7 * i % 39]}) + "\n" for i in range(75)))
+    return str(path), DataOptions(seq_len=48, pack=False)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4])
+def test_validation_is_the_mean_over_tokens(
+    pipeline: SimpleNamespace, unequal: tuple[str, DataOptions], tmp_path: Path, batch_size: int
+) -> None:
+    data, form = unequal
+    options = replace(QUICK, steps=1, lr=0.0, batch_size=batch_size)
+    trained = lora(pipeline.transfer, tmp_path / "l", options=options, data=data, data_options=form, load=CPU)
+    rows = split_rows(read_rows(data, load_tokenizer(pipeline.teacher), form), 0.05, options.seed)[1]
+    assert rows.valid is not None and len(set(rows.valid.sum(1).tolist())) > 1
+    student = load_student(Artifact.open(pipeline.transfer), pipeline.teacher, CPU).eval()
+    losses = []
+    for ids, valid in zip(rows.input_ids.long(), rows.valid, strict=True):
+        with torch.no_grad():
+            predictions = student(input_ids=ids[valid][None], use_cache=False).logits[0, :-1].log_softmax(-1)
+        losses += (-predictions.gather(1, ids[valid][1:, None])).flatten().tolist()
+    assert trained.summary["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+
+def test_one_device_whatever_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainer would take all of them, for a batch of 8 times the rows."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    assert TrainingArguments(str(tmp_path)).train_batch_size == 8 * 8
+    chosen = arguments(replace(QUICK, batch_size=3), torch.device("cuda", 1), str(tmp_path))
+    assert (chosen.n_gpu, chosen.train_batch_size, chosen.eval_batch_size) == (1, 3, 3)
+    assert chosen.device == torch.device("cuda", 1)
+    assert chosen.parallel_mode == ParallelMode.NOT_PARALLEL
+
+
+@pytest.mark.parametrize("changes", [{}, {"train_maps": True, "match": "teacher"}])
+def test_a_training_that_diverges_is_not_finished(pipeline: SimpleNamespace, tmp_path: Path, changes: dict) -> None:
+    options = replace(QUICK, steps=4, grad_accum=1, lr=1e6, **changes)
+    for _ in range(2):
+        with pytest.raises(BadInput, match=r"diverged: the \w+ loss is nan at step \d.*lower --lr \(it was 1e\+06\)"):
+            lora(pipeline.transfer, tmp_path / "l", options=options, load=CPU)
+        assert not (tmp_path / "l" / "manifest.json").exists()
+        assert (tmp_path / "l" / "progress.json").exists()
+    lora(pipeline.transfer, tmp_path / "l", options=QUICK, load=CPU, force=True).verify()
+
+
+def test_weights_that_are_not_finite_are_not_finished(
+    pipeline: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last step can break what every loss before it found in order."""
+    monkeypatch.setattr(lora_training.Reporter, "check", lambda *_: None)
+    with pytest.raises(BadInput, match=r"diverged: base_model.*lora_A.* holds NaN or infinity at step 4"):
+        lora(pipeline.transfer, tmp_path / "l", options=replace(QUICK, steps=4, grad_accum=1, lr=1e6), load=CPU)
+    assert not (tmp_path / "l" / "manifest.json").exists()
 
 
 def test_longer_rows_than_the_model_takes(pipeline: SimpleNamespace, tmp_path: Path) -> None:

@@ -1,0 +1,122 @@
+"""Several processes at one stage, as torchrun, accelerate or Slurm start them: rank 0 writes, all compute.
+
+They find each other by the environment that those launchers set: RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and
+MASTER_PORT. In a process that was started alone every function here does nothing, or answers for that one process.
+A process has one set of peers, so this is a module's state and not an object.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, TypeVar
+
+from lolcats_cli.errors import Stopped
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+T = TypeVar("T")
+
+PATIENCE = timedelta(hours=2)  # for the slowest rank, which may be hashing or loading a large teacher
+FAILED = "lolcats/failed"
+_store: Store | None = None  # what the ranks share beside their messages, while they are joined
+
+
+def size() -> int:
+    """How many processes there are."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+def rank() -> int:
+    """Which one this is, from 0."""
+    return int(os.environ["RANK"]) if size() > 1 else 0
+
+
+def local_rank() -> int:
+    """Which one this is on its machine, from 0: the number of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if size() > 1 else 0
+
+
+@contextmanager
+def joined(device: str) -> Iterator[None]:
+    """In this block the ranks are connected; they leave it together. `device` is "cpu" or "cuda".
+
+    Raises Stopped when another rank is gone, which the messages between them show.
+    """
+    global _store
+    if size() == 1:
+        yield
+        return
+    import torch
+    import torch.distributed as dist
+
+    if device == "cuda":
+        torch.cuda.set_device(local_rank())
+    _store, number, count = next(dist.rendezvous("env://", timeout=PATIENCE))
+    backend = "cuda:nccl,cpu:gloo" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, store=_store, rank=number, world_size=count, timeout=PATIENCE)
+    try:
+        yield
+        barrier()
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):  # gloo has no error of its own
+            raise Stopped("the loss of another rank") from error
+        raise
+    dist.destroy_process_group()
+    _store = None
+
+
+def first_failure(code: int) -> int | None:
+    """Tell the other ranks that this one ends with `code`; -> the code of the one that failed before it, if any.
+
+    One failure ends all ranks, each with an error of its own, and the first is the cause.
+    """
+    if _store is None:
+        return None
+    mine = f"{rank()} {code}"
+    try:
+        first = _store.compare_set(FAILED, "", mine).decode()
+    except RuntimeError:  # the rank that kept the store is gone
+        return None
+    return None if first == mine else int(first.split()[1])
+
+
+def share(make: Callable[[], T]) -> T:
+    """What `make` returns on rank 0, where alone it is called; every rank waits for it."""
+    if size() == 1:
+        return make()
+    import torch.distributed as dist
+
+    value = [make() if rank() == 0 else None]
+    dist.broadcast_object_list(value, src=0)
+    return value[0]  # type: ignore[return-value]
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    most(0)
+
+
+def most(value: int) -> int:
+    """The largest `value` of all ranks."""
+    if size() == 1:
+        return value
+    import torch
+    import torch.distributed as dist
+
+    found = torch.tensor(value)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return int(found)
+
+
+@contextmanager
+def one_first() -> Iterator[None]:
+    """Rank 0 goes through this block before the others do, who find what it has cached."""
+    if rank() > 0:
+        barrier()
+    yield
+    if rank() == 0:
+        barrier()

@@ -1,0 +1,347 @@
+"""The training behind `lora`: transformers' Trainer on one device or several ranks. Importing it takes seconds.
+
+Shapes: B batch, T time, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.nn.functional as F
+from lolcats_formats import ArtifactWriter
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+
+from lolcats_cli import ranks, stopping
+from lolcats_cli.errors import BadInput
+from lolcats_cli.progress import Advance, Progress
+from lolcats_cli.stages.checkpoints import Checkpoints
+from lolcats_cli.student.build import as_teacher, hybrid_modules
+from lolcats_cli.teacher.data import Rows
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from lolcats_cli.stages.lora import LoraOptions
+    from lolcats_cli.student.attention import HybridAttention
+
+IGNORED = -100  # the label of a token that is not predicted
+
+
+def train(
+    model: PeftModel,
+    splits: dict[str, Rows],
+    options: LoraOptions,
+    device: torch.device,
+    writer: ArtifactWriter | None,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Train what requires gradients, from the last checkpoint on; -> {"initial_loss", "loss", "steps"}.
+
+    writer: of the artifact, on rank 0; None on the others. Raises BadInput for a training that diverges.
+    """
+    scratch, saved = ranks.share(lambda: _resume_state(cast(ArtifactWriter, writer)))
+    settings = arguments(options, device, scratch)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # where Trainer's libraries put what they make
+    trainer = (StudentTrainer if options.match == "text" else Distiller)(
+        model=model,
+        args=settings,
+        train_dataset=TokenRows(splits["train"]),
+        eval_dataset=TokenRows(splits["validation"]),
+    )
+    trainer.remove_callback(PrinterCallback)
+    maps = hybrid_modules(model.get_base_model()) if options.train_maps else []
+    reporter = Reporter(writer, options, trainer.order, maps)
+    trainer.add_callback(reporter)
+    if saved is None:
+        trainer.evaluate()
+    else:
+        reporter.load(Path(saved))
+    steps_per_epoch = math.ceil(len(splits["train"]) / (options.batch_size * options.grad_accum))
+    total = options.steps or options.epochs * steps_per_epoch
+    with progress.task("lora", total, "steps") as advance, stopping.deferred():
+        reporter.advance = advance
+        trainer.train(resume_from_checkpoint=saved)
+    if reporter.evaluated != trainer.state.global_step:
+        trainer.evaluate()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not parameter.isfinite().all():
+            raise diverged(f"{name} holds NaN or infinity", trainer.state.global_step, options)
+    progress.note(f"validation loss {reporter.initial:.3f} -> {reporter.loss:.3f} nats per token")
+    return {"initial_loss": reporter.initial, "loss": reporter.loss, "steps": trainer.state.global_step}
+
+
+def _resume_state(writer: ArtifactWriter) -> tuple[str, str | None]:
+    """(the folder for checkpoints, the checkpoint to go on from)."""
+    saved = writer.restart()
+    return str(writer.scratch), None if saved is None else str(saved)
+
+
+def diverged(what: str, step: int, options: LoraOptions) -> BadInput:
+    """The error for a training that has gone wrong."""
+    return BadInput(
+        f"The training diverged: {what} at step {step}. Begin anew with --force and a lower --lr (it was "
+        f"{options.lr:g}), or more rows per step (--grad-accum)."
+    )
+
+
+@dataclass
+class Arguments(TrainingArguments):
+    """Trainer's settings with one device: it would take every GPU that it sees, and multiply the batch by them.
+
+    only_device: this process's; None in one of several ranks, which have one each anyway.
+    """
+
+    only_device: str | None = None
+
+    @property
+    def n_gpu(self) -> int:
+        return min(super().n_gpu, 1)
+
+    @property
+    def device(self) -> torch.device:
+        device = super().device  # sets the rest up
+        return device if self.only_device is None else torch.device(self.only_device)
+
+
+def arguments(options: LoraOptions, device: torch.device, scratch: str) -> Arguments:
+    """Trainer's settings for this process; `scratch` is the folder for its checkpoints."""
+    batch_size, grad_accum = options.share(ranks.size())
+    return Arguments(
+        output_dir=scratch,
+        only_device=str(device) if ranks.size() == 1 else None,
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=options.batch_size,
+        gradient_accumulation_steps=grad_accum,
+        num_train_epochs=options.epochs,
+        max_steps=-1 if options.steps is None else options.steps,
+        learning_rate=options.lr,
+        lr_scheduler_type={"plateau": "reduce_lr_on_plateau"}.get(options.schedule, options.schedule),
+        weight_decay=0.0,
+        max_grad_norm=options.clip,
+        eval_strategy="steps",
+        eval_steps=options.eval_steps,
+        logging_steps=1,  # Trainer's own mean over more steps would not survive a resume
+        logging_nan_inf_filter=False,  # it would hide that the training diverges
+        save_strategy="no",  # the reporter says when
+        report_to="none",
+        disable_tqdm=True,
+        seed=options.seed,
+        use_cpu=device.type == "cpu",
+        dataloader_pin_memory=False,
+    )
+
+
+class TokenRows(Dataset):
+    """Rows as the Trainer takes them: labels are the tokens themselves; padding is not predicted, nor a first token.
+
+    The row after the last is one of which nothing is predicted.
+    """
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        blank = index == len(self.rows)
+        row = 0 if blank else index
+        ids = self.rows.input_ids[row].long()
+        predicted = torch.full(ids.shape, not blank)
+        predicted[0] = False
+        if self.rows.valid is None:
+            return {"input_ids": ids, "labels": ids.where(predicted, IGNORED)}
+        valid = self.rows.valid[row]
+        return {
+            "input_ids": ids,
+            "attention_mask": valid.long(),
+            "labels": ids.where(predicted & valid, IGNORED),
+        }
+
+
+class Order(Sampler[int]):
+    """The numbers of all rows, once each, and blank rows after them, until every rank has as many batches.
+
+    seed: shuffles, anew in each epoch; the order is the same for any number of ranks. None: as they come.
+    """
+
+    def __init__(self, rows: int, batch_size: int, seed: int | None) -> None:
+        whole = batch_size * ranks.size() if ranks.size() > 1 else 1
+        self.rows, self.blank, self.seed, self.epoch = rows, -rows % whole, seed, 0
+
+    def __len__(self) -> int:
+        return self.rows + self.blank
+
+    def __iter__(self) -> Iterator[int]:
+        if self.seed is None:
+            yield from range(self.rows)
+        else:
+            generator = torch.Generator().manual_seed(self.seed + self.epoch)
+            yield from torch.randperm(self.rows, generator=generator).tolist()
+        yield from [self.rows] * self.blank
+
+
+def _negative_log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
+    """Summed over the predicted tokens: logits [B, T, V], labels [B, T]."""
+    flat = logits[:, :-1].float().flatten(0, 1)
+    return F.cross_entropy(flat, labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+def _text_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
+    """This batch's part of the mean over all tokens that one optimizer step predicts, on all ranks."""
+    return _negative_log_likelihood(outputs.logits, labels) / num_items_in_batch
+
+
+class StudentTrainer(Trainer):
+    """Trainer whose losses are means over tokens, however the rows are spread over batches and ranks."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs, compute_loss_func=_text_loss)
+        self.order = Order(len(kwargs["train_dataset"]), self.args.train_batch_size, self.args.seed)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Order:
+        return self.order
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Order:
+        return Order(len(eval_dataset), self.args.eval_batch_size, None)
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Trainer's own takes the mean of the batches' means."""
+        model = cast("PeftModel", self.model).eval()
+        total, count = 0.0, 0
+        with torch.no_grad():
+            for batch in dataloader:
+                inputs = self._prepare_inputs(batch)
+                labels = inputs.pop("labels")
+                total += _negative_log_likelihood(model(**inputs, use_cache=False).logits, labels).item()
+                count += int((labels[:, 1:] != IGNORED).sum())
+        both = self.accelerator.reduce(torch.tensor([total, count], dtype=torch.float64, device=self.args.device))
+        loss = (both[0] / both[1]).item()
+        metrics = {f"{metric_key_prefix}_loss": loss}
+        return EvalLoopOutput(None, None, metrics, len(dataloader.dataset))  # type: ignore[arg-type]  # no predictions
+
+
+class Distiller(StudentTrainer):
+    """Trains on the teacher's predictions: the mean over tokens of KL(teacher || student). The teacher is the same
+    weights, as they were. Validation stays next-token cross-entropy."""
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        real = inputs["labels"][:, 1:] != IGNORED
+        given = {name: value for name, value in inputs.items() if name != "labels"} | {"use_cache": False}
+        student = cast("PeftModel", self.model)
+        with torch.no_grad(), as_teacher(student):
+            wanted = student(**given).logits[:, :-1][real].float().log_softmax(-1)
+        found = model(**given).logits[:, :-1][real].float().log_softmax(-1)
+        loss = F.kl_div(found, wanted, reduction="sum", log_target=True) / cast(Tensor, num_items_in_batch)
+        return loss * ranks.size()  # the ranks' gradients are averaged
+
+
+class Reporter(TrainerCallback):
+    """Trainer's events, into our metrics, progress and checkpoints; and the end of a training that diverges.
+
+    `initial` and `loss` are the first and the last validation's, the latter after `evaluated` steps; `losses` are
+    the training losses since the last event.
+    """
+
+    def __init__(
+        self, writer: ArtifactWriter | None, options: LoraOptions, order: Order, maps: list[HybridAttention]
+    ) -> None:
+        self.writer, self.options, self.order, self.maps = writer, options, order, maps
+        self.checkpoints = None if writer is None else Checkpoints(writer)
+        self.advance: Advance = lambda done=1, **figures: None
+        self.initial, self.loss, self.evaluated = math.nan, math.nan, -1
+        self.losses: list[float] = []
+        self.since = 0.0  # when the work that precedes a save ended
+
+    def load(self, folder: Path) -> None:
+        """Continue from a checkpoint: our part of it."""
+        vars(self).update(json.loads((folder / "reporter.json").read_text()))
+        for hybrid in self.maps:
+            hybrid.load_state_dict(load_file(folder / f"maps-{hybrid.layer_idx}.safetensors"))
+
+    def log(self, **event: Any) -> None:
+        if self.writer is not None:
+            self.writer.log(**event)
+
+    def check(self, what: str, loss: float, step: int) -> None:
+        if not math.isfinite(loss):
+            raise diverged(f"the {what} loss is {loss}", step, self.options)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.advance(state.global_step)
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.order.epoch = int(state.epoch)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        due = self.checkpoints is not None and self.checkpoints.due()
+        agreed = ranks.most(2 if stopping.requested() else int(due))
+        if agreed == 2:
+            stopping.request("a signal to another rank")
+        # Not at the end: Trainer resumed there would go on, and what is left takes seconds.
+        control.should_save = state.global_step < state.max_steps and agreed > 0
+        self.advance(1)
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.evaluated, self.loss = state.global_step, kwargs["metrics"]["eval_loss"]
+        self.check("validation", self.loss, self.evaluated)
+        if self.evaluated == 0:
+            self.initial = self.loss
+        self.log(event="validation", step=self.evaluated, loss=self.loss)
+        self.since = time.monotonic()
+
+    def on_log(self, args, state, control, **kwargs):
+        logs = kwargs["logs"]
+        if "loss" in logs:
+            self.check("training", logs["loss"], state.global_step)
+            self.losses.append(logs["loss"])
+            self.advance(0, loss=logs["loss"])
+            if state.global_step % self.options.eval_steps == 0:
+                mean = sum(self.losses) / len(self.losses)
+                self.log(event="train", step=state.global_step, loss=mean, lr=logs["learning_rate"])
+                self.losses = []
+            self.since = time.monotonic()
+
+    def on_save(self, args, state, control, **kwargs):
+        ranks.barrier()  # every rank has written its random numbers
+        try:
+            if self.checkpoints is not None:
+                self._record(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.checkpoints)
+        finally:
+            ranks.barrier()
+        stopping.check()
+
+    def _record(self, folder: Path, checkpoints: Checkpoints) -> None:
+        for name in ("training_args.bin", "README.md"):  # a pickle that nobody reads; a template
+            (folder / name).unlink(missing_ok=True)
+        numbers = {name: getattr(self, name) for name in ("initial", "loss", "evaluated", "losses")}
+        (folder / "reporter.json").write_text(json.dumps(numbers))
+        for hybrid in self.maps:
+            tensors = {name: tensor.cpu() for name, tensor in hybrid.state_dict().items()}
+            save_file(tensors, folder / f"maps-{hybrid.layer_idx}.safetensors")
+        checkpoints.record(folder, self.since)
