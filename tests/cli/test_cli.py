@@ -477,7 +477,8 @@ def test_resume_and_force(pipeline: SimpleNamespace, invoke, tmp_path: Path, sta
     command = list(stage_commands(pipeline)[stage])
     out = tmp_path / "OUT"
     command[command.index("-o") + 1] = out
-    change = {"merge": ["--max-shard-size", "0.5"]}.get(stage, ["--lr" if stage == "lora" else "--seed", "1"])
+    changes = {"merge": ["--max-shard-size", "0.5"], "lora": ["--lr", "2e-2"]}
+    change = changes.get(stage, ["--seed", "1"])
     result = invoke(*command, "--resume", "required")
     assert (result.code, result.out) == (3, "")
     assert "nothing to resume" in result.err
