@@ -30,7 +30,7 @@ from .limits import (
 if TYPE_CHECKING:
     import torch
 
-# Files whose SHA-256 was found right in this process: (path, device, inode, size, mtime in ns, SHA-256).
+# Files whose SHA-256 was found right in this process: (path, device, inode, size, mtime and ctime in ns, SHA-256).
 _verified: set[tuple[Any, ...]] = set()
 
 
@@ -139,7 +139,7 @@ class Artifact:
             raise FormatError(f"{self.path} (a {self.kind} artifact) was not made from a {kind} artifact")
         recorded = Path(entry["path"])
         for place in (recorded, self.path.absolute().parent / recorded.name):
-            with contextlib.suppress(FormatError):
+            with contextlib.suppress(OSError, ValueError):  # nothing there, or no path at all
                 artifact = Artifact.open(place, kind)
                 if artifact.id == entry["id"]:
                     return artifact
@@ -162,6 +162,16 @@ class Artifact:
 
         `progress` is called with the number of bytes just read, one call at a time.
         """
+        problems = self._problems(progress)
+        problems += [f"{self.path / name} is not part of the artifact" for name in unlisted(self.path, self.files)]
+        _raise(problems)
+
+    def check_all(self) -> None:
+        """Reads every byte of the listed files, whatever lies beside them; raises Damaged naming those that differ."""
+        _raise(self._problems(None))
+
+    def _problems(self, progress: Callable[[int], None] | None) -> list[str]:
+        """What is wrong with the listed files, one sentence each."""
         mutex, stop = threading.Lock(), threading.Event()
 
         def advance(count: int) -> None:
@@ -192,11 +202,7 @@ class Artifact:
                 stop.set()
                 pool.shutdown(cancel_futures=True)
                 raise
-        problems = [text for name in sorted(found) if (text := found[name])]
-        problems += [f"{self.path / name} is not part of the artifact" for name in unlisted(self.path, self.files)]
-        if problems:
-            more = f" (and {len(problems) - 3} more problems)" if len(problems) > 3 else ""
-            raise Damaged("; ".join(problems[:3]) + more)
+        return [text for name in sorted(found) if (text := found[name])]
 
     def _check_content(self, name: str) -> None:
         if name.endswith(".safetensors"):
@@ -306,6 +312,12 @@ def _regular_size(root: Path, name: str, checked: set[Path]) -> int:
     return status.st_size
 
 
+def _raise(problems: list[str]) -> None:
+    if problems:
+        more = f" (and {len(problems) - 3} more problems)" if len(problems) > 3 else ""
+        raise Damaged("; ".join(problems[:3]) + more)
+
+
 def _check_hash(path: Path, entry: dict[str, Any], advance: Callable[[int], None]) -> None:
     if hash_file(path, advance) != (entry["size"], entry["sha256"]):
         raise Damaged(
@@ -316,7 +328,7 @@ def _check_hash(path: Path, entry: dict[str, Any], advance: Callable[[int], None
 
 def _stamp(path: Path) -> tuple[int, ...]:
     status = os.stat(path)
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _no_manifest(path: Path) -> NotAnArtifact:

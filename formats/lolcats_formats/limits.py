@@ -7,7 +7,7 @@ import re
 from .errors import Damaged
 
 FORMAT = "lolcats-artifact"
-VERSION = "1.1"
+VERSION = "1.2"
 SUPPORTED_MAJOR = 1
 KINDS = ("capture", "transfer", "lora", "student")
 # Which command makes an artifact of a kind, for messages.

@@ -36,7 +36,10 @@ def check(document: dict[str, Any], name: str, where: str) -> None:
     if error is None:
         return
     place = ".".join(str(part) for part in error.absolute_path)[:200] or "the top level"
-    raise Damaged(f"{where}: {place}: {error.message[:300]}")
+    said = error.message
+    if error.validator == "pattern" and "description" in error.schema:
+        said = f"{error.instance!r} {error.schema['description']}"
+    raise Damaged(f"{where}: {place}: {said[:300]}")
 
 
 @functools.cache

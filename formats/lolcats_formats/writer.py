@@ -325,15 +325,17 @@ class ArtifactWriter:
         beside = target.with_name(f".{target.name}{REPLACEMENT_SUFFIX}")
         aside = atomic.temporary(target)  # of an exchange that the system could not do at once
         replaced = [d for d in (aside, beside) if target.exists() and d.is_dir() and not (d / PROGRESS).exists()]
-        if replaced:  # by a run that died tidying up
-            for folder in replaced:
+        for folder in replaced:
+            with DirectoryLock(folder):  # else another writer is about to begin there
                 shutil.rmtree(folder)
-            if (target / PROGRESS).exists():
+        finished = os.path.lexists(target / MANIFEST)
+        if replaced and finished and (target / PROGRESS).exists():  # of a run that died tidying up
+            with DirectoryLock(target):
                 atomic.remove(target / PROGRESS)
-                with contextlib.suppress(ConfigMismatch):
-                    if self._find_finished():
-                        return
-        if os.path.lexists(target / MANIFEST):
+            with contextlib.suppress(ConfigMismatch):
+                if self._find_finished():
+                    return
+        if finished:
             where = str(target / MANIFEST)
             if parse(read_small(target / MANIFEST), where).get("format") != FORMAT:
                 raise NotAnArtifact(f"{where} is not of a lolcats artifact; choose another output directory")
@@ -346,8 +348,11 @@ class ArtifactWriter:
         the newer of the two."""
         if self._replaces is not None:
             beside, self.path = self.path, self._replaces
-            if self.path.exists():
+            if (self.path / MANIFEST).exists():
                 atomic.exchange(beside, self.path)
+            elif self.path.exists():  # what was to be replaced is gone, and maybe another writer has begun there
+                with DirectoryLock(self.path):
+                    atomic.exchange(beside, self.path)
             else:
                 atomic.rename(beside, self.path)
             if self._lock is not None:
@@ -403,12 +408,12 @@ class ArtifactWriter:
             if "checkpoint" in found:
                 self._record["checkpoint"] = found["checkpoint"]
             self._by_lower = {name.lower(): name for name in found["files"]}
-        self._clear_scratch()
         for name in list(walk(self.path)):
             if (self.path / name).is_symlink():
                 raise Damaged(f"{self.path / name} is a link, which could lead out of the artifact; remove it")
             if name.endswith(TEMPORARY_SUFFIX):
                 os.unlink(self.path / name)
+        self._clear_scratch()
         self._cut_metrics()
         self._write_progress()
 

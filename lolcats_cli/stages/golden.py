@@ -19,11 +19,11 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 from transformers.utils.logging import disable_progress_bar
 
-from lolcats_cli.errors import BadInput
+from lolcats_cli.errors import BadInput, LolcatsError, is_out_of_memory
 from lolcats_cli.stages.disk import check_space
 from lolcats_cli.student.merged import student_class
 from lolcats_cli.teacher import identity
-from lolcats_cli.teacher.load import load_tokenizer, model_limit
+from lolcats_cli.teacher.load import first_line, load_tokenizer, model_limit
 
 PROMPTS = (
     "The sea was calm that morning, and nobody on board had slept. The captain counted the boats twice, then again",
@@ -39,13 +39,20 @@ def golden(folder: Path, scratch: Path) -> dict[str, Tensor]:
     """The golden logits of the student in `folder`: `input_ids` [P, T] and the `logits` [P, V] after the last of them.
 
     scratch: where weights are laid out anew of models whose modules hold them in another form than their files do.
+    Raises BadInput if they are no numbers.
     """
     config = student_class(folder).config_class.from_pretrained(folder)
     length = config.lolcats["hybrid"]["window"] + BEYOND
     length = min(length, model_limit(config) or length)
     prompts = _tokens(folder, config.get_text_config().vocab_size)
     input_ids = torch.tensor([(ids * length)[:length] for ids in prompts])
-    return {"input_ids": input_ids, "logits": _logits(folder, input_ids, scratch)[0]}
+    logits = _logits(folder, input_ids, scratch)[0]
+    if not logits.isfinite().all():
+        raise BadInput(
+            f"The student in {folder} answers two prompts with NaN or infinity, so it is not finished: its weights "
+            "overflow, or the training diverged. Train again with a lower --lr."
+        )
+    return {"input_ids": input_ids, "logits": logits}
 
 
 def check(artifact: Artifact) -> float:
@@ -56,8 +63,13 @@ def check(artifact: Artifact) -> float:
     found = artifact.load(GOLDEN)
     where = artifact.path / GOLDEN
     input_ids, expected = _checked(found, where)
-    with tempfile.TemporaryDirectory() as scratch:
-        logits, dtype = _logits(artifact.path, input_ids, Path(scratch))
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            logits, dtype = _logits(artifact.path, input_ids, Path(scratch))
+    except Exception as problem:
+        if isinstance(problem, LolcatsError) or is_out_of_memory(problem):
+            raise
+        raise BadInput(f"The student in {artifact.path} cannot be run here: {first_line(problem)}") from problem
     if logits.shape != expected.shape:
         raise BadInput(f"{where} is of a vocabulary of {expected.shape[1]}; the student has {logits.shape[1]}.")
     error = ((logits - expected).square().mean().sqrt() / expected.std()).item()

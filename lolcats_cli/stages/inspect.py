@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lolcats_formats import Artifact, FormatError
+from lolcats_formats import Artifact
 
 from lolcats_cli.errors import UsageError
 
@@ -51,7 +51,7 @@ def describe_lineage(artifact: Artifact) -> list[dict[str, Any]]:
 def _is_there(entry: dict[str, Any]) -> bool:
     try:
         return Artifact.open(entry["path"], entry["kind"]).id == entry["id"]
-    except (FormatError, OSError):
+    except (OSError, ValueError):  # nothing there, or no path at all
         return False
 
 

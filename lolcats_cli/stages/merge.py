@@ -6,7 +6,6 @@ them (`…self_attn.hybrid.*`, fp32), the code that computes them, configuration
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from contextlib import ExitStack, suppress
@@ -23,16 +22,24 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lolcats_cli import __version__, stopping
-from lolcats_cli.errors import BadInput, IdentityMismatch, UsageError
+from lolcats_cli.errors import BadInput, IdentityMismatch, LolcatsError, UsageError, is_out_of_memory
 from lolcats_cli.progress import Progress
 from lolcats_cli.stages import golden
 from lolcats_cli.stages.disk import check_space, human
-from lolcats_cli.stages.models import check_finite, kept_config, kept_layers, maps_file, teacher_folder
+from lolcats_cli.stages.models import (
+    check_finite,
+    kept_config,
+    kept_layers,
+    load_adapter,
+    maps_file,
+    teacher_folder,
+)
 from lolcats_cli.student import export
 from lolcats_cli.student.build import check_servable, model_heads
 from lolcats_cli.student.fold import Adapter
 from lolcats_cli.student.mixin import attention_modules
 from lolcats_cli.teacher import identity
+from lolcats_cli.teacher.load import first_line
 
 MAX_SHARD_BYTES = 5_000_000_000
 FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -160,10 +167,7 @@ def _plan(artifact: Artifact, folder: Path) -> _Plan:
     kept = kept_layers(artifact)
     layers = [layer for layer in range(len(modules)) if layer not in kept]
     maps = _map_tensors(artifact, modules, layers, HybridMaps(hybrid, num_heads, head_dim))
-    for name in artifact.files:
-        if name.startswith("adapter/"):
-            artifact.check(name)
-    adapter = Adapter(artifact.path / "adapter") if artifact.kind == "lora" else None
+    adapter = load_adapter(artifact) if artifact.kind == "lora" else None
     for name in sorted(adapter.weights if adapter else ()):
         if name not in weights:
             raise BadInput(f"The adapter changes {name}, which the teacher's weights in {folder} do not hold.")
@@ -220,8 +224,10 @@ def _structure(folder: Path) -> tuple[list[str], int, int, set[str]]:
         check_servable(model)
         names = {id(module): name for name, module in model.named_modules()}
         modules = [names[id(module)] for module in attention_modules(model)]
-    except (OSError, ValueError, KeyError) as error:
-        raise BadInput(f"transformers cannot build the model in {folder}: {str(error).splitlines()[0]}") from error
+    except Exception as error:
+        if isinstance(error, LolcatsError) or is_out_of_memory(error):
+            raise
+        raise BadInput(f"transformers cannot build the model in {folder}: {first_line(error)}") from error
     tied = model.all_tied_weights_keys if model.config.get_text_config().tie_word_embeddings else {}
     return modules, *model_heads(model), set(tied) | set(tied.values())
 
@@ -261,7 +267,7 @@ def _write_model_files(writer: ArtifactWriter, plan: _Plan, artifact: Artifact) 
     writer.write_json("config.json", config)
     generation = plan.teacher / "generation_config.json"
     if generation.is_file():
-        writer.write_json("generation_config.json", export.generation_config(json.loads(generation.read_text())))
+        writer.write_json("generation_config.json", export.generation_config(identity.read_object(generation)))
     for name, text in export.code_files(*plan.classes, plan.config["model_type"]).items():
         writer.write_text(name, text)
     copied = identity.tokenizer_files(plan.teacher)
@@ -292,7 +298,7 @@ def _tokenizer_config(teacher: Path) -> dict[str, Any] | None:
     path = teacher / "tokenizer_config.json"
     if not path.is_file():
         return None
-    config = json.loads(path.read_text())
+    config = identity.read_object(path)
     if "auto_map" in config:
         raise BadInput(f"{path} brings code of its own (auto_map), which a merged folder cannot carry yet.")
     try:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from lolcats_cli.errors import BadInput
 from lolcats_cli.student.build import linearize
+from lolcats_cli.student.fold import CONFIG_FILE, WEIGHTS_FILE, Adapter
 from lolcats_cli.teacher import identity
 from lolcats_cli.teacher.attention import AttentionSpec
 from lolcats_cli.teacher.load import LoadOptions, load_model, load_tokenizer, resolve_folder
@@ -73,6 +76,28 @@ def check_finite(file: Path, tensors: Mapping[str, Tensor]) -> None:
             raise BadInput(f"{file}: {name} holds NaN or infinity. Train the layer again, with a lower --lr.")
 
 
+def load_adapter(artifact: Artifact) -> Adapter:
+    """The adapter of a LoRA artifact, its bytes checked. Raises `BadInput` if it cannot be folded."""
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        artifact.check(f"adapter/{name}")
+    return Adapter(artifact.path / "adapter")
+
+
+@contextmanager
+def listed_files(artifact: Artifact) -> Iterator[Path]:
+    """While open, a folder with the artifact's files and no others, every byte checked.
+
+    Libraries use what lies in a model folder: an adapter beside the weights, a template, code.
+    """
+    artifact.check_all()
+    with tempfile.TemporaryDirectory(prefix="lolcats-") as folder:
+        for name in artifact.files:
+            link = Path(folder) / name
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to((artifact.path / name).absolute())
+        yield Path(folder)
+
+
 def load_student(artifact: Artifact, folder: Path, load: LoadOptions) -> PreTrainedModel:
     """The teacher in `folder` with the artifact's hybrid attentions (and without its adapter, if it has one)."""
     layers = {i: maps_file(i) for i in range(len(artifact.teacher["layers"])) if maps_file(i) in artifact.files}
@@ -83,7 +108,10 @@ def load_student(artifact: Artifact, folder: Path, load: LoadOptions) -> PreTrai
 
 
 def load_any(path: str, load: LoadOptions, *, teacher: str | None = None, revision: str | None = None) -> Loaded:
-    """Load what `path` is. `teacher` replaces the recorded folder of an artifact's teacher."""
+    """Load what `path` is. `teacher` replaces the recorded folder of an artifact's teacher.
+
+    Of a student, only the files that its manifest lists are used, and no code that it brings along is run.
+    """
     if not any((Path(path) / name).is_file() for name in ("manifest.json", "progress.json")):
         folder = resolve_folder(path, revision)
         return Loaded(load_model(folder, load), load_tokenizer(folder, load.trust_remote_code), "teacher")
@@ -92,12 +120,11 @@ def load_any(path: str, load: LoadOptions, *, teacher: str | None = None, revisi
     if artifact.kind == "student":
         from lolcats_cli.student.merged import load_merged
 
-        return Loaded(load_merged(artifact.path, load), load_tokenizer(artifact.path), "student", layers)
+        with listed_files(artifact) as folder:
+            merged = load_merged(folder, replace(load, trust_remote_code=False))
+            return Loaded(merged, load_tokenizer(folder), "student", layers)
     folder = teacher_folder(artifact, teacher)
     model = load_student(artifact, folder, load)
     if artifact.kind == "lora":
-        from peft import PeftModel
-
-        artifact.verify()
-        model = PeftModel.from_pretrained(model, artifact.path / "adapter").merge_and_unload()
+        load_adapter(artifact).fold_into(model)
     return Loaded(model, load_tokenizer(folder, load.trust_remote_code), artifact.kind, layers)

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
+import os
 import re
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from lolcats_formats import Artifact, ArtifactWriter
@@ -29,10 +30,12 @@ from lolcats_cli.progress import Progress
 from lolcats_cli.stages.capture import describe_teacher
 from lolcats_cli.stages.models import check_finite, kept_config, maps_file, teacher_folder
 from lolcats_cli.student.build import check_servable
-from lolcats_cli.teacher.load import LoadOptions, load_model, resolve_folder
+from lolcats_cli.teacher.load import LoadOptions, first_line, load_model, resolve_folder
 from lolcats_cli.teacher.record import probe
 
-_MAP = re.compile(r"(?:^|\.)layers\.(\d+)\.self_attn\.(?:feature_map_([qk])\.mlp\.(layer|bias)|(window_factors))$")
+MAX_NAME = 240  # characters of a tensor's name
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_MAP = re.compile(r"(?:^|\.)layers\.(\d{1,5})\.self_attn\.(?:feature_map_([qk])\.mlp\.(layer|bias)|(window_factors))$")
 _LORA = re.compile(r"^(?:base_model\.model\.)?(.+)\.(lora_[AB])(?:\.default)?\.weight$")
 
 
@@ -132,7 +135,7 @@ def import_adapter(
             raise BadInput(f"{checkpoint} holds {name}, which is not a weight of a LoRA adapter.")
         pairs.setdefault(match[1], {})[match[2]] = tensor.contiguous()
     ranks = {pair["lora_A"].shape[0] for pair in pairs.values() if "lora_A" in pair}
-    if len(ranks) != 1 or any(pair.keys() != {"lora_A", "lora_B"} for pair in pairs.values()):
+    if len(ranks) != 1 or 0 in ranks or any(pair.keys() != {"lora_A", "lora_B"} for pair in pairs.values()):
         raise BadInput(f"{checkpoint} does not hold LoRA's A and B, of one rank, for every module.")
     _check_adapter(checkpoint, folder, pairs)
     rank = ranks.pop()
@@ -161,7 +164,7 @@ def import_adapter(
         writer.save("adapter/adapter_model.safetensors", tensors)
         writer.write_json("adapter/adapter_config.json", _adapter_config(config))
         progress.note(f"{checkpoint}: LoRA of rank {rank} on {len(pairs)} modules")
-        return writer.finish({"layers": parent.summary["layers"]})
+        return writer.finish({"layers": parent.summary.get("layers", {})})
 
 
 def holds_adapter(checkpoint: Path) -> bool:
@@ -170,20 +173,52 @@ def holds_adapter(checkpoint: Path) -> bool:
 
 
 def _read(checkpoint: Path) -> tuple[dict[str, Tensor], str]:
-    """The trained weights and the file's SHA-256."""
+    """The trained weights, in floats of at most 32 bits, and the file's SHA-256."""
     try:
         with checkpoint.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             file.seek(0)
+            _check_stored(file)
+            file.seek(0)
             content: Any = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise BadInput(f"{checkpoint} is not a checkpoint of tensors alone: {reason}") from error
+            size = file.seek(0, os.SEEK_END)
+    except Exception as error:  # what a file can make an unpickler raise has no end
+        raise BadInput(f"{checkpoint} is not a checkpoint of tensors alone: {first_line(error)}") from error
     weights = content.get("model_state_dict", content) if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not weights or not all(isinstance(x, Tensor) for x in weights.values()):
         raise BadInput(f"{checkpoint} holds no model_state_dict of tensors, as the LoLCATs authors' code saves one.")
+    weights = {_name(checkpoint, name): _floats(checkpoint, name, x, size) for name, x in weights.items()}
     check_finite(checkpoint, weights)
     return weights, digest
+
+
+def _check_stored(file: BinaryIO) -> None:
+    """Raise ValueError for a zip file whose records would grow: torch stores them as they are."""
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as records:
+            if any(record.compress_type != zipfile.ZIP_STORED for record in records.infolist()):
+                raise ValueError("its records are compressed, as torch.save does not")
+
+
+def _name(checkpoint: Path, name: object) -> str:
+    if not isinstance(name, str) or len(name) > MAX_NAME:
+        raise BadInput(f"{checkpoint} names a tensor {str(name)[:80]!r}: no text, or more than {MAX_NAME} characters.")
+    return name
+
+
+def _floats(checkpoint: Path, name: str, tensor: Tensor, size: int) -> Tensor:
+    """The tensor; in fp32 if it has 64 bits. Raises BadInput for another sort of tensor than weights are.
+
+    size: bytes of the file, which a tensor that repeats its numbers could exceed without end.
+    """
+    plain = tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized and tensor.ndim > 0
+    if not plain or tensor.dtype not in FLOATS or tensor.nbytes > size:
+        raise BadInput(
+            f"{checkpoint}: {name} is not a tensor of weights ({str(tensor.dtype).removeprefix('torch.')}, "
+            f"{list(tensor.shape)}, {str(tensor.layout).removeprefix('torch.')})."
+        )
+    tensor = tensor.detach()
+    return tensor.float() if tensor.dtype == torch.float64 else tensor
 
 
 def _state(checkpoint: Path, layer: int, maps: dict[str, Tensor], like: HybridMaps) -> dict[str, Tensor]:
@@ -211,11 +246,14 @@ def _state(checkpoint: Path, layer: int, maps: dict[str, Tensor], like: HybridMa
 def _check_adapter(checkpoint: Path, folder: Path, pairs: dict[str, dict[str, Tensor]]) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with torch.device("meta"):
-        modules = dict(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).named_modules())
+    try:
+        with torch.device("meta"):
+            modules = dict(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).named_modules())
+    except Exception as error:
+        raise BadInput(f"transformers cannot build the model in {folder}: {first_line(error)}") from error
     for name, pair in pairs.items():
         shape = tuple(getattr(getattr(modules.get(name), "weight", None), "shape", ()))
-        if shape != (pair["lora_B"].shape[0], pair["lora_A"].shape[-1]):
+        if any(part.ndim != 2 for part in pair.values()) or shape != (len(pair["lora_B"]), pair["lora_A"].shape[1]):
             raise IdentityMismatch(f"{checkpoint} changes {name}, which the teacher in {folder} has not, or otherwise.")
 
 

@@ -9,7 +9,6 @@ Shapes: r rank, I input features, O output features.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from pathlib import Path
@@ -17,10 +16,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from lolcats_cli.errors import BadInput
+from lolcats_cli.teacher.identity import read_object
 
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 # Fields that do not change what the stored tensors mean.
 NEUTRAL = {
@@ -43,6 +44,11 @@ UNDERSTOOD = {
 PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 BLOCK_ELEMENTS = 2**18  # folded at a time: in fp32 they stay in the processor's cache, a whole weight would not
 FOLDABLE = (torch.float32, torch.bfloat16, torch.float16)
+MAX_RANK, MAX_ALPHA = 65536, 1e9
+SWITCHES = ("use_rslora", "use_dora", "fan_in_fan_out")
+# The keys of rank_pattern and alpha_pattern that are taken: a module's name, or the end of it at a dot. PEFT takes any
+# regular expression, and one from a file could run for ever.
+_NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)
 
 
 class Adapter:
@@ -54,20 +60,24 @@ class Adapter:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config = _read_config(folder)
-        path = folder / "adapter_model.safetensors"
+        path = folder / WEIGHTS_FILE
         try:
             with safe_open(path, framework="pt") as file:
                 self._tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise BadInput(f"{path} cannot be read ({error}). Adapters are read as safetensors only.") from error
         self.modules = self._by_module()
+        self._scales = {module: self._scaling(module) for module in self.modules}
+        for name, tensor in self._tensors.items():
+            if not tensor.is_floating_point() or not tensor.isfinite().all():
+                raise BadInput(f"{path}: {name} holds NaN, infinity or no floating point. Train it with a lower --lr.")
 
     @property
     def weights(self) -> set[str]:
         """The names of the weights that change, as the model's state dict has them."""
         return {f"{module}.weight" for module in self.modules}
 
-    def scaling(self, module: str) -> float:
+    def _scaling(self, module: str) -> float:
         """s of one module, with PEFT's rank and alpha patterns."""
         rank = self._tensors[self.modules[module][0]].shape[0]
         stated = _by_pattern(self.config.get("rank_pattern"), module, self.config["r"])
@@ -79,15 +89,15 @@ class Adapter:
     def fold(self, name: str, weight: Tensor) -> Tensor:
         """The weight `name` with its delta added, in the weight's dtype; [O, I], or [I, O] with fan_in_fan_out.
 
-        Raises BadInput if the shapes do not fit or the weight is quantised.
+        Raises BadInput if the shapes do not fit, the weight is quantised, or the result is beyond its dtype.
         """
         if weight.dtype not in FOLDABLE:
             raise BadInput(
                 f"{name} is stored as {weight.dtype}; an adapter folds into fp32, bf16 or fp16 weights only."
             )
         module = name.removesuffix(".weight")
-        a, b, *length = (self._tensors[key].float() for key in self.modules[module])
-        scaling, transposed = self.scaling(module), bool(self.config.get("fan_in_fan_out"))
+        a, b, *length = (self._tensors[key].to(weight.device).float() for key in self.modules[module])
+        scaling, transposed = self._scales[module], bool(self.config.get("fan_in_fan_out"))
         changed = [b.shape[0], a.shape[1]] if not transposed else [a.shape[1], b.shape[0]]
         if a.shape[0] != b.shape[1] or list(weight.shape) != changed or any(m.shape != b[:, 0].shape for m in length):
             raise BadInput(
@@ -102,7 +112,17 @@ class Adapter:
             if length:
                 folded *= (length[0][i : i + rows] / torch.linalg.norm(folded, dim=1))[:, None]
             result[i : i + rows] = folded
+        if not result.isfinite().all():
+            raise BadInput(f"{self.folder}: with the adapter, {name} holds NaN or numbers beyond {weight.dtype}.")
         return (result.T if transposed else result).contiguous()
+
+    def fold_into(self, model: nn.Module) -> None:
+        """Fold every weight of a model in memory, in place. Raises BadInput for one that the model has not."""
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        for name in sorted(self.weights):
+            if name not in parameters:
+                raise BadInput(f"{self.folder} changes {name}, which {type(model).__name__} has not.")
+            parameters[name].data.copy_(self.fold(name, parameters[name].data))
 
     def _by_module(self) -> dict[str, list[str]]:
         """Per module, the names of its A [r, I] and B [O, r], and with DoRA of its rows' lengths [O]."""
@@ -118,37 +138,65 @@ class Adapter:
         for module, found in modules.items():
             if missing := sorted(set(parts) - found):
                 raise BadInput(f"{self.folder} lacks {missing[0]} of {module}: the adapter is incomplete.")
+            for part in parts:
+                if self._tensors[f"{PREFIX}{module}.{part}"].ndim != (1 if part == "lora_magnitude_vector" else 2):
+                    raise BadInput(f"{self.folder}: {part} of {module} has not the shape of such a part.")
         if not modules:
             raise BadInput(f"{self.folder} holds no LoRA weights.")
         return {module: [f"{PREFIX}{module}.{part}" for part in parts] for module in sorted(modules)}
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "adapter_config.json"
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path} cannot be read ({error}): not a PEFT adapter.") from error
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise BadInput(f"{folder} has no {CONFIG_FILE}: not a PEFT adapter.")
+    config = read_object(path)
     if config.get("peft_type") != "LORA":
-        raise BadInput(f"{folder} is a {config.get('peft_type')} adapter; merge folds LORA only.")
+        raise BadInput(f"{folder} is a {_shown(config.get('peft_type'))} adapter; merge folds LORA only.")
     if config.get("bias", "none") != "none":
         raise BadInput(
-            f"{folder} trained biases (bias={config['bias']!r}), which merge does not fold. Train with bias='none'."
+            f"{folder} trained biases (bias={_shown(config['bias'])}), which merge does not fold. "
+            "Train with bias='none'."
         )
     if config.get("init_lora_weights") not in PLAIN_STARTS:
         raise BadInput(
-            f"{folder} started with init_lora_weights={config['init_lora_weights']!r}, which changes the teacher's "
-            "weights; convert it to a plain LoRA with PEFT first."
+            f"{folder} started with init_lora_weights={_shown(config['init_lora_weights'])}, which changes the "
+            "teacher's weights; convert it to a plain LoRA with PEFT first."
         )
     for field, value in config.items():
         if value and field not in NEUTRAL | UNDERSTOOD:
-            raise BadInput(f"{folder} uses {field}={value!r}, which merge does not fold. Train a plain LoRA adapter.")
+            raise BadInput(
+                f"{folder} uses {_shown(field)}={_shown(value)}, which merge does not fold. Train a plain LoRA adapter."
+            )
+    _check_numbers(folder, config)
     return config
 
 
+def _check_numbers(folder: Path, config: dict[str, Any]) -> None:
+    """Raise BadInput unless rank, alpha, their patterns and the switches are what PEFT writes."""
+    ranks, alphas = (config.get(name) or {} for name in ("rank_pattern", "alpha_pattern"))
+    for name, pattern in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
+        for key in pattern if isinstance(pattern, dict) else [pattern]:
+            if not isinstance(key, str) or not _NAME.fullmatch(key):
+                raise BadInput(f"{folder} has {_shown(key)} in its {name}; only names of modules are understood there.")
+    for rank in (config.get("r"), *ranks.values()):
+        if type(rank) is not int or not 1 <= rank <= MAX_RANK:
+            raise BadInput(f"{folder} has the rank {_shown(rank)}; it must be a whole number from 1 to {MAX_RANK}.")
+    for alpha in (config.get("lora_alpha"), *alphas.values()):
+        if type(alpha) not in (int, float) or not abs(alpha) <= MAX_ALPHA:  # NaN is not either
+            raise BadInput(f"{folder} has the alpha {_shown(alpha)}; it must be a number of at most {MAX_ALPHA:g}.")
+    for name in SWITCHES:
+        if type(config.get(name, False)) is not bool:
+            raise BadInput(f"{folder} has {name}={_shown(config[name])}; it must be true or false.")
+
+
+def _shown(value: Any) -> str:
+    return repr(value)[:80]
+
+
 def _by_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
-    """PEFT's rule: the first pattern that matches the end of the module's name, at a dot."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+    """PEFT's rule for names: the first that the module's name is, or ends in at a dot."""
+    for name, value in (patterns or {}).items():
+        if f".{module}".endswith(f".{name}"):
             return value
     return default

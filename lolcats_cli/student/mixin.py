@@ -250,9 +250,9 @@ def _num_tokens(kwargs: dict) -> int:
 
 
 def _positions(mask: Tensor, tokens: int) -> Tensor:
-    """Positions [B, T] of the last `tokens` columns of a padding mask, counted from each row's first real token.
+    """Positions [B, T] of the last `tokens` columns of a padding mask (0: padding), from each row's first real token.
 
     Feature maps act after RoPE, so unlike softmax attention they see absolute positions: left padding must not shift
     them.
     """
-    return (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]
+    return ((mask != 0).long().cumsum(-1) - 1).clamp(min=0)[:, -tokens:]

@@ -86,7 +86,7 @@ def read_config(folder: Path) -> dict:
     path = folder / "config.json"
     if not path.is_file():
         raise BadInput(f"{folder} is not a model folder: it has no config.json. Pass a folder saved by transformers.")
-    config = _read_object(path, MAX_CONFIG_BYTES)
+    config = read_object(path)
     for part in (config, config.get("text_config")):
         if isinstance(part, dict):
             _check_sizes(part, path)
@@ -120,7 +120,7 @@ def weight_files(folder: Path) -> list[Path]:
         )
     names = [single.name]
     if index.is_file():
-        listed = _read_object(index, MAX_INDEX_BYTES).get("weight_map")
+        listed = read_object(index, MAX_INDEX_BYTES).get("weight_map")
         if not isinstance(listed, dict) or not listed:
             raise BadInput(f"{index} has no weight_map. Download or save the model again.")
         names = sorted(set(map(str, listed.values())))
@@ -140,7 +140,8 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _read_object(path: Path, limit: int) -> dict:
+def read_object(path: Path, limit: int = MAX_CONFIG_BYTES) -> dict:
+    """The JSON object in a file of a model folder. Raises `BadInput` if it holds none, or more than `limit` bytes."""
     try:
         if path.stat().st_size > limit:
             raise ValueError(f"it is larger than {limit} bytes, the most that is read")

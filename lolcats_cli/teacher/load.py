@@ -79,7 +79,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise BadInput(f"{folder} has no tokenizer that transformers can load: {_first_line(error)}") from error
+        raise BadInput(f"{folder} has no tokenizer that transformers can load: {first_line(error)}") from error
 
 
 def load_model(folder: Path, options: LoadOptions, loader: Any = None) -> PreTrainedModel:
@@ -106,7 +106,7 @@ def load_model(folder: Path, options: LoadOptions, loader: Any = None) -> PreTra
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        raise BadInput(f"{folder} could not be loaded as a causal language model: {_first_line(error)}") from error
+        raise BadInput(f"{folder} could not be loaded as a causal language model: {first_line(error)}") from error
     if report["missing_keys"]:
         raise BadInput(
             f"The weights in {folder} lack {sorted(report['missing_keys'])[:3]} …: download or save it again."
@@ -125,5 +125,6 @@ def longrope_limit(config) -> int | None:
     return rope["original_max_position_embeddings"] if rope.get("rope_type") == "longrope" else None
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says in its first line; its type's name if it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

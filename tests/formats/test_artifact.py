@@ -203,7 +203,7 @@ def test_names_that_a_manifest_may_not_list(artifact, name, tmp_path):
 
 
 def test_names_that_differ_only_in_case_are_refused(artifact):
-    edit_manifest(artifact, lambda m: m["files"].update({SHARD.upper(): m["files"][SHARD]}))
+    edit_manifest(artifact, lambda m: m["files"].update({SHARD.replace("maps", "MAPS"): m["files"][SHARD]}))
     with pytest.raises(Damaged, match="only in case"):
         Artifact.open(artifact.path)
 
@@ -351,6 +351,27 @@ def test_ancestors_are_found_beside_an_artifact_that_was_moved(artifact, create,
         writer.finish({})
     with pytest.raises(NotAnArtifact, match="is not at"):
         lora.ancestor("transfer")
+
+
+@pytest.mark.parametrize("path", ["nul\0", "x" * 4097])
+def test_paths_that_no_system_has_are_refused(artifact, create, tmp_path, path):
+    with create(tmp_path / "l", "lora", parents=[artifact]) as writer:
+        lora = writer.finish({})
+    for place in (lambda m: m["parents"][0], lambda m: m["teacher"], lambda m: m["data"]):
+        edit_manifest(lora, lambda m, place=place: place(m).update(path=path))
+        with pytest.raises(Damaged, match="path"):
+            Artifact.open(lora.path)
+
+
+@pytest.mark.parametrize("path", ["x" * 4000, "x" * 300 + "/y", "loop/a", ""])
+def test_a_parent_whose_path_leads_nowhere_is_not_at_hand(artifact, create, tmp_path, path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    with create(tmp_path / "elsewhere" / "l", "lora", parents=[artifact]) as writer:
+        lora = writer.finish({})
+    edit_manifest(lora, lambda m: m["parents"][0].update(path=path))
+    with pytest.raises(NotAnArtifact, match="is not at"):
+        Artifact.open(lora.path).ancestor("transfer")
 
 
 def test_config_mismatch_carries_the_fields():

@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 
 import pytest
-from lolcats_formats import Artifact, ConfigMismatch, Damaged, FormatError, NotAnArtifact, atomic
+from lolcats_formats import Artifact, ConfigMismatch, Damaged, FormatError, Locked, NotAnArtifact, atomic
+from lolcats_formats.lock import DirectoryLock
 
 OTHER = {"hybrid": {"window": 8}}
 
@@ -177,20 +178,20 @@ def test_resume_required_wants_something_to_resume(create, kit, tmp_path):
             create(tmp_path / name, resume="required")
     assert not (tmp_path / "new").exists()
     with create() as writer:
-        writer.write_text("x", "x")
+        writer.write_text("x.json", "x")
     with create(resume="required") as writer:
-        assert writer.has("x")
+        assert writer.has("x.json")
         writer.finish({})
     assert create(resume="required").finished
 
 
 def test_resume_never_refuses_what_is_unfinished_and_leaves_it(create, tmp_path):
     with create(resume="never") as writer:
-        writer.write_text("x", "x")
+        writer.write_text("x.json", "x")
     with pytest.raises(FormatError, match=r"is unfinished; .*--force"):
         create(resume="never")
     with create() as writer:
-        assert writer.has("x")
+        assert writer.has("x.json")
         writer.finish({})
     assert create(resume="never").finished
 
@@ -201,16 +202,16 @@ def test_resume_never_refuses_what_is_unfinished_and_leaves_it(create, tmp_path)
 def test_force_replaces_a_finished_artifact_at_the_end(artifact, create, kit, tmp_path):
     before = artifact.id
     with create(config=OTHER, force=True) as writer:
-        writer.write_text("x", "new")
+        writer.write_text("x.json", "new")
         assert Artifact.open(artifact.path).id == before
     with create(config=OTHER, force=True) as writer:
-        assert writer.has("x")  # a run that was stopped goes on
+        assert writer.has("x.json")  # a run that was stopped goes on
         result = writer.finish({})
     assert result.path == artifact.path
     assert result.id != before
     result.verify()
     assert sorted(os.listdir(tmp_path)) == ["a"]
-    assert sorted(os.listdir(tmp_path / "a")) == ["manifest.json", "x"]
+    assert sorted(os.listdir(tmp_path / "a")) == ["manifest.json", "x.json"]
 
 
 def test_force_makes_a_finished_artifact_again(artifact, create, kit):
@@ -232,15 +233,15 @@ def test_force_through_a_link_replaces_what_it_points_to(artifact, create, kit, 
 
 def test_force_continues_unfinished_work_of_the_same_settings(create, kit, tmp_path):
     with create() as writer:
-        writer.write_text("x", "x")
+        writer.write_text("x.json", "x")
     with create(force=True) as writer:
-        assert writer.has("x")
+        assert writer.has("x.json")
     with create(force=True, resume="never") as writer:
-        assert not writer.has("x")
+        assert not writer.has("x.json")
     with pytest.raises(ConfigMismatch, match="--force"):
         create(config=OTHER)
     with create(config=OTHER, force=True) as writer:
-        assert not writer.has("x")
+        assert not writer.has("x.json")
         kit.write_layers(writer).verify()
     assert sorted(os.listdir(tmp_path)) == ["a"]
 
@@ -317,3 +318,50 @@ def test_an_exchange_that_fails_is_said(artifact, create, kit, monkeypatch):
     assert Artifact.open(artifact.path).id == artifact.id
     with create(config=OTHER, force=True) as writer:
         assert writer.finished.config == OTHER
+
+
+def test_force_leaves_unfinished_work_alone_where_an_empty_folder_lies_beside(create, tmp_path):
+    """The folder is not a run's that died tidying up: nothing there has been replaced."""
+    with create() as writer:
+        writer.write_text("x.json", "x")
+    (tmp_path / ".a.lolcats-new").mkdir()
+    with create(force=True) as writer:
+        assert writer.has("x.json")
+    assert sorted(os.listdir(tmp_path)) == ["a"]
+
+
+def test_force_never_takes_the_progress_of_a_writer_that_is_alive(artifact, create, tmp_path):
+    """Neither of one that writes into the directory, nor of one that has just finished it and tidies up."""
+    (tmp_path / ".a.lolcats-new").mkdir()
+    with create(tmp_path / "b") as alive:
+        (tmp_path / ".b.lolcats-new").mkdir()
+        alive.write_text("x.json", "x")
+        with pytest.raises(Locked):
+            create(tmp_path / "b", config=OTHER, force=True)
+        assert alive.has("x.json")
+        assert (tmp_path / "b" / "progress.json").exists()
+    (artifact.path / "progress.json").write_text("{}")
+    with DirectoryLock(artifact.path), pytest.raises(Locked):
+        create(config=OTHER, force=True)
+    assert (artifact.path / "progress.json").exists()
+
+
+def test_force_takes_no_folder_beside_in_which_another_writer_begins(artifact, create, tmp_path):
+    beside = tmp_path / ".a.lolcats-new"
+    beside.mkdir()
+    with DirectoryLock(beside):
+        with pytest.raises(Locked):
+            create(config=OTHER, force=True)
+        assert beside.is_dir()
+
+
+def test_nothing_is_exchanged_with_a_directory_where_another_writer_has_begun(artifact, create, kit, tmp_path):
+    with create(config=OTHER, force=True) as writer:
+        kit.write_layers_but_the_end(writer)
+        artifact.path.rename(tmp_path / "away")
+        with create() as other:
+            with pytest.raises(Locked):
+                writer.finish({})
+            other.write_text("x.json", "x")
+    with create() as other:
+        assert other.has("x.json")

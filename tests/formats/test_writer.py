@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -96,19 +97,19 @@ path, stop = sys.argv[1:3]
 if stop == "rename":  # dies with the second file complete under its temporary name
     rename = atomic.rename
     def die(source, target):
-        if target.name == "b.txt":
+        if target.name == "b.json":
             os.kill(os.getpid(), signal.SIGKILL)
         rename(source, target)
     atomic.rename = die
 with ArtifactWriter.create(path, "capture", config={"n": 3}, teacher={"layers": []}, data={}, tool="t") as writer:
-    for name in ("a.txt", "b.txt", "c.txt"):
+    for name in ("a.json", "b.json", "c.json"):
         if writer.has("text/" + name):
             continue
         writer.log(name=name)
         writer.write_text("text/" + name, name * 1000)
-        if stop == "between" and name == "a.txt":
+        if stop == "between" and name == "a.json":
             writer.log(name="of the unit that is lost")
-            print("a.txt is there", flush=True)
+            print("a.json is there", flush=True)
             time.sleep(60)
     writer.finish({"files": 3})
 """
@@ -126,7 +127,7 @@ def run_child(path: Path, stop: str) -> subprocess.Popen[bytes]:
 def test_kill_9_then_the_same_command_again_gives_the_same_bytes(tmp_path, stop):
     with run_child(tmp_path / "a", stop) as child:
         if stop == "between":
-            assert child.stdout and child.stdout.readline() == b"a.txt is there\n"
+            assert child.stdout and child.stdout.readline() == b"a.json is there\n"
             child.kill()
         assert child.wait() == -signal.SIGKILL
     with pytest.raises(Unfinished):
@@ -135,7 +136,7 @@ def test_kill_9_then_the_same_command_again_gives_the_same_bytes(tmp_path, stop)
         with run_child(tmp_path / name, "never") as child:
             assert child.wait() == 0
     assert content(tmp_path / "a") == content(tmp_path / "uninterrupted")
-    assert [event["name"] for event in Artifact.open(tmp_path / "a").metrics()] == ["a.txt", "b.txt", "c.txt"]
+    assert [event["name"] for event in Artifact.open(tmp_path / "a").metrics()] == ["a.json", "b.json", "c.json"]
 
 
 def test_a_second_process_gets_an_error_at_once(create, tmp_path):
@@ -145,7 +146,7 @@ def test_a_second_process_gets_an_error_at_once(create, tmp_path):
             create(kind="capture", config={"n": 3}, teacher={"layers": []}, data={})
         child.kill()
     with create(kind="capture", config={"n": 3}, teacher={"layers": []}, data={}) as writer:  # its owner is dead
-        assert writer.has("text/a.txt")
+        assert writer.has("text/a.json")
 
 
 def test_a_lock_file_from_another_host_is_taken_over(create, kit, tmp_path):
@@ -163,7 +164,7 @@ def test_a_finished_artifact_is_found_and_not_touched(artifact, create, kit):
         assert writer.finished and writer.finished.id == artifact.id
         assert writer.has(kit.LAYERS[0]) and not writer.has("maps/layer-009.safetensors")
         assert writer.finish({"other": 1}).id == artifact.id
-        for use in (lambda: writer.write_text("x", "x"), lambda: writer.log(a=1), lambda: writer.scratch):
+        for use in (lambda: writer.write_text("x.json", "x"), lambda: writer.log(a=1), lambda: writer.scratch):
             with pytest.raises(FormatError, match="finished"):
                 use()
     assert content(artifact.path) == before
@@ -336,11 +337,11 @@ def test_a_damaged_file_is_not_copied(artifact, create, tmp_path):
 
 def test_a_file_can_be_written_again(create, tmp_path):
     with create() as writer:
-        writer.write_text("x", "old")
-        writer.write_text("x", "new")
+        writer.write_text("x.json", "old")
+        writer.write_text("x.json", "new")
         artifact = writer.finish({})
     artifact.verify()
-    assert artifact.read("x") == b"new"
+    assert artifact.read("x.json") == b"new"
 
 
 @pytest.mark.parametrize(
@@ -379,9 +380,46 @@ def test_json_of_other_programs(create):
 
 def test_events_without_a_file_after_them_belong_to_the_end(create):
     with create() as writer:
-        writer.write_text("x", "x")
+        writer.write_text("x.json", "x")
         writer.log(loss=float("inf"), tokens=3)
         with pytest.raises(FormatError, match="longer than"):
             writer.log(text="x" * 2**20)
         assert writer.finish({"loss": float("nan")}).metrics() == [{"loss": "Infinity", "tokens": 3}]
     assert create().finished.summary == {"loss": "NaN"}
+
+
+def _socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(str(path))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [os.mkfifo, os.mkdir, lambda path: path.symlink_to("elsewhere"), lambda path: path.symlink_to(path), _socket],
+    ids=["pipe", "folder", "link to nothing", "loop", "socket"],
+)
+def test_a_lock_that_is_no_file_is_named(create, tmp_path, make):
+    (tmp_path / "a").mkdir()
+    make(tmp_path / "a" / ".lock")
+    with pytest.raises(FormatError, match=r"\.lock is not a regular file, so the directory cannot be locked"):
+        create()
+
+
+def test_a_link_in_an_unfinished_artifact_leads_nowhere(create, tmp_path):
+    """Resuming must not tidy up in a folder that someone linked to."""
+    with create() as writer:
+        writer.write_text("x.json", "x")
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").write_text("years")
+    (tmp_path / "a" / "scratch").symlink_to(tmp_path / "home")
+    with pytest.raises(Damaged, match="scratch is a link"):
+        create()
+    assert (tmp_path / "home" / "thesis.tex").read_text() == "years"
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "state.pt", "model.pkl", "run.py", "maps", "x.json/y.bin"])
+def test_nothing_but_tensors_and_json_is_published(create, name):
+    with create() as writer:
+        writer.write_text(name, "x")
+        with pytest.raises(Damaged, match=f"files: '{name}' is neither safetensors nor JSON"):
+            writer.finish({})

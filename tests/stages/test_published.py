@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
+import random
+import resource
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -174,3 +178,86 @@ def test_adapters_that_do_not_fit(made: SimpleNamespace, tmp_path: Path) -> None
         assert not (tmp_path / "l").exists()
     with pytest.raises(BadInput, match="neither a feature map"):
         import_maps(made.lora_file, tmp_path / "l", str(made.teacher), hybrid=HYBRID)
+
+
+NAME = "model.layers.0.self_attn.feature_map_q.mlp.layer"
+STRANGE = {
+    "int key": lambda: {0: torch.ones(2)},
+    "bytes key": lambda: {b"x": torch.ones(2)},
+    "complex": lambda: {NAME: torch.ones(4, 16, 6, dtype=torch.complex64)},
+    "bool": lambda: {NAME: torch.ones(4, 16, 6, dtype=torch.bool)},
+    "int": lambda: {NAME: torch.ones(4, 16, 6, dtype=torch.int64)},
+    "overflow": lambda: {NAME: torch.full((4, 16, 6), 1e300, dtype=torch.float64)},
+    "meta": lambda: {NAME: torch.ones(4, 16, 6, device="meta")},
+    "sparse": lambda: {NAME: torch.ones(4, 16, 6).to_sparse()},
+    "quantised": lambda: {NAME: torch.quantize_per_tensor(torch.ones(4, 16, 6), 0.1, 0, torch.qint8)},
+    "0-dim": lambda: {NAME: torch.ones(())},
+    "repeated": lambda: {NAME: torch.ones(1).expand(2**20, 2**20, 6)},
+    "long number": lambda: {NAME.replace(".0.", f".{'9' * 5000}."): torch.ones(4, 16, 6)},
+    "nested": lambda: {NAME: {"x": torch.ones(2)}},
+    "a list": lambda: [torch.ones(2)],
+    "a tensor": lambda: torch.ones(2),
+    "lora 0-dim": lambda: {"q_proj.lora_A.weight": torch.ones(()), "q_proj.lora_B.weight": torch.ones(2, 1)},
+    "lora 1-dim": lambda: {"q_proj.lora_A.weight": torch.ones(4), "q_proj.lora_B.weight": torch.ones(4)},
+    "lora rank 0": lambda: {"q_proj.lora_A.weight": torch.ones(0, 64), "q_proj.lora_B.weight": torch.ones(64, 0)},
+}
+
+
+@pytest.mark.parametrize("weights", STRANGE.values(), ids=STRANGE.keys())
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.filterwarnings("ignore")
+def test_tensors_of_other_sorts(made: SimpleNamespace, tmp_path: Path, weights, legacy: bool) -> None:
+    torch.save(weights(), tmp_path / "x.pt", _use_new_zipfile_serialization=not legacy)
+    for use in (
+        lambda: import_maps(tmp_path / "x.pt", tmp_path / "t", str(made.teacher), hybrid=HYBRID),
+        lambda: import_adapter(tmp_path / "x.pt", tmp_path / "t", made.maps),
+    ):
+        with pytest.raises((BadInput, IdentityMismatch)) as caught:
+            use()
+        assert len(str(caught.value)) < 500
+    assert not (tmp_path / "t").exists()
+
+
+def test_float64_is_taken_as_float32(made: SimpleNamespace, tmp_path: Path) -> None:
+    file = save(tmp_path / "x.pt", {name: w.double() for name, w in made.weights.items()})
+    assert import_maps(file, tmp_path / "t", str(made.teacher), hybrid=HYBRID).files == Artifact.open(made.maps).files
+
+
+def test_a_file_that_grows_when_it_is_read_is_refused_at_once(made: SimpleNamespace, tmp_path: Path) -> None:
+    """A zip whose records are deflated: 1 GB from 1 MB."""
+    with (
+        zipfile.ZipFile(made.maps_file) as plain,
+        zipfile.ZipFile(tmp_path / "x.pt", "w", zipfile.ZIP_DEFLATED) as bomb,
+    ):
+        for record in plain.infolist():
+            with bomb.open(record.filename, "w") as file:
+                file.write(plain.read(record.filename))
+                if record.filename.endswith("data/0"):
+                    for _ in range(1000):
+                        file.write(bytes(10**6))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(BadInput, match="its records are compressed"):
+        import_maps(tmp_path / "x.pt", tmp_path / "t", str(made.teacher), hybrid=HYBRID)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
+
+
+@pytest.mark.parametrize("content", [b"", b"hello\n" * 100, b'{"a": 1}', b"PK\3\4" + bytes(100), b"\x80\x02."])
+def test_files_that_are_no_checkpoints(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(BadInput, match=r"x\.pt is not a checkpoint of tensors alone"):
+        holds_adapter(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_checkpoints(made: SimpleNamespace, tmp_path: Path, legacy: bool) -> None:
+    """Bytes changed at random: read, or refused, and nothing else."""
+    torch.save({"model_state_dict": made.weights}, tmp_path / "x.pt", _use_new_zipfile_serialization=not legacy)
+    whole, draw = (tmp_path / "x.pt").read_bytes(), random.Random(0)
+    for _ in range(150):
+        data = bytearray(whole)
+        for _ in range(draw.randrange(1, 4)):
+            data[draw.randrange(len(data)) if draw.random() < 0.5 else draw.randrange(600)] = draw.randrange(256)
+        (tmp_path / "x.pt").write_bytes(data)
+        with contextlib.suppress(BadInput):
+            holds_adapter(tmp_path / "x.pt")

@@ -59,6 +59,21 @@ def test_padding_changes_nothing(any_student, tokens, left, right):
         torch.testing.assert_close(logits[row, place], expected[row], atol=1e-4, rtol=1e-4)
 
 
+def test_a_masks_ones_may_be_any_numbers(any_student, tokens):
+    """As packed documents are numbered by some: all of them are real tokens, and positions go on."""
+    ones = torch.ones_like(tokens)
+    numbered = ones.clone()
+    numbered[:, tokens.shape[1] // 2 :] = 2
+    assert torch.equal(
+        any_student(tokens, attention_mask=numbered).logits, any_student(tokens, attention_mask=ones).logits
+    )
+    padded = numbered.masked_fill(torch.arange(tokens.shape[1]) < 3, 0)
+    assert torch.equal(
+        any_student(tokens, attention_mask=padded).logits,
+        any_student(tokens, attention_mask=padded.clamp(max=1)).logits,
+    )
+
+
 def test_what_stands_in_padding_does_not_matter(any_student, tokens):
     padded, mask, _ = pad(tokens, [5, 0], [0, 5])
     other = torch.where(mask.bool(), padded, 77)
