@@ -62,7 +62,7 @@ def main() -> None:
             run = layer_training.LayerRun(HybridMaps(hybrid, HEADS, DIM), options)
 
             def step(run: layer_training.LayerRun = run, batch: Batch = batch) -> None:
-                layer_training.accumulate(run, repeat(batch), info, options, 1, torch.device("cpu"))
+                layer_training.accumulate({0: run}, repeat({0: batch}), [info], options, 1, torch.device("cpu"))
                 run.optimizer.step()
 
             with patch.object(layer_training, "hybrid_attention", partial(hybrid_attention, backend=backend)):

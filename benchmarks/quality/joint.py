@@ -1,5 +1,5 @@
 """Joint training of all layers, as in the paper's code: the loss is the mean over the layers, so that they share one
-gradient clip, one learning-rate schedule, one early stop and one best step (compare `layer_training.train_layer`).
+gradient clip, one learning-rate schedule, one early stop and one best step (compare `layer_training.train_layers`).
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from statistics import mean
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from lolcats_cli.stages.activations import StoredActivations
+from lolcats_cli.stages.activations import Source
 from lolcats_cli.stages.layer_training import (
     LayerRun,
+    Trained,
     TransferOptions,
     _copy,
     _endless,
@@ -26,23 +26,23 @@ from lolcats_cli.stages.layer_training import (
 
 
 class Jointly:
-    """In place of `transfer.train_layer`: trains all layers when it is asked for the first. No resume in between."""
+    """In place of `transfer.train_layers`: trains all layers when it is asked for the first. No resume in between."""
 
     def __init__(self) -> None:
         self._runs: list[LayerRun] = []
 
     def __call__(
-        self, source: StoredActivations, layer: int, options: TransferOptions, *, device: torch.device, **rest: Any
-    ) -> tuple[dict[str, Tensor], dict]:
+        self, source: Source, layers: list[int], options: TransferOptions, *, device: torch.device, **rest: Any
+    ) -> dict[int, Trained]:
         self._runs = self._runs or train(source, options, device)
-        return finish(source, layer, self._runs[layer], options, device)
+        return finish(source, {layer: self._runs[layer] for layer in layers}, options, device)
 
 
-def train(source: StoredActivations, options: TransferOptions, device: torch.device) -> list[LayerRun]:
+def train(source: Source, options: TransferOptions, device: torch.device) -> list[LayerRun]:
     """Every layer's training, in lockstep to the end."""
     layers, total = range(len(source.layers)), options.total_steps(source.rows["train"])
-    runs = [begin(source, layer, options, device) for layer in layers]
-    batches = [_endless(source, layer, options) for layer in layers]
+    runs = [begin(source, [layer], options, device)[layer] for layer in layers]
+    batches = [_endless(source, [layer], options) for layer in layers]
     # AdamW takes steps of the same size whatever the loss is multiplied by: the sum over the layers, and a clip that is
     # as much larger, are the mean over the layers.
     parameters, clip = list(chain.from_iterable(run.maps.parameters() for run in runs)), options.clip * len(runs)
@@ -50,7 +50,7 @@ def train(source: StoredActivations, options: TransferOptions, device: torch.dev
     for step in range(total + 1):
         if step % options.eval_steps == 0 or step == total:
             found = [
-                measure(source, layer, run.maps, options.batch_size, terms=("both",), device=device)["mse"]
+                measure(source, {layer: run.maps}, options.batch_size, terms=("both",), device=device)[layer]["mse"]
                 for layer, run in enumerate(runs)
             ]
             for run, mse in zip(runs, found, strict=True):
@@ -65,7 +65,7 @@ def train(source: StoredActivations, options: TransferOptions, device: torch.dev
         if step == total:
             break
         for layer, run in enumerate(runs):
-            accumulate(run, batches[layer], source.layers[layer], options, total, device)
+            accumulate({layer: run}, batches[layer], source.layers, options, total, device)
         torch.nn.utils.clip_grad_norm_(parameters, clip, error_if_nonfinite=True)
         for run in runs:
             run.optimizer.step()

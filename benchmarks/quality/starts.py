@@ -5,7 +5,7 @@ Shapes: H query heads, T time, D head, N queries or keys.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from lolcats_kernels import HybridMaps
@@ -18,24 +18,32 @@ from lolcats_cli.stages.layer_training import _start_at_softmax_mass as at_softm
 from lolcats_cli.teacher.attention import softmax_scores
 from lolcats_cli.teacher.record import LayerInfo
 
+Maps, Batches = dict[int, HybridMaps], Iterable[dict[int, Batch]]  # by layer
 
-def at_zero(maps: HybridMaps, batches: Iterable[Batch], info: LayerInfo) -> None:
+
+def at_zero(maps: Maps, batches: Batches, layers: Sequence[LayerInfo]) -> None:
     """As the parameters are made: every weight of the linear term is 1."""
 
 
 @torch.no_grad()
-def twice_the_identity(maps: HybridMaps, batches: Iterable[Batch], info: LayerInfo) -> None:
+def twice_the_identity(maps: Maps, batches: Batches, layers: Sequence[LayerInfo]) -> None:
     """Sharper features, then the recipe's start."""
-    maps.q_weight.mul_(2)
-    maps.k_weight.mul_(2)
-    at_softmax_mass(maps, batches, info)
+    for layer_maps in maps.values():
+        layer_maps.q_weight.mul_(2)
+        layer_maps.k_weight.mul_(2)
+    at_softmax_mass(maps, batches, layers)
 
 
 @torch.no_grad()
-def least_squares(maps: HybridMaps, batches: Iterable[Batch], info: LayerInfo) -> None:
+def least_squares(maps: Maps, batches: Batches, layers: Sequence[LayerInfo]) -> None:
     """w, then lambda and u, from least squares over one row: of the log of what a key (a query) weighs in all in the
     softmax, less that in the linear term, on the key (the query) itself."""
     batch = next(iter(batches))
+    for layer, layer_maps in maps.items():
+        _least_squares(layer_maps, batch[layer], layers[layer])
+
+
+def _least_squares(maps: HybridMaps, batch: Batch, info: LayerInfo) -> None:
     q, k = batch.q[:1], batch.k[:1]
     position = torch.arange(q.shape[2])
     _, old = key_masks(position, position, maps.config)

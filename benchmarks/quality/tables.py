@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,11 @@ import tried
 from joint import Jointly
 from lab import LORA_ROWS, TRANSFER_ROWS, Lab, errors
 from lolcats_formats import Artifact
-from lolcats_kernels import HybridMaps
 from report import markdown, write
+from starts import Batches, Maps
 
 from lolcats_cli.stages import layer_training
 from lolcats_cli.stages import transfer as transfer_stage
-from lolcats_cli.stages.activations import Batch
 from lolcats_cli.teacher.record import LayerInfo
 
 Row = dict[str, float]
@@ -128,10 +127,11 @@ def pieces(lab: Lab, name: str, window: int, seed: int) -> Row:
     start, frozen = change.pop("start", starts.at_softmax_mass), change.pop("frozen", ())
     attention = change.pop("tried", nullcontext)
 
-    def begin(maps: HybridMaps, batches: Iterable[Batch], info: LayerInfo) -> None:
-        start(maps, batches, info)
-        for parameter in frozen:
-            getattr(maps, parameter).requires_grad_(False)
+    def begin(maps: Maps, batches: Batches, layers: Sequence[LayerInfo]) -> None:
+        start(maps, batches, layers)
+        for layer_maps in maps.values():
+            for parameter in frozen:
+                getattr(layer_maps, parameter).requires_grad_(False)
 
     # `recipes` has made the whole ones.
     folder = f"window {window}/" + (name if name in RECIPES else f"pieces/{name}")
@@ -188,8 +188,8 @@ def dropout(lab: Lab, name: str, window: int, seed: int) -> Row:
 def joint(lab: Lab, name: str, window: int, seed: int) -> Row:
     recipe, how = name.split(", ")
     folder = f"window {window}/" + (recipe if how == "layer by layer" else f"joint/{name}")
-    train = layer_training.train_layer if how == "layer by layer" else Jointly()
-    with patch.object(transfer_stage, "train_layer", train):
+    train = layer_training.train_layers if how == "layer by layer" else Jointly()
+    with patch.object(transfer_stage, "train_layers", train):
         maps = lab.transfer(folder, seed, recipe=recipe, window=window)
     tuned = lab.lora(folder, seed, maps, recipe=recipe)
     return {**errors(maps), "gap after transfer": lab.gap(maps.path), "gap after LoRA": lab.gap(tuned.path)}

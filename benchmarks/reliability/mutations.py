@@ -219,7 +219,7 @@ def readers(folder: Path, work: Path) -> list[Callable[[], object]]:
     def capture() -> None:
         source = StoredActivations(Artifact.open(folder, "capture"))
         for split in ("train", "validation"):
-            for _ in source.batches(0, split, 4):
+            for _ in source.batches([0], split, 4):
                 pass
 
     def student() -> None:

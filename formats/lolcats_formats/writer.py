@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -58,6 +59,8 @@ class ArtifactWriter:
     exception, a signal or a crash at any moment leaves an unfinished directory, which `create` with the same
     settings continues.
 
+    Several threads may write files at the same time. All else is for one thread.
+
     finished: the artifact, when `create` found it finished in the directory; nothing can be written then.
     """
 
@@ -68,6 +71,7 @@ class ArtifactWriter:
         self._by_lower: dict[str, str] = {}  # lower-case name -> name of the recorded files
         self._tool = tool
         self._lock: DirectoryLock | None = None
+        self._recording = threading.RLock()  # held while the record changes
         self._log: int | None = None
         self._replaces: Path | None = None  # the directory whose place this one takes when it is finished
 
@@ -464,10 +468,11 @@ class ArtifactWriter:
         if name == README:  # for people, who may edit it: not recorded
             atomic.write(path, chunks)
             return
-        self._check_new(name)
-        if self._record["files"].pop(name, None):  # written again: unrecorded while its bytes change
-            self._write_progress()
-        atomic.make_directory(path.parent)
+        with self._recording:
+            self._check_new(name)
+            if self._record["files"].pop(name, None):  # written again: unrecorded while its bytes change
+                self._write_progress()
+            atomic.make_directory(path.parent)
         self._add(name, atomic.write(path, chunks))
 
     def _check_new(self, name: str) -> None:
@@ -482,10 +487,11 @@ class ArtifactWriter:
             raise FormatError(f"the names {other!r} and {name!r} differ only in case")
 
     def _add(self, name: str, written: atomic.Written) -> None:
-        self._record["files"][name] = _entry(written)
-        self._by_lower[name.lower()] = name
-        self._mark_metrics()
-        self._write_progress()
+        with self._recording:
+            self._record["files"][name] = _entry(written)
+            self._by_lower[name.lower()] = name
+            self._mark_metrics()
+            self._write_progress()
 
     def _mark_metrics(self) -> None:
         if self._log is not None:

@@ -22,6 +22,16 @@ def capture(
     samples: Annotated[
         str | None, typer.Option(help="The most rows to take, or which: 1000-1999 are the second thousand, for `join`.")
     ] = None,
+    store: Annotated[
+        Literal["attention", "block", "tokens"],
+        typer.Option(
+            help="What to keep: every layer's q, k and v; hidden states in front of every block of layers; or tokens."
+        ),
+    ] = "attention",
+    block_size: Annotated[int, typer.Option(min=1, help="Layers of a block, with --store block.")] = 8,
+    statistics: Annotated[
+        Literal["sample", "all"], typer.Option(help="Measure the attention of one row in 16, or of all.")
+    ] = "sample",
     select: Annotated[
         Literal["top-esl"] | None,
         typer.Option(help="Of these rows, capture the --keep whose attention looks back farthest (effective length)."),
@@ -41,7 +51,7 @@ def capture(
     force: o.Force = False,
     json: o.Json = False,
 ) -> None:
-    """Keep what the teacher's attentions see: queries, keys and values of every layer, and the tokens."""
+    """Keep what the teacher's attentions see: queries, keys and values of every layer, or less that gives the same."""
     first, count = o.parse_samples(samples)
 
     from lolcats_cli.errors import UsageError
@@ -57,6 +67,9 @@ def capture(
         output,
         options=DataOptions(seq_len, pack, template, text_field, split, first, count),
         load=LoadOptions(dtype, device, trust_remote_code),
+        store=store,
+        block_size=block_size,
+        statistics=statistics,
         revision=revision,
         keep=keep,
         val_fraction=val_fraction,

@@ -64,13 +64,18 @@ def transfer(
             min=0, help="Validations without improvement before --lr falls; a layer stops after twice as many."
         ),
     ] = 10,
+    teacher: o.Teacher = None,
+    trust_remote_code: o.TrustRemoteCode = False,
     device: o.Device = "auto",
     seed: o.Seed = 0,
     resume: o.Resume = "auto",
     force: o.Force = False,
     json: o.Json = False,
 ) -> None:
-    """Train feature maps and mixing factors, layer by layer, from a capture; the teacher is not needed."""
+    """Train feature maps and mixing factors, layer by layer, from a capture.
+
+    The teacher is needed if the capture holds hidden states or tokens.
+    """
     given, parts, (kept, keep_auto) = o.artifact_path(capture), o.parse_layers(layers), o.parse_kept(keep_softmax)
 
     from lolcats_kernels import HybridConfig
@@ -78,6 +83,7 @@ def transfer(
     from lolcats_cli.errors import UsageError
     from lolcats_cli.stages.layer_training import RECIPES, TransferOptions
     from lolcats_cli.stages.transfer import transfer as run
+    from lolcats_cli.teacher.load import LoadOptions
 
     if not 0 < gamma < 1:
         raise UsageError(f"--gamma {gamma} must lie between 0 and 1.")
@@ -104,7 +110,8 @@ def transfer(
         layers=parts,
         keep_softmax=kept,
         keep_auto=keep_auto,
-        device=device,
+        teacher=teacher,
+        load=LoadOptions(device=device, trust_remote_code=trust_remote_code),
         resume=resume,
         force=force,
         progress=o.progress(),

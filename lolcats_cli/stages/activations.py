@@ -1,24 +1,33 @@
-"""Where a layer's q, k and v come from while its feature maps are trained.
+"""Where the layers' q, k and v come from while their feature maps are trained.
 
-`StoredActivations` reads what `capture` kept. Other sources (hidden states every few layers, or the teacher running
-along) need only give the same batches.
+A source gives the same batches whatever a capture stored: it reads q, k and v (`StoredActivations`), or lets the
+teacher compute them from hidden states or tokens (`ComputedActivations`). Layers that are computed together are
+trained side by side.
 
-Shapes: N rows, B batch, H query heads, K key heads, T time, D head.
+Shapes: N rows, B batch, H query heads, K key heads, T time, D head, E hidden size.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from lolcats_formats import Artifact
 from torch import Tensor
 
 from lolcats_cli.errors import BadInput
-from lolcats_cli.stages.capture import SPLITS
+from lolcats_cli.stages.layout import SPLITS, Layout, hidden_name, tokens_name
+from lolcats_cli.teacher.attention import AttentionSpec
+from lolcats_cli.teacher.blocks import Run, block
 from lolcats_cli.teacher.data import Rows
-from lolcats_cli.teacher.record import LayerInfo
+from lolcats_cli.teacher.record import LayerInfo, recording
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -34,60 +43,159 @@ class Batch:
         return Batch(*(None if x is None else x.to(device) for x in (self.q, self.k, self.v, self.valid)))  # type: ignore[arg-type]
 
 
-class StoredActivations:
-    """The activations in a capture artifact."""
+Activations = dict[int, tuple[Tensor, Tensor, Tensor]]  # q, k and v of some rows, by layer
+
+
+class Source(ABC):
+    """The activations of a capture.
+
+    Attributes:
+        layers: the teacher's layers.
+        together: the layers that are computed together, and so trained side by side.
+        rows: the number of rows of each split.
+    """
 
     def __init__(self, capture: Artifact) -> None:
         self.capture = capture
         self.layers = [LayerInfo.from_dict(layer) for layer in capture.teacher["layers"]]
-        self._tokens = {split: Rows.from_tensors(capture.load(f"tokens/{split}.safetensors")) for split in SPLITS}
-        self.rows = {split: len(rows) for split, rows in self._tokens.items()}
+        self.together = [range(layer, layer + 1) for layer in range(len(self.layers))]
+        self.tokens = {split: Rows.from_tensors(capture.load(tokens_name(split))) for split in SPLITS}
+        self.rows = {split: len(rows) for split, rows in self.tokens.items()}
+
+    @contextmanager
+    def running(self, layers: list[int]) -> Iterator[None]:
+        """While open, these layers, which are computed together, can be read."""
+        yield
+
+    @abstractmethod
+    def groups(self, layers: list[int], split: str) -> list[range]:
+        """The rows of the split, in the groups in which they are shuffled and read."""
+
+    @abstractmethod
+    def read(self, layers: list[int], split: str, number: int) -> Activations:
+        """A group's q [N, H, T, D], k and v [N, K, T, D] of the layers, which are computed together."""
 
     def batches(
-        self, layer: int, split: str, size: int, shuffle: torch.Generator | None = None, skip: int = 0
-    ) -> Iterator[Batch]:
-        """All rows of a split once, in batches of `size`; with `shuffle`, shards and the rows in them are shuffled.
-        The first `skip` batches are left out, and shards that hold no others are not read."""
-        prefix = f"layers/{layer:03d}/{split}-"
-        shards = sorted(name for name in self.capture.files if name.startswith(prefix))
-        starts, counts, start = {}, {}, 0
-        for name in shards:
-            starts[name], counts[name] = start, self._count(layer, split, name)
-            start += counts[name]
-        if start != self.rows[split]:
-            raise BadInput(f"{self.capture.path} has {start} rows in layer {layer} for {self.rows[split]} of tokens.")
-        order = range(len(shards)) if shuffle is None else torch.randperm(len(shards), generator=shuffle).tolist()
-        valid = self._tokens[split].valid
-        rest: list[tuple[Tensor, ...]] = []
+        self, layers: list[int], split: str, size: int, shuffle: torch.Generator | None = None, skip: int = 0
+    ) -> Iterator[dict[int, Batch]]:
+        """All rows of a split once, in batches of `size`, for some layers of `together`; with `shuffle`, groups and the
+        rows in them are shuffled. The first `skip` batches are left out, and groups that hold no others are not read.
+        """
+        groups, valid = self.groups(layers, split), self.tokens[split].valid
+        order = range(len(groups)) if shuffle is None else torch.randperm(len(groups), generator=shuffle).tolist()
+        rest: list[dict[int, tuple[Tensor, ...]]] = []
         left_out = skip * size  # rows
-        for name in (shards[i] for i in order):
-            count = counts[name]
+        for number in order:
+            count = len(groups[number])
             index = torch.arange(count) if shuffle is None else torch.randperm(count, generator=shuffle)
             index, left_out = index[left_out:], max(0, left_out - count)
             if len(index) == 0:
                 continue
-            tensors = self.capture.load(name)
-            where = starts[name] + index
-            for part, rows in zip(index.split(1), where.split(1), strict=True):
-                mask = () if valid is None else (valid[rows],)
-                rest.append((tensors["q"][part], tensors["k"][part], tensors["v"][part], *mask))
+            found = self.read(layers, split, number)
+            for part in index.split(1):
+                mask = () if valid is None else (valid[groups[number].start + part],)
+                rest.append({layer: (*(x[part] for x in tensors), *mask) for layer, tensors in found.items()})
                 if len(rest) == size:
                     yield _collate(rest)
                     rest = []
         if rest:
             yield _collate(rest)
 
+
+def _collate(rows: list[dict[int, tuple[Tensor, ...]]]) -> dict[int, Batch]:
+    batches = {}
+    for layer in rows[0]:
+        q, k, v, *mask = (torch.cat(tensors) for tensors in zip(*(row[layer] for row in rows), strict=True))
+        batches[layer] = Batch(q, k, v, mask[0].to(q.device) if mask else None)
+    return batches
+
+
+class StoredActivations(Source):
+    """Reads what a capture with the store "attention" kept."""
+
+    def groups(self, layers: list[int], split: str) -> list[range]:
+        groups, start = [], 0
+        for name in self._shards(layers[0], split):
+            count = self._count(layers[0], split, name)
+            groups.append(range(start, start + count))
+            start += count
+        if start != self.rows[split]:
+            raise BadInput(
+                f"{self.capture.path} has {start} rows in layer {layers[0]} for {self.rows[split]} of tokens."
+            )
+        return groups
+
+    def read(self, layers: list[int], split: str, number: int) -> Activations:
+        tensors = {layer: self.capture.load(self._shards(layer, split)[number]) for layer in layers}
+        return {layer: (found["q"], found["k"], found["v"]) for layer, found in tensors.items()}
+
+    def _shards(self, layer: int, split: str) -> list[str]:
+        prefix = f"layers/{layer:03d}/{split}-"
+        return sorted(name for name in self.capture.files if name.startswith(prefix))
+
     def _count(self, layer: int, split: str, name: str) -> int:
         """The rows of a shard, whose header says what it should."""
         header, info = self.capture.header(name), self.layers[layer]
         found = {tensor: tuple(header[tensor].shape) for tensor in header}
-        count, length = next(iter(found.values()), (0,))[0], self._tokens[split].input_ids.shape[1]
+        count, length = next(iter(found.values()), (0,))[0], self.tokens[split].input_ids.shape[1]
         kv = (count, info.num_key_value_heads, length, info.head_dim)
         if found != {"q": (count, info.num_heads, length, info.head_dim), "k": kv, "v": kv}:
             raise BadInput(f"{self.capture.path / name} holds {found}, which is not q, k and v of layer {layer}.")
         return count
 
 
-def _collate(rows: list[tuple[Tensor, ...]]) -> Batch:
-    q, k, v, *mask = (torch.cat(tensors) for tensors in zip(*rows, strict=True))
-    return Batch(q, k, v, mask[0] if mask else None)
+class ComputedActivations(Source):
+    """Lets the teacher compute q, k and v, from the hidden states or the tokens that a capture kept.
+
+    Forward passes take the rows that they took in the capture, so that the store makes no difference.
+    """
+
+    def __init__(self, capture: Artifact, teacher: PreTrainedModel, device: torch.device) -> None:
+        super().__init__(capture)
+        layout = Layout.of(capture.manifest)
+        self.together = layout.blocks
+        self._teacher, self._device = teacher, device
+        self._batch_size: int = capture.config["batch_size"]
+        self._groups = {split: layout.groups(split) for split in SPLITS}
+        self._units = [list(layout.units(number)) for number in range(len(layout.blocks))]
+        self._run: Run | None = None
+        self._seen: Activations = {}  # what the attentions of the forward pass got
+
+    @contextmanager
+    def running(self, layers: list[int]) -> Iterator[None]:
+        number = self._block(layers)
+        reached = range(self.together[number].start, max(layers) + 1)
+
+        def keep(layer: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> None:
+            self._seen[layer] = (q, k, v)
+
+        with block(self._teacher, reached, self._device) as run, recording(self._teacher, keep):
+            self._run = run
+            try:
+                yield
+            finally:
+                self._run, self._seen = None, {}
+
+    def groups(self, layers: list[int], split: str) -> list[range]:
+        return self._groups[split]
+
+    def read(self, layers: list[int], split: str, number: int) -> Activations:
+        assert self._run is not None, "read while `running`"
+        parts: dict[int, list[tuple[Tensor, ...]]] = {layer: [] for layer in layers}
+        for rows in torch.tensor(self._groups[split][number]).split(self._batch_size):
+            chosen = self.tokens[split].select(rows)
+            self._run(chosen.input_ids, chosen.valid, self._hidden(self._block(layers), split, rows))
+            for layer in layers:
+                parts[layer].append(self._seen[layer])
+            self._seen = {}
+        return {layer: tuple(map(torch.cat, zip(*found, strict=True))) for layer, found in parts.items()}  # type: ignore[misc]
+
+    def _block(self, layers: list[int]) -> int:
+        return next(number for number, chosen in enumerate(self.together) if layers[0] in chosen)
+
+    def _hidden(self, number: int, split: str, rows: Tensor) -> Tensor | None:
+        """The stored hidden states [B, T, E] of these neighbouring rows in front of a block; None for the first."""
+        if number == 0:
+            return None
+        unit = next(unit for unit in self._units[number - 1] if unit.split == split and int(rows[0]) in unit.rows)
+        return self.capture.load(hidden_name(number, split, unit.number))["hidden"][rows - unit.rows.start]

@@ -18,11 +18,11 @@ from torch import Tensor
 from lolcats_cli import __version__
 from lolcats_cli.errors import IdentityMismatch, UsageError
 from lolcats_cli.progress import Progress
-from lolcats_cli.stages.capture import ADVICE, SPLITS, group_files, row_groups, summarize
+from lolcats_cli.stages.capture import ADVICE
 from lolcats_cli.stages.disk import check_space
+from lolcats_cli.stages.layout import SPLITS, Layout, is_measured, summarize, tokens_name
 from lolcats_cli.stages.models import kept_layers, maps_file
 from lolcats_cli.teacher.data import Rows, describe_rows, split_numbers
-from lolcats_cli.teacher.record import LayerInfo
 
 # What parts have in common, and what of their config tells them apart.
 COMMON = {"capture": ("teacher", "config"), "transfer": ("teacher", "data", "parents", "config")}
@@ -136,72 +136,72 @@ class _Captures:
                 raise IdentityMismatch(f"Rows {what}, between {before.path} and {after.path}.")
         config = parts[0].config
         self.covered = [config["samples"][0], parts[-1].config["samples"][1]]
-        self.dtype = getattr(torch, config["dtype"])
-        self.layers = [LayerInfo.from_dict(layer) for layer in parts[0].teacher["layers"]]
         self.place: dict[int, tuple[Artifact, str, int]] = {}  # of each row: part, split, and number in that
+        self.measured: dict[int, int] = {}  # of each measured row: its number among those of its part and split
         tokens: dict[int, Rows] = {}
         for part in parts:
-            start, rows = len(self.place), part.config["samples"][1] - part.config["samples"][0] + 1
-            for split, numbers in zip(SPLITS, split_numbers(rows, config["val_fraction"], config["seed"]), strict=True):
-                found = Rows.from_tensors(part.load(f"tokens/{split}.safetensors"))
-                for index, number in enumerate(numbers.tolist()):
-                    self.place[start + number] = (part, split, index)
-                    tokens[start + number] = found.select(torch.tensor([index]))
+            for split, numbers in Layout.of(part.manifest).rows.items():
+                found = Rows.from_tensors(part.load(tokens_name(split)))
+                measured = [number for number in numbers if is_measured(part.config, number)]
+                self.measured |= {number: place for place, number in enumerate(measured)}
+                for index, number in enumerate(numbers):
+                    self.place[number] = (part, split, index)
+                    tokens[number] = found.select(torch.tensor([index]))
         drawn = split_numbers(len(tokens), config["val_fraction"], config["seed"])
-        self.numbers = dict(zip(SPLITS, drawn, strict=True))
-        self.rows = {s: _concatenated([tokens[n] for n in self.numbers[s].tolist()]) for s in SPLITS}
+        self.numbers = {s: (found + self.covered[0]).tolist() for s, found in zip(SPLITS, drawn, strict=True)}
+        self.rows = {split: _concatenated([tokens[number] for number in self.numbers[split]]) for split in SPLITS}
         self.data = describe_rows(self.rows, parts[0].data["path"])
+        self.layout = Layout.of({"config": config, "teacher": parts[0].teacher, "data": self.data})
 
     def write(self, writer: ArtifactWriter, progress: Progress) -> dict:
-        counts, seq_len = {split: len(self.rows[split]) for split in SPLITS}, self.data["seq_len"]
-        groups = list(row_groups(counts, seq_len, self.layers, self.dtype))
-        per_row = [seq_len * layer.bytes_per_token(self.dtype) for layer in self.layers]
-        todo = [
-            (layer, name, split, index)
-            for split, number, index in groups
-            for layer, name in enumerate(group_files(split, number, len(self.layers)), -1)  # -1: statistics
-            if not writer.has(name)
-        ]
-        check_space(sum(per_row[layer] * len(index) for layer, *_, index in todo if layer >= 0), writer.path, ADVICE)
+        layout, units = self.layout, list(self.layout.all_units())
+        todo = [(unit, name) for unit in units for name in unit.files if not writer.has(name)]
+        left = {name for _, name in todo}
+        needed = sum(
+            len(unit.rows) * layout.row_file_bytes(layer)
+            for unit in units
+            for layer, name in unit.activations.items()
+            if name in left
+        )
+        check_space(needed, writer.path, ADVICE)
         for split in SPLITS:
-            if not writer.has(f"tokens/{split}.safetensors"):
-                writer.save(f"tokens/{split}.safetensors", self.rows[split].to_tensors())
-        total = (1 + len(self.layers)) * len(groups)
+            if not writer.has(tokens_name(split)):
+                writer.save(tokens_name(split), self.rows[split].to_tensors())
+        total = sum(len(unit.files) for unit in units)
         with progress.task("join", total, "shards") as advance:
             advance(total - len(todo))
-            for layer, name, split, index in todo:
-                rows = [self._row(layer, name, n) for n in self.numbers[split][index].tolist()]
-                writer.save(name, {key: torch.stack([row[key] for row in rows]) for key in rows[0]})
+            for unit, name in todo:
+                if name == unit.statistics:
+                    shapes = layout.statistics_shapes(unit.block)
+                    places = {row: self.measured[self.numbers[unit.split][row]] for row in unit.measured}
+                else:
+                    layer = next(layer for layer, file in unit.activations.items() if file == name)
+                    shapes = layout.shapes(layer)
+                    places = {row: self.place[self.numbers[unit.split][row]][2] for row in unit.rows}
+                rows = [self._row(unit.split, row, name, place, shapes) for row, place in places.items()]
+                writer.save(name, {key: torch.stack([row[key] for row in rows]) for key in shapes})
                 advance(1)
-        statistics = [writer.path / group_files(*group[:2], 0)[0] for group in groups]
         return {
-            "bytes": sum(per_row) * len(self.place),
-            "layers": summarize(statistics, sum(self.data["tokens"].values())),
+            "bytes": layout.row_bytes * len(self.place),
+            "layers": summarize(writer.path, layout, self.rows),
         }
 
-    def _row(self, layer: int, name: str, row: int) -> dict[str, Tensor]:
-        """What the part of that row holds of it in the shards like `name`: those of a layer, or of statistics (-1)."""
-        part, split, index = self.place[row]
-        prefix = f"{name.rpartition('/')[0]}/{split}-"
-        for shard in sorted(file for file in part.files if file.startswith(prefix)):
+    def _row(
+        self, split: str, row: int, name: str, place: int, shapes: dict[str, tuple[int, ...]]
+    ) -> dict[str, Tensor]:
+        """What the part of that row of a split holds of it in its files like `name`, where it is the `place`th."""
+        part, its_split, _ = self.place[self.numbers[split][row]]
+        folder = name.rpartition("/")[0]
+        for shard in sorted(file for file in part.files if file.startswith(f"{folder}/{its_split}-")):
             found = {key: info.shape for key, info in part.header(shard).items()}
             count = next(iter(found.values()), (0,))[0]
-            if found != {key: (count, *shape) for key, shape in self._shapes(layer).items()}:
+            if found != {key: (count, *shape) for key, shape in shapes.items()}:
                 raise IdentityMismatch(f"{part.path / shard} does not hold what it should. Capture it again.")
-            if index < count:
-                return {key: tensor[index] for key, tensor in part.load(shard).items()}
-            index -= count
-        what = "no statistics" if layer < 0 else f"too few rows in layer {layer}"
+            if place < count:
+                return {key: tensor[place] for key, tensor in part.load(shard).items()}
+            place -= count
+        what = "no statistics" if folder.startswith("statistics") else f"too few rows in {folder}"
         raise IdentityMismatch(f"{part.path} has {what}. Capture it again.")
-
-    def _shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
-        """The tensors of a row in the shards of a layer, or of statistics (-1)."""
-        if layer < 0:
-            heads = [info.num_heads for info in self.layers]
-            return {f"{x}.{i:03d}": (count,) for x in ("entropy", "esl") for i, count in enumerate(heads)}
-        info, length = self.layers[layer], self.data["seq_len"]
-        kv = (info.num_key_value_heads, length, info.head_dim)
-        return {"q": (info.num_heads, length, info.head_dim), "k": kv, "v": kv}
 
 
 def _concatenated(rows: list[Rows]) -> Rows:

@@ -1,6 +1,7 @@
-"""Attention transfer for one layer (LoLCATs, arXiv 2410.10254, section 3.1): the feature maps and the linear term's
+"""Attention transfer, layer by layer (LoLCATs, arXiv 2410.10254, section 3.1): the feature maps and the linear term's
 weight learn to give the softmax attention's output. A layer has its own optimizer, schedule, clip, early stop and best
-state, so what it becomes does not depend on which other layers are trained beside it.
+state, so what it becomes does not depend on which other layers are trained beside it. Layers that a source computes
+together are trained side by side, from the same pass over the rows.
 
 Shapes: B batch, H query heads, T time.
 """
@@ -9,12 +10,13 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from math import ceil, inf
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lolcats_kernels import HybridConfig, HybridMaps, hybrid_attention, hybrid_attention_weights
@@ -23,7 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lolcats_cli.errors import UsageError
-from lolcats_cli.stages.activations import Batch, StoredActivations
+from lolcats_cli.progress import Advance
+from lolcats_cli.stages.activations import Batch, Source
 from lolcats_cli.stages.checkpoints import Checkpoints
 from lolcats_cli.teacher.attention import softmax_attention, softmax_scores, softmax_weights
 from lolcats_cli.teacher.record import LayerInfo
@@ -77,13 +80,14 @@ class TransferOptions:
         return self.epochs * ceil(rows / (self.batch_size * self.grad_accum)) if self.steps is None else self.steps
 
 
-Log = Callable[..., None]
-
 OFF = -1e4  # a linear_logit that no score can make up for: the head is its window alone
 WINDOW_ROWS = 8  # that `window_error` looks at
 # What `_start_at_softmax_mass` looks at: so many tokens of a row, in memory quadratic in them; at most so many rows,
 # until every head has so many queries with keys before the window.
 FIT_TOKENS, FIT_ROWS, FIT_QUERIES = 2048, 64, 256
+
+
+RUN_NUMBERS = ("step", "best_mse", "best_step", "initial_mse", "stopped", "events")  # of a run, in its checkpoint
 
 
 class LayerRun:
@@ -98,30 +102,32 @@ class LayerRun:
         self.step = 0  # optimizer steps done
         self.best, self.best_mse, self.best_step = _copy(maps), inf, 0
         self.initial_mse = inf
+        self.stopped = False  # by the early stop
+        self.events: list[dict[str, float]] = []  # the validations so far
 
     @property
     def lr(self) -> float:
         return self.optimizer.param_groups[0]["lr"]
 
-    def save(self, folder: Path) -> None:
-        """Write all of it into `folder`: tensors as safetensors, numbers as JSON."""
+    def save(self, folder: Path, layer: int) -> None:
+        """Write all of it into `folder`, by the layer's name: tensors as safetensors, numbers as JSON."""
         tensors = {f"maps.{name}": tensor for name, tensor in _copy(self.maps).items()}
         tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": tensor.cpu().contiguous() for name, tensor in state.items()}
-        save_file(tensors, folder / "state.safetensors")
-        numbers = {name: getattr(self, name) for name in ("step", "best_mse", "best_step", "initial_mse", "lr")}
+        save_file(tensors, folder / f"{layer}.safetensors")
+        numbers = {name: getattr(self, name) for name in (*RUN_NUMBERS, "lr")}
         numbers["schedule"] = self.schedule.state_dict()
-        (folder / "state.json").write_text(json.dumps(numbers))
+        (folder / f"{layer}.json").write_text(json.dumps(numbers))
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path, layer: int) -> None:
         """Continue from what `save` wrote."""
-        numbers = json.loads((folder / "state.json").read_text())
+        numbers = json.loads((folder / f"{layer}.json").read_text())
         lr, schedule = numbers.pop("lr"), numbers.pop("schedule")
-        for name, value in numbers.items():
-            setattr(self, name, value)
+        for name in RUN_NUMBERS:
+            setattr(self, name, numbers[name])
         parts: dict[str, dict[str, Tensor]] = {"maps": {}, "best": {}, "optimizer": {}}
-        for name, tensor in load_file(folder / "state.safetensors").items():
+        for name, tensor in load_file(folder / f"{layer}.safetensors").items():
             part, _, rest = name.partition(".")
             parts[part][rest] = tensor
         self.maps.load_state_dict(parts["maps"])
@@ -135,140 +141,206 @@ class LayerRun:
         self.schedule.load_state_dict(schedule)
 
 
-def train_layer(
-    source: StoredActivations,
-    layer: int,
+class Trained(NamedTuple):
+    """A layer's best maps.
+
+    Attributes:
+        maps: their tensors.
+        figures: theirs on the validation rows (see `measure`), with `initial_mse`, the `steps` trained and `best_step`.
+        events: the validations on the way, each with `step`, `mse` and `lr`.
+    """
+
+    maps: dict[str, Tensor]
+    figures: dict
+    events: list[dict[str, float]]
+
+
+def train_layers(
+    source: Source,
+    layers: list[int],
     options: TransferOptions,
     *,
     device: torch.device,
-    log: Log = lambda **event: None,
-    advance: Log = lambda done=1, **figures: None,
+    advance: Advance = lambda done=1, **figures: None,
     checkpoints: Checkpoints | None = None,
-) -> tuple[dict[str, Tensor], dict]:
-    """Train one layer's maps, from the layer's checkpoint if there is one.
+) -> dict[int, Trained]:
+    """Train the maps of some layers that are computed together, from their checkpoint if there is one.
 
-    Returns:
-        The best maps' tensors, and their figures on the validation rows (see `measure`) with `initial_mse`, the
-        `steps` trained and the `best_step`.
+    The layers take the same rows at the same time and share nothing else. `advance` counts the steps of all of them.
     """
-    run = begin(source, layer, options, device)
-    maps = run.maps
-    saved = checkpoints.folder(f"layer-{layer:03d}-") if checkpoints else None
+    runs = begin(source, layers, options, device)
+    total, step = options.total_steps(source.rows["train"]), 0
+    saved = checkpoints.folder(_checkpoint_name(layers)) if checkpoints else None
     if saved:
-        run.load(saved)
-        advance(run.step)
-    total = options.total_steps(source.rows["train"])
-    batches = _endless(source, layer, options, skip=run.step * options.grad_accum)
+        step = int(saved.name.rpartition("-")[2])
+        for layer, run in runs.items():
+            run.load(saved, layer)
+        advance(sum(run.step for run in runs.values()))
+    batches = _endless(source, layers, options, skip=step * options.grad_accum)
     while True:
         # A checkpoint is taken after the validation of its step, which is not done again.
-        if not saved and (run.step % options.eval_steps == 0 or run.step == total):
-            mse = measure(source, layer, maps, options.batch_size, terms=("both",), device=device)["mse"]
-            log(event="validation", layer=layer, step=run.step, mse=mse, lr=run.lr)
-            run.initial_mse = mse if run.step == 0 else run.initial_mse
-            if mse < run.best_mse:
-                run.best, run.best_mse, run.best_step = _copy(maps), mse, run.step
-            elif run.step - run.best_step > 2 * options.patience * options.eval_steps:
-                break
-            run.schedule.step(mse)
-        if checkpoints and not saved and run.step and checkpoints.due():
-            checkpoints.save(f"layer-{layer:03d}-{run.step:07d}", run.save)
+        if not saved and (step % options.eval_steps == 0 or step == total):
+            validate(source, runs, options, device)
+        if checkpoints and not saved and step and checkpoints.due():
+            checkpoints.save(f"{_checkpoint_name(layers)}{step:07d}", partial(_save, runs))
         saved = None
-        if run.step == total:
+        training = {layer: run for layer, run in runs.items() if not run.stopped}
+        if step == total or not training:
             break
-        accumulate(run, batches, source.layers[layer], options, total, device)
-        norm = torch.nn.utils.clip_grad_norm_(maps.parameters(), options.clip)
-        if not torch.isfinite(norm):
-            raise UsageError(
-                f"The gradient of layer {layer} is {norm.item()} at step {run.step}. Lower --lr (now {options.lr:g})."
-            )
-        run.optimizer.step()
-        run.step += 1
-        advance(1, layer=layer, mse=run.best_mse)
-    advance(total - run.step)
-    return finish(source, layer, run, options, device)
+        accumulate(training, batches, source.layers, options, total, device)
+        for layer, run in training.items():
+            norm = torch.nn.utils.clip_grad_norm_(run.maps.parameters(), options.clip)
+            if not torch.isfinite(norm):
+                raise UsageError(
+                    f"The gradient of layer {layer} is {norm.item()} at step {run.step}. "
+                    f"Lower --lr (now {options.lr:g})."
+                )
+            run.optimizer.step()
+            run.step += 1
+            advance(1, layer=layer, mse=run.best_mse)
+        step += 1
+    advance(sum(total - run.step for run in runs.values()))
+    return finish(source, runs, options, device)
 
 
-def begin(source: StoredActivations, layer: int, options: TransferOptions, device: torch.device) -> LayerRun:
-    """A layer's training before its first step."""
-    info = source.layers[layer]
-    maps = HybridMaps(options.hybrid, info.num_heads, info.head_dim, window_factor=options.gamma).to(device)
+def _checkpoint_name(layers: list[int]) -> str:
+    """What their checkpoints are called, before the number of steps."""
+    return "layers-" + "".join(f"{layer:03d}-" for layer in (layers[0], layers[-1]))
+
+
+def _save(runs: dict[int, LayerRun], folder: Path) -> None:
+    for layer, run in runs.items():
+        run.save(folder, layer)
+
+
+def begin(source: Source, layers: list[int], options: TransferOptions, device: torch.device) -> dict[int, LayerRun]:
+    """The layers' training before its first step."""
+    maps = {
+        layer: HybridMaps(options.hybrid, info.num_heads, info.head_dim, window_factor=options.gamma).to(device)
+        for layer, info in ((layer, source.layers[layer]) for layer in layers)
+    }
     if options.hybrid.linear_factor == "exp":
-        _start_at_softmax_mass(maps, source.batches(layer, "train", 1), info)
-    return LayerRun(maps, options)
+        _start_at_softmax_mass(maps, source.batches(layers, "train", 1), source.layers)
+    return {layer: LayerRun(maps[layer], options) for layer in layers}
+
+
+def validate(source: Source, runs: dict[int, LayerRun], options: TransferOptions, device: torch.device) -> None:
+    """Measure the layers that are still trained: note their best state, lower their rates, stop those that are done."""
+    training = {layer: run for layer, run in runs.items() if not run.stopped}
+    maps = {layer: run.maps for layer, run in training.items()}
+    found = measure(source, maps, options.batch_size, terms=("both",), device=device)
+    for layer, run in training.items():
+        mse = found[layer]["mse"]
+        run.events.append({"step": run.step, "mse": mse, "lr": run.lr})
+        run.initial_mse = mse if run.step == 0 else run.initial_mse
+        if mse < run.best_mse:
+            run.best, run.best_mse, run.best_step = _copy(run.maps), mse, run.step
+        elif run.step - run.best_step > 2 * options.patience * options.eval_steps:
+            run.stopped = True
+            continue
+        run.schedule.step(mse)
 
 
 def accumulate(
-    run: LayerRun,
-    batches: Iterator[Batch],
-    info: LayerInfo,
+    runs: dict[int, LayerRun],
+    batches: Iterator[dict[int, Batch]],
+    layers: Sequence[LayerInfo],
     options: TransferOptions,
     total: int,
     device: torch.device,
 ) -> None:
-    """The gradients of the step after `run.step`, of `total`, from the next of `batches`."""
-    run.optimizer.zero_grad(set_to_none=True)
-    for index in range(run.step * options.grad_accum, (run.step + 1) * options.grad_accum):
+    """The gradients of the layers' next step, of `total`, from the next of `batches`."""
+    for run in runs.values():
+        run.optimizer.zero_grad(set_to_none=True)
+    step = next(iter(runs.values())).step
+    for index in range(step * options.grad_accum, (step + 1) * options.grad_accum):
         terms = "linear" if _drops_window(options, index, total * options.grad_accum) else "both"
-        loss = _loss(next(batches).to(device), run.maps, info, options, terms) / options.grad_accum
-        loss.backward()
+        found = next(batches)
+        for layer, run in runs.items():
+            loss = _loss(found[layer].to(device), run.maps, layers[layer], options, terms) / options.grad_accum
+            loss.backward()
 
 
 def finish(
-    source: StoredActivations, layer: int, run: LayerRun, options: TransferOptions, device: torch.device
-) -> tuple[dict[str, Tensor], dict]:
-    """What `train_layer` returns, from the best state of a training. With the linear factor "exp" heads that are better
-    without the linear term lose it."""
-    maps = run.maps
-    maps.load_state_dict(run.best)
+    source: Source, runs: dict[int, LayerRun], options: TransferOptions, device: torch.device
+) -> dict[int, Trained]:
+    """What `train_layers` returns, from the best states of a training. With the linear factor "exp" heads that are
+    better without the linear term lose it."""
+    maps = {layer: run.maps for layer, run in runs.items()}
+    for layer, run in runs.items():
+        maps[layer].load_state_dict(run.best)
     if options.hybrid.linear_factor == "exp" and options.hybrid.window:
-        errors, _, _ = _errors(source, layer, maps, options.batch_size, ("both", "window"), device)
-        maps.linear_logit.data[errors["both"] > errors["window"]] = OFF
-    figures = measure(source, layer, maps, options.batch_size, device=device)
-    return _copy(maps), {**figures, "initial_mse": run.initial_mse, "steps": run.step, "best_step": run.best_step}
+        for layer, found in _errors(source, maps, options.batch_size, ("both", "window"), device).items():
+            maps[layer].linear_logit.data[found.errors["both"] > found.errors["window"]] = OFF
+    figures = measure(source, maps, options.batch_size, device=device)
+    return {
+        layer: Trained(
+            _copy(run.maps),
+            figures[layer] | {"initial_mse": run.initial_mse, "steps": run.step, "best_step": run.best_step},
+            run.events,
+        )
+        for layer, run in runs.items()
+    }
 
 
 @torch.no_grad()
-def _start_at_softmax_mass(maps: HybridMaps, batches: Iterable[Batch], info: LayerInfo) -> None:
+def _start_at_softmax_mass(
+    maps: dict[int, HybridMaps], batches: Iterable[dict[int, Batch]], layers: Sequence[LayerInfo]
+) -> None:
     """Sets each head's `linear_logit` so that, on average over queries, the log of what the keys before the window sum
-    to in the linear term is that of the softmax. Looks at rows until every head has seen enough; a head that never sees
-    such a key is switched off."""
-    total, count = torch.zeros(2, maps.num_heads, device=maps.linear_logit.device)
+    to in the linear term is that of the softmax. A layer looks at rows until every head has seen enough; a head that
+    never sees such a key is switched off."""
+    sums = {layer: torch.zeros(2, m.num_heads, device=m.linear_logit.device) for layer, m in maps.items()}
+    wanting = set(maps)
     for batch in islice(batches, FIT_ROWS):
-        keep = slice(FIT_TOKENS) if batch.valid is None else batch.valid[0].nonzero()[:FIT_TOKENS, 0]
-        q, k = (x[:1, :, keep].to(total.device) for x in (batch.q, batch.k))
-        position = torch.arange(q.shape[2], device=q.device)
-        _, old = key_masks(position, position, maps.config)
-        wanted = softmax_scores(q, k, info.spec).masked_fill(~old, -torch.inf).logsumexp(-1)
-        given = (maps.q_features(q) @ maps.k_features(k).transpose(-1, -2) * old).sum(-1).log()
-        gap = (wanted - given)[0]
-        usable = gap.isfinite()
-        total += torch.where(usable, gap, 0).sum(-1)
-        count += usable.sum(-1)
-        if count.min() >= FIT_QUERIES:
+        for layer in sorted(wanting):
+            gap = _mass_gap(batch[layer], maps[layer], layers[layer])
+            usable = gap.isfinite()
+            sums[layer] += torch.stack([torch.where(usable, gap, 0).sum(-1), usable.sum(-1)])
+            if sums[layer][1].min() >= FIT_QUERIES:
+                wanting.remove(layer)
+        if not wanting:
             break
-    maps.linear_logit.copy_(torch.where(count > 0, total / count.clamp(min=1), OFF))
+    for layer, (total, count) in sums.items():
+        maps[layer].linear_logit.copy_(torch.where(count > 0, total / count.clamp(min=1), OFF))
+
+
+def _mass_gap(batch: Batch, maps: HybridMaps, info: LayerInfo) -> Tensor:
+    """By how much the linear term's log mass of the keys before the window falls short of the softmax's, of each query
+    of a row [H, T]; not finite where there is no such key."""
+    keep = slice(FIT_TOKENS) if batch.valid is None else batch.valid[0].nonzero()[:FIT_TOKENS, 0]
+    q, k = (x[:1, :, keep].to(maps.linear_logit.device) for x in (batch.q, batch.k))
+    position = torch.arange(q.shape[2], device=q.device)
+    _, old = key_masks(position, position, maps.config)
+    wanted = softmax_scores(q, k, info.spec).masked_fill(~old, -torch.inf).logsumexp(-1)
+    given = (maps.q_features(q) @ maps.k_features(k).transpose(-1, -2) * old).sum(-1).log()
+    return (wanted - given)[0]
 
 
 @torch.no_grad()
 def measure(
-    source: StoredActivations,
-    layer: int,
-    maps: HybridMaps,
+    source: Source,
+    maps: dict[int, HybridMaps],
     batch_size: int,
     *,
     terms: tuple[str, ...] = ("both", "window"),
     device: torch.device,
-) -> dict:
-    """A layer's figures on the validation rows: `mse` of the attention's output, `relative_mse` (to the softmax
+) -> dict[int, dict]:
+    """Figures of the layers on the validation rows: `mse` of the attention's output, `relative_mse` (to the softmax
     output's power), `head_relative_mse` (of every head, to its own power), `window_mse` (with the linear term zeroed),
     and `gamma` (least, mean and largest of the heads), or with the linear factor "exp" `heads_off`, the number of heads
     that are their window alone.
     """
-    heads, powers, count = _errors(source, layer, maps, batch_size, terms, device)
-    errors = {term: error.sum().item() for term, error in heads.items()}
-    by_head, power = (heads["both"] / powers.clamp(min=1e-30)).tolist(), max(powers.sum().item(), 1e-30)
+    found = _errors(source, maps, batch_size, terms, device)
+    return {layer: _figures(found[layer], maps[layer]) for layer in maps}
+
+
+def _figures(found: Errors, maps: HybridMaps) -> dict:
+    errors = {term: error.sum().item() for term, error in found.errors.items()}
+    by_head = (found.errors["both"] / found.powers.clamp(min=1e-30)).tolist()
+    power = max(found.powers.sum().item(), 1e-30)
     figures: dict = {
-        "mse": errors["both"] / count,
+        "mse": errors["both"] / found.count,
         "relative_mse": errors["both"] / power,
         "head_relative_mse": by_head,
     }
@@ -279,44 +351,66 @@ def measure(
         figures["gamma"] = {"min": gamma.min().item(), "mean": gamma.mean().item(), "max": gamma.max().item()}
     if "window" in errors:
         figures |= {
-            "window_mse": errors["window"] / count,
+            "window_mse": errors["window"] / found.count,
             "relative_window_mse": errors["window"] / power,
         }
     return figures
 
 
-def window_error(source: StoredActivations, layer: int, options: TransferOptions, device: torch.device) -> float:
-    """What a layer's window alone misses of the softmax output, beside the output's power, on some validation rows."""
-    info = source.layers[layer]
-    maps = HybridMaps(options.hybrid, info.num_heads, info.head_dim).to(device)
-    errors, powers, _ = _errors(source, layer, maps, 1, ("window",), device, limit=WINDOW_ROWS)
-    return errors["window"].sum().item() / max(powers.sum().item(), 1e-30)
+def window_errors(
+    source: Source, layers: list[int], options: TransferOptions, device: torch.device
+) -> dict[int, float]:
+    """What the window alone misses of each layer's softmax output, beside the output's power, on some validation rows.
+    The layers are computed together."""
+    maps = {
+        layer: HybridMaps(options.hybrid, source.layers[layer].num_heads, source.layers[layer].head_dim).to(device)
+        for layer in layers
+    }
+    found = _errors(source, maps, 1, ("window",), device, limit=WINDOW_ROWS)
+    return {
+        layer: errors.errors["window"].sum().item() / max(errors.powers.sum().item(), 1e-30)
+        for layer, errors in found.items()
+    }
+
+
+@dataclass
+class Errors:
+    """A layer's errors on some rows.
+
+    Attributes:
+        errors: per term the squared error of every head [H] in fp64.
+        powers: every head's power of the softmax output [H] in fp64.
+        count: the number of the output's elements.
+    """
+
+    errors: dict[str, Tensor]
+    powers: Tensor
+    count: int = 0
 
 
 @torch.no_grad()
 def _errors(
-    source: StoredActivations,
-    layer: int,
-    maps: HybridMaps,
+    source: Source,
+    maps: dict[int, HybridMaps],
     batch_size: int,
     terms: tuple[str, ...],
     device: torch.device,
     limit: int | None = None,
-) -> tuple[dict[str, Tensor], Tensor, int]:
-    """On the validation rows, or `limit` batches of them: per term the squared error of every head [H]; every head's
-    power of the softmax output [H], both in fp64; and the number of elements."""
-    info = source.layers[layer]
-    powers, count = torch.zeros(info.num_heads, dtype=torch.float64), 0
-    errors = {term: torch.zeros_like(powers) for term in terms}
-    for batch in islice(source.batches(layer, "validation", batch_size), limit):
-        batch = batch.to(device)
-        target = softmax_attention(batch.q, batch.k, batch.v, info.spec, batch.valid).float()
-        for term in terms:
-            out = _hybrid(batch, maps, info, term)
-            errors[term] += (out.float() - target).square().sum((0, 2, 3), dtype=torch.float64).cpu()
-        powers += target.square().sum((0, 2, 3), dtype=torch.float64).cpu()
-        count += target.numel() if batch.valid is None else int(batch.valid.sum()) * info.num_heads * info.head_dim
-    return errors, powers, count
+) -> dict[int, Errors]:
+    """The layers' errors on the validation rows, or on `limit` batches of them."""
+    zeros = {layer: torch.zeros(source.layers[layer].num_heads, dtype=torch.float64) for layer in maps}
+    found = {layer: Errors({term: zero.clone() for term in terms}, zero) for layer, zero in zeros.items()}
+    for batches in islice(source.batches(list(maps), "validation", batch_size), limit):
+        for layer, errors in found.items():
+            batch, info = batches[layer].to(device), source.layers[layer]
+            target = softmax_attention(batch.q, batch.k, batch.v, info.spec, batch.valid).float()
+            for term in terms:
+                out = _hybrid(batch, maps[layer], info, term)
+                errors.errors[term] += (out.float() - target).square().sum((0, 2, 3), dtype=torch.float64).cpu()
+            errors.powers += target.square().sum((0, 2, 3), dtype=torch.float64).cpu()
+            tokens = batch.q.shape[0] * batch.q.shape[2] if batch.valid is None else int(batch.valid.sum())
+            errors.count += tokens * info.num_heads * info.head_dim
+    return found
 
 
 def _hybrid(batch: Batch, maps: HybridMaps, info: LayerInfo, terms: str = "both") -> Tensor:
@@ -364,12 +458,12 @@ def _loss(batch: Batch, maps: HybridMaps, info: LayerInfo, options: TransferOpti
     return loss
 
 
-def _endless(source: StoredActivations, layer: int, options: TransferOptions, skip: int = 0) -> Iterator[Batch]:
+def _endless(source: Source, layers: list[int], options: TransferOptions, skip: int = 0) -> Iterator[dict[int, Batch]]:
     """Batches epoch after epoch, in an order that depends on seed and epoch alone, after the first `skip`."""
     epoch, skip = divmod(skip, ceil(source.rows["train"] / options.batch_size))
     while True:
         generator = torch.Generator().manual_seed(options.seed * 1_000_003 + epoch)
-        yield from source.batches(layer, "train", options.batch_size, generator, skip)
+        yield from source.batches(layers, "train", options.batch_size, generator, skip)
         epoch, skip = epoch + 1, 0
 
 

@@ -18,7 +18,7 @@ from lolcats_formats.writer import Resume
 from lolcats_cli import __version__, ranks
 from lolcats_cli.errors import BadInput, IdentityMismatch, UsageError
 from lolcats_cli.progress import Progress
-from lolcats_cli.stages.capture import SPLITS
+from lolcats_cli.stages.layout import SPLITS
 from lolcats_cli.stages.models import kept_config, load_student, maps_file, teacher_folder
 from lolcats_cli.student.build import hybrid_modules, linear_layers, projections
 from lolcats_cli.teacher.data import DataOptions, Rows, describe_rows, read_rows, split_rows

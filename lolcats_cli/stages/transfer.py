@@ -1,4 +1,6 @@
-"""transfer: feature maps and mixing factors, trained layer by layer from a capture, without the teacher.
+"""transfer: feature maps and mixing factors, trained layer by layer from a capture.
+
+A capture of queries, keys and values needs no teacher. One of hidden states or tokens does: it computes them again.
 
 The artifact holds `maps/layer-LLL.safetensors` per layer: a `HybridMaps` state dict.
 """
@@ -7,9 +9,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
 from lolcats_formats import Artifact, ArtifactWriter
 from lolcats_formats.writer import Resume
 from safetensors import safe_open
@@ -17,11 +20,11 @@ from safetensors import safe_open
 from lolcats_cli import __version__, stopping
 from lolcats_cli.errors import UsageError
 from lolcats_cli.progress import Progress
-from lolcats_cli.stages.activations import StoredActivations
+from lolcats_cli.stages.activations import ComputedActivations, Source, StoredActivations
 from lolcats_cli.stages.checkpoints import Checkpoints
-from lolcats_cli.stages.layer_training import TransferOptions, train_layer, window_error
-from lolcats_cli.stages.models import maps_file
-from lolcats_cli.teacher.load import LoadOptions
+from lolcats_cli.stages.layer_training import Trained, TransferOptions, train_layers, window_errors
+from lolcats_cli.stages.models import maps_file, teacher_folder
+from lolcats_cli.teacher.load import LoadOptions, load_model
 
 CARRIED = ("entropy", "head_entropy", "esl")  # of a layer's figures in the capture: shown without it too
 MAX_SIZE = 256  # of heads and feature maps, in the kernels
@@ -35,7 +38,8 @@ def transfer(
     layers: list[int] | None = None,
     keep_softmax: Collection[int | str] = (),
     keep_auto: int = 0,
-    device: str = "auto",
+    teacher: str | None = None,
+    load: LoadOptions = LoadOptions(),
     resume: Resume = "auto",
     force: bool = False,
     progress: Progress = Progress(),
@@ -47,6 +51,8 @@ def transfer(
         keep_softmax: layers that stay softmax in the student, by index; "sliding" stands for those whose teacher's
             attention is a sliding window.
         keep_auto: keep so many others, those whose window alone misses most of the softmax output.
+        teacher: the teacher's folder, if it is needed and not where it was captured.
+        load: the device to train on, and whether to trust the teacher's code; its dtype is that of the capture.
         resume, force: what to do with an artifact that `output` holds, see `ArtifactWriter.create`.
 
     Raises:
@@ -54,7 +60,8 @@ def transfer(
         UsageError: options that this capture cannot serve.
     """
     parent = Artifact.open(capture, "capture")
-    source = StoredActivations(parent)
+    target = load.resolved_device()
+    source = _source(parent, teacher, load, target)
     if keep_auto and layers is not None:
         raise UsageError("--keep-softmax auto:N looks at all layers. With --layers, name those to keep.")
     if keep_auto and not options.hybrid.window:
@@ -76,9 +83,11 @@ def transfer(
             f"Heads of {head_dim} with --feature-dim {options.hybrid.feature_dim} cannot be served: "
             f"head and feature sizes go up to {MAX_SIZE}."
         )
-    target = LoadOptions(device=device).resolved_device()
     if keep_auto:
-        missed = {i: window_error(source, i, options, target) for i in range(len(source.layers)) if i not in kept}
+        missed: dict[int, float] = {}
+        for layers_together in _together(source, chosen):
+            with source.running(layers_together):
+                missed |= window_errors(source, layers_together, options, target)
         chosen = sorted(sorted(missed, key=lambda layer: missed[layer])[:-keep_auto])
         kept = set(range(len(source.layers))) - set(chosen)
         shown = ", ".join(f"{layer} ({error:.1%})" for layer, error in missed.items())
@@ -104,31 +113,56 @@ def transfer(
         steps = options.total_steps(source.rows["train"])
         checkpoints = Checkpoints(writer)
         with progress.task("transfer", len(chosen) * steps, "steps") as advance, stopping.deferred():
-            for layer in chosen:
-                if writer.has(maps_file(layer)):
-                    advance(steps)
+            for together in _together(source, chosen):
+                if all(writer.has(maps_file(layer)) for layer in together):
+                    advance(len(together) * steps)
                     continue
                 stopping.check()
-                tensors, figures = train_layer(
-                    source,
-                    layer,
-                    options,
-                    device=target,
-                    log=writer.log,
-                    advance=advance,
-                    checkpoints=checkpoints,
-                )
-                writer.log(event="layer", layer=layer, **figures)
-                writer.save(maps_file(layer), tensors, {"figures": json.dumps(figures, sort_keys=True)})
-                progress.note(
-                    f"layer {layer}: mse {figures['initial_mse']:.3g} -> {figures['mse']:.3g} "
-                    f"({figures['relative_mse']:.1%} of the output's power; window alone "
-                    f"{figures['relative_window_mse']:.1%})"
-                )
+                with source.running(together):
+                    trained = train_layers(
+                        source,
+                        together,
+                        options,
+                        device=target,
+                        advance=advance,
+                        checkpoints=checkpoints,
+                    )
+                for layer, found in trained.items():
+                    if not writer.has(maps_file(layer)):
+                        _save(writer, layer, found, progress)
         return writer.finish({"layers": {str(layer): _figures(writer, parent, layer) for layer in chosen}})
 
 
-def _kept(source: StoredActivations, given: Collection[int | str], others: int) -> set[int]:
+def _source(capture: Artifact, teacher: str | None, load: LoadOptions, device: torch.device) -> Source:
+    """The activations that the capture kept, or the teacher that computes them."""
+    if capture.config.get("store", "attention") == "attention":
+        return StoredActivations(capture)
+    folder = teacher_folder(capture, teacher)
+    return ComputedActivations(
+        capture, load_model(folder, replace(load, dtype=capture.config["dtype"], device="cpu")), device
+    )
+
+
+def _together(source: Source, chosen: list[int]) -> list[list[int]]:
+    """The chosen layers, in the groups in which they are computed."""
+    found = ([layer for layer in together if layer in chosen] for together in source.together)
+    return [layers for layers in found if layers]
+
+
+def _save(writer: ArtifactWriter, layer: int, trained: Trained, progress: Progress) -> None:
+    for event in trained.events:
+        writer.log(event="validation", layer=layer, **event)
+    figures = trained.figures
+    writer.log(event="layer", layer=layer, **figures)
+    writer.save(maps_file(layer), trained.maps, {"figures": json.dumps(figures, sort_keys=True)})
+    progress.note(
+        f"layer {layer}: mse {figures['initial_mse']:.3g} -> {figures['mse']:.3g} "
+        f"({figures['relative_mse']:.1%} of the output's power; window alone "
+        f"{figures['relative_window_mse']:.1%})"
+    )
+
+
+def _kept(source: Source, given: Collection[int | str], others: int) -> set[int]:
     """The layers that are named to stay softmax. Raises UsageError for one that is not there, or if with so many
     others none is left to be trained."""
     kept = {layer for layer in given if isinstance(layer, int)}

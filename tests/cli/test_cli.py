@@ -381,7 +381,7 @@ def test_a_bug_says_so_and_debug_shows_where(
 # --- signals ---------------------------------------------------------------------------------------------------------
 
 STOPPABLE = {
-    "capture": "lolcats_cli.stages.capture._record",
+    "capture": "lolcats_cli.stages.units.UnitRecord.add",
     "transfer": "lolcats_cli.stages.layer_training._loss",
     "lora": "transformers.Trainer.training_step",
     "merge": "lolcats_cli.stages.merge._Plan.load",

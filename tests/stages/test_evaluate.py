@@ -85,7 +85,7 @@ def test_ablations_differ_and_leave_the_student_whole(pipeline: SimpleNamespace,
 
 def test_a_window_over_the_whole_row_is_the_teacher(pipeline: SimpleNamespace, teacher: Loaded, tmp_path: Path) -> None:
     options = TransferOptions(HybridConfig(window=64, feature_dim=16), steps=0)
-    artifact = transfer(pipeline.capture, tmp_path / "t", options=options, device="cpu")
+    artifact = transfer(pipeline.capture, tmp_path / "t", options=options)
     swapped = evaluate(load_any(str(artifact.path), CPU), str(pipeline.text), options=OPTIONS, recall_count=0)[
         "results"
     ]

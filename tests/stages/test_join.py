@@ -12,8 +12,8 @@ import pytest
 from lolcats_formats import Artifact, Damaged, WrongKind
 from lolcats_kernels import HybridConfig
 
-import lolcats_cli.stages.capture as capture_module
 from lolcats_cli.errors import IdentityMismatch, NotEnoughSpace, UsageError
+from lolcats_cli.stages import layout
 from lolcats_cli.stages.capture import capture
 from lolcats_cli.stages.join import join
 from lolcats_cli.stages.layer_training import TransferOptions
@@ -90,7 +90,7 @@ def test_rows_captured_apart_are_the_capture_of_one_machine(
     pipeline: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, ranges: list
 ) -> None:
     load = LoadOptions(dtype=dtype)
-    monkeypatch.setattr(capture_module, "SHARD_BYTES", 3 * 32 * 8 * 16 * 4)
+    monkeypatch.setattr(layout, "SHARD_BYTES", 3 * 32 * 8 * 16 * 4)
 
     def run(name: str, first: int, samples: int) -> Artifact:
         options = replace(DATA, first=first, samples=samples)

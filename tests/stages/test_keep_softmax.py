@@ -19,7 +19,7 @@ from lolcats_cli.stages.activations import StoredActivations
 from lolcats_cli.stages.capture import capture
 from lolcats_cli.stages.evaluate import evaluate
 from lolcats_cli.stages.join import join
-from lolcats_cli.stages.layer_training import TransferOptions, window_error
+from lolcats_cli.stages.layer_training import TransferOptions, window_errors
 from lolcats_cli.stages.lora import LoraOptions, lora
 from lolcats_cli.stages.merge import merge
 from lolcats_cli.stages.models import load_any
@@ -162,7 +162,7 @@ def test_auto_keeps_what_the_window_serves_worst(deep: SimpleNamespace, tmp_path
 def test_window_error_is_what_is_lost_before_the_window(deep: SimpleNamespace) -> None:
     source = StoredActivations(Artifact.open(deep.capture))
     errors = [
-        window_error(source, 0, replace(OPTIONS, hybrid=replace(HYBRID, window=window)), torch.device("cpu"))
+        window_errors(source, [0], replace(OPTIONS, hybrid=replace(HYBRID, window=window)), torch.device("cpu"))[0]
         for window in (1, 4, 16, 48)
     ]
     assert errors == sorted(errors, reverse=True) and errors[0] > 0.1

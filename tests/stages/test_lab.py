@@ -13,7 +13,7 @@ from lolcats_formats import Artifact
 from lolcats_kernels import HybridConfig, HybridMaps, hybrid_attention
 
 from lolcats_cli.stages.activations import StoredActivations
-from lolcats_cli.stages.layer_training import TransferOptions, train_layer
+from lolcats_cli.stages.layer_training import TransferOptions, train_layers
 from lolcats_cli.teacher.attention import softmax_attention
 
 CPU = torch.device("cpu")
@@ -36,8 +36,8 @@ def test_joint_training_differs_by_what_the_layers_share(pipeline: SimpleNamespa
     for clip in (1e9, 1e-3):
         options, jointly = replace(OPTIONS, clip=clip), lab("joint").Jointly()
         for layer in range(2):
-            joint, figures = jointly(source, layer, options, device=CPU)
-            alone, expected = train_layer(source, layer, options, device=CPU)
+            joint, figures, _ = jointly(source, [layer], options, device=CPU)[layer]
+            alone, expected, _ = train_layers(source, [layer], options, device=CPU)[layer]
             assert expected["best_step"] == 3
             same = all(torch.equal(joint[name], alone[name]) for name in alone)
             assert same == (clip == 1e9)
@@ -53,7 +53,7 @@ def attention(x: SimpleNamespace, maps: HybridMaps, backend: str) -> torch.Tenso
 @pytest.fixture
 def activations(pipeline: SimpleNamespace) -> SimpleNamespace:
     source = StoredActivations(Artifact.open(pipeline.capture))
-    batch, spec = next(iter(source.batches(0, "train", 1))), source.layers[0].spec
+    batch, spec = next(iter(source.batches([0], "train", 1)))[0], source.layers[0].spec
     return SimpleNamespace(q=batch.q, k=batch.k, v=batch.v, spec=spec, scaling=spec.scaling)
 
 

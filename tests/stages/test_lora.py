@@ -350,7 +350,7 @@ def moved(pipeline: SimpleNamespace, tmp_path: Path) -> SimpleNamespace:
     shutil.copytree(pipeline.teacher, old)
     capture(str(old), str(pipeline.text), tmp_path / "capture", options=DataOptions(seq_len=64, samples=6), load=CPU)
     options = TransferOptions(steps=0)
-    transfer(tmp_path / "capture", tmp_path / "transfer", options=options, device="cpu")
+    transfer(tmp_path / "capture", tmp_path / "transfer", options=options)
     old.rename(new)
     return SimpleNamespace(transfer=tmp_path / "transfer", teacher=new, old=old)
 
@@ -379,7 +379,7 @@ def test_another_teacher_is_refused(moved: SimpleNamespace, tmp_path: Path, new_
 
 
 def test_a_part_of_the_layers_is_not_a_student(pipeline: SimpleNamespace, tmp_path: Path) -> None:
-    transfer(pipeline.capture, tmp_path / "part", options=TransferOptions(steps=0), layers=[1], device="cpu")
+    transfer(pipeline.capture, tmp_path / "part", options=TransferOptions(steps=0), layers=[1])
     with pytest.raises(IdentityMismatch, match="none for layers 0"):
         lora(tmp_path / "part", tmp_path / "l", options=QUICK, load=CPU)
     assert not (tmp_path / "l").exists()

@@ -38,7 +38,7 @@ def test_errors_by_head_are_those_of_the_maps(pipeline: SimpleNamespace) -> None
     for layer, info in enumerate(source.layers):
         maps = HybridMaps(HybridConfig(**artifact.config["hybrid"]), info.num_heads, info.head_dim)
         maps.load_state_dict(artifact.load(maps_file(layer)))
-        (batch,) = source.batches(layer, "validation", 1)
+        (batch,) = (batches[layer] for batches in source.batches([layer], "validation", 1))
         target = softmax_attention(batch.q, batch.k, batch.v, info.spec)
         with torch.no_grad():
             error = (_hybrid(batch, maps, info) - target).square().sum((0, 2, 3)) / target.square().sum((0, 2, 3))

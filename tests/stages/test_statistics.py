@@ -14,9 +14,10 @@ from lolcats_formats import Artifact, artifact_id
 import lolcats_cli.stages.capture as module
 from lolcats_cli.errors import IdentityMismatch, Stopped, UsageError
 from lolcats_cli.progress import Progress
-from lolcats_cli.stages.capture import SPLITS, capture
+from lolcats_cli.stages.capture import capture
 from lolcats_cli.stages.join import join
 from lolcats_cli.stages.layer_training import TransferOptions
+from lolcats_cli.stages.layout import SPLITS, Layout
 from lolcats_cli.stages.transfer import transfer
 from lolcats_cli.teacher.attention import softmax_weights
 from lolcats_cli.teacher.data import DataOptions, split_numbers
@@ -58,8 +59,37 @@ def check_statistics(artifact: Artifact) -> None:
         assert figures["esl"] == pytest.approx(torch.cat(rows["esl"])[:, layer].mean().item(), rel=1e-4)
 
 
-def test_statistics_are_those_of_the_stored_activations(pipeline: SimpleNamespace) -> None:
-    check_statistics(Artifact.open(pipeline.capture))
+@pytest.fixture(scope="module")
+def everything(pipeline: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    folder = tmp_path_factory.mktemp("everything") / "c"
+    return capture(str(pipeline.teacher), str(pipeline.text), folder, options=OPTIONS, statistics="all")
+
+
+def test_statistics_are_those_of_the_stored_activations(everything: Artifact) -> None:
+    check_statistics(everything)
+
+
+@pytest.mark.parametrize("store", [{}, {"store": "block", "block_size": 1}, {"store": "tokens"}])
+def test_a_sample_of_rows_is_measured_whatever_is_stored(
+    pipeline: SimpleNamespace, everything: Artifact, tmp_path: Path, store: dict
+) -> None:
+    artifact = capture(str(pipeline.teacher), str(pipeline.text), tmp_path / "c", options=OPTIONS, **store)
+    wanted = [0, 16]  # of the rows in the data
+    found: dict[str, dict[int, torch.Tensor]] = {}
+    for split, numbers in Layout.of(artifact.manifest).rows.items():
+        measured = [number for number in numbers if number in wanted]
+        for name in (name for name in artifact.files if name.startswith("statistics/") and split in name):
+            for key, tensor in artifact.load(name).items():
+                assert len(tensor) == len(measured)
+                found.setdefault(key, {}).update(zip(measured, tensor, strict=True))
+    assert len(found) == 4  # two figures of two layers
+    for split, numbers in Layout.of(everything.manifest).rows.items():
+        for key, expected in everything.load(f"statistics/{split}-00000.safetensors").items():
+            for number in set(wanted).intersection(numbers):
+                torch.testing.assert_close(found[key][number], expected[numbers.index(number)], rtol=1e-5, atol=1e-4)
+    for layer in range(2):
+        heads = torch.stack(list(found[f"entropy.{layer:03d}"].values())).double().sum(0) / (2 * 32)
+        assert artifact.summary["layers"][str(layer)]["head_entropy"] == pytest.approx(heads.tolist())
 
 
 def test_padding_is_left_out(pipeline: SimpleNamespace, tmp_path: Path) -> None:
@@ -67,16 +97,18 @@ def test_padding_is_left_out(pipeline: SimpleNamespace, tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"text": " ".join(words[i : i + 2 + i % 5])}) + "\n" for i in range(8)))
     options = DataOptions(seq_len=32, pack=False)
-    artifact = capture(str(pipeline.teacher), str(data), tmp_path / "c", options=options, batch_size=3)
+    artifact = capture(
+        str(pipeline.teacher), str(data), tmp_path / "c", options=options, batch_size=3, statistics="all"
+    )
     assert sum(artifact.data["tokens"].values()) < 8 * 32
     check_statistics(artifact)
 
 
 def test_an_unfinished_capture_without_statistics_is_given_them(pipeline: SimpleNamespace, tmp_path: Path) -> None:
     """As an earlier version left it."""
-    whole = capture(str(pipeline.teacher), str(pipeline.text), tmp_path / "whole", options=OPTIONS)
+    whole = capture(str(pipeline.teacher), str(pipeline.text), tmp_path / "whole", options=OPTIONS, statistics="all")
     old = tmp_path / "old"
-    capture(str(pipeline.teacher), str(pipeline.text), old, options=OPTIONS)
+    capture(str(pipeline.teacher), str(pipeline.text), old, options=OPTIONS, statistics="all")
     manifest = json.loads((old / "manifest.json").read_text())
     (old / "manifest.json").unlink()
     files = {name: entry for name, entry in manifest["files"].items() if not name.startswith("statistics/")}
@@ -84,13 +116,7 @@ def test_an_unfinished_capture_without_statistics_is_given_them(pipeline: Simple
     (old / "progress.json").write_text(json.dumps({**progress, "version": "1.0", "files": files, "metrics": 0}))
     for file in (old / "statistics").iterdir():
         file.unlink()
-    assert capture(str(pipeline.teacher), str(pipeline.text), old, options=OPTIONS).id == whole.id
-
-
-@pytest.fixture(scope="module")
-def everything(pipeline: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    folder = tmp_path_factory.mktemp("everything") / "c"
-    return capture(str(pipeline.teacher), str(pipeline.text), folder, options=OPTIONS)
+    assert capture(str(pipeline.teacher), str(pipeline.text), old, options=OPTIONS, statistics="all").id == whole.id
 
 
 def test_the_longest_rows_are_kept_in_their_order(
@@ -101,7 +127,9 @@ def test_the_longest_rows_are_kept_in_their_order(
         esl[numbers] = dense(everything, split)["esl"].mean((1, 2))
         ids[numbers] = everything.load(f"tokens/{split}.safetensors")["input_ids"]
     best = esl.argsort(descending=True)[:KEEP].sort().values
-    artifact = capture(str(pipeline.teacher), str(pipeline.text), tmp_path / "c", options=OPTIONS, keep=KEEP)
+    artifact = capture(
+        str(pipeline.teacher), str(pipeline.text), tmp_path / "c", options=OPTIONS, keep=KEEP, statistics="all"
+    )
     artifact.verify()
     for split, numbers in zip(SPLITS, split_numbers(KEEP, 0.05, 0), strict=True):
         assert torch.equal(artifact.load(f"tokens/{split}.safetensors")["input_ids"], ids[best[numbers]])
@@ -158,7 +186,7 @@ def test_all_rows_may_be_kept_but_no_more(pipeline: SimpleNamespace, everything:
     with pytest.raises(UsageError, match=r"--keep 21 is more than the 20 rows"):
         capture(*arguments, tmp_path / "c", options=OPTIONS, keep=21)
     assert not (tmp_path / "c").exists()
-    found = capture(*arguments, tmp_path / "c", options=OPTIONS, keep=20)
+    found = capture(*arguments, tmp_path / "c", options=OPTIONS, keep=20, statistics="all")
     shared = [name for name in everything.files if not name.startswith("candidates/")]
     assert all(found.read(name) == everything.read(name) for name in shared)
 
@@ -186,6 +214,7 @@ def test_parts_without_statistics_are_not_joined(pipeline: SimpleNamespace, tmp_
             str(pipeline.text),
             tmp_path / str(first),
             options=replace(OPTIONS, first=first, samples=4),
+            statistics="all",
         ).path
         for first in (0, 4)
     ]

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lolcats_formats import Artifact, ConfigMismatch, NotAnArtifact, WrongKind
+from lolcats_formats import Artifact, ArtifactWriter, ConfigMismatch, NotAnArtifact, WrongKind
 from lolcats_kernels import HybridConfig, HybridMaps, hybrid_attention
 
 import lolcats_cli.stages.transfer as module
@@ -20,7 +20,7 @@ from lolcats_cli.stages import checkpoints, layer_training
 from lolcats_cli.stages.activations import Batch, StoredActivations
 from lolcats_cli.stages.capture import capture
 from lolcats_cli.stages.checkpoints import Checkpoints
-from lolcats_cli.stages.layer_training import TransferOptions, measure, train_layer
+from lolcats_cli.stages.layer_training import Trained, TransferOptions, measure, train_layers
 from lolcats_cli.stages.models import maps_file
 from lolcats_cli.stages.transfer import transfer
 from lolcats_cli.teacher.attention import softmax_attention, softmax_weights
@@ -41,6 +41,10 @@ def padded(pipeline: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) 
     (root / "data.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     options = DataOptions(seq_len=40, pack=False)
     return capture(str(pipeline.teacher), str(root / "data.jsonl"), root / "capture", options=options).path
+
+
+def train_layer(source, layer: int, options: TransferOptions, **rest) -> Trained:
+    return train_layers(source, [layer], options, device=CPU, **rest)[layer]
 
 
 def layer_bytes(artifact: Artifact, layer: int) -> bytes:
@@ -74,15 +78,17 @@ def test_same_seed_same_artifact_other_seed_other_maps(pipeline: SimpleNamespace
 def test_resumed_is_the_same_to_the_byte(
     pipeline: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    def stopped(source, layer, options, *, log, **rest):
+    log = ArtifactWriter.log
+
+    def stopped(writer, event, layer, **figures):
         if layer == 1:
             if moment == "within a layer":
-                log(event="validation", layer=1, step=0, mse=1.0, lr=1.0)
+                log(writer, event=event, layer=layer, **figures)
             raise Stopped("SIGINT")
-        return train_layer(source, layer, options, log=log, **rest)
+        log(writer, event=event, layer=layer, **figures)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "train_layer", stopped)
+        patch.setattr(ArtifactWriter, "log", stopped)
         with pytest.raises(Stopped):
             transfer(pipeline.capture, tmp_path / "t", options=OPTIONS)
     with pytest.raises(NotAnArtifact, match="is not finished"):
@@ -120,7 +126,7 @@ def test_resumed_at_every_step_is_the_same_to_the_byte(
             break
         except Stopped:
             assert sorted(folder.name for folder in (tmp_path / "t" / "scratch").iterdir()) == saved[-1:]
-    assert saved == [f"layer-{layer:03d}-{step:07d}" for layer in range(2) for step in range(1, 7)]
+    assert saved == [f"layers-{layer:03d}-{layer:03d}-{step:07d}" for layer in range(2) for step in range(1, 7)]
     assert resumed.id == whole.id
     assert resumed.metrics() == whole.metrics()
     assert all(layer_bytes(resumed, layer) == layer_bytes(whole, layer) for layer in range(2))
@@ -130,18 +136,18 @@ def test_resumed_at_every_step_is_the_same_to_the_byte(
 def test_batches_after_the_first_are_those_of_the_whole_epoch(
     pipeline: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lolcats_cli.stages.capture.SHARD_BYTES", 2**14)
+    monkeypatch.setattr("lolcats_cli.stages.layout.SHARD_BYTES", 2**14)
     artifact = capture(
         str(pipeline.teacher), str(pipeline.text), tmp_path / "c", options=DataOptions(seq_len=32, samples=13)
     )
     assert len([name for name in artifact.files if name.startswith("layers/000/train-")]) > 3
     source = StoredActivations(artifact)
     for size in (1, 3):
-        whole = list(source.batches(0, "train", size, torch.Generator().manual_seed(3)))
+        whole = list(source.batches([0], "train", size, torch.Generator().manual_seed(3)))
         for skip in range(len(whole) + 1):
-            rest = list(source.batches(0, "train", size, torch.Generator().manual_seed(3), skip))
+            rest = list(source.batches([0], "train", size, torch.Generator().manual_seed(3), skip))
             assert len(rest) == len(whole) - skip
-            assert all(torch.equal(a.q, b.q) for a, b in zip(rest, whole[skip:], strict=True))
+            assert all(torch.equal(a[0].q, b[0].q) for a, b in zip(rest, whole[skip:], strict=True))
 
 
 KINDS = {
@@ -164,7 +170,7 @@ def test_every_kind_lowers_the_validation_error(pipeline: SimpleNamespace, kind:
     source = StoredActivations(Artifact.open(pipeline.capture))
     hybrid = HybridConfig(**({"window": 8, "feature_dim": 16} | KINDS[kind]))
     options = TransferOptions(hybrid, steps=10, grad_accum=2, eval_steps=5)
-    maps, figures = train_layer(source, 0, options, device=CPU)
+    maps, figures, _ = train_layer(source, 0, options)
     least = 1.0 if kind == "elu" else 0.97  # elu has nothing to train but gamma
     assert figures["mse"] < least * figures["initial_mse"]
     assert all(torch.isfinite(tensor).all() for tensor in maps.values())
@@ -175,8 +181,8 @@ def test_every_kind_lowers_the_validation_error(pipeline: SimpleNamespace, kind:
 def test_exp_starts_with_the_mass_that_softmax_gives_the_older_keys(pipeline: SimpleNamespace) -> None:
     source = StoredActivations(Artifact.open(pipeline.capture))
     options = replace(OPTIONS, steps=0)
-    states, figures = train_layer(source, 0, options, device=CPU)
-    info, batches = source.layers[0], source.batches(0, "train", 1)
+    states, figures, _ = train_layer(source, 0, options)
+    info, batches = source.layers[0], (batch[0] for batch in source.batches([0], "train", 1))
     maps = HybridMaps(options.hybrid, 4, 16)
     maps.load_state_dict(states)
     logs = []
@@ -190,7 +196,7 @@ def test_exp_starts_with_the_mass_that_softmax_gives_the_older_keys(pipeline: Si
             logs.append(((linear * maps.linear_logit.exp()[:, None]).log(), softmax.log()))
     linear, softmax = (torch.cat(parts).mean((0, 2)) for parts in zip(*logs, strict=True))
     torch.testing.assert_close(linear, softmax)
-    published = train_layer(source, 0, replace(PAPERS, steps=0), device=CPU)[1]
+    published = train_layer(source, 0, replace(PAPERS, steps=0)).figures
     assert figures["mse"] < published["mse"]
 
 
@@ -200,7 +206,7 @@ def test_exp_is_never_worse_than_its_window_alone(pipeline: SimpleNamespace, pad
     for capture_path in (pipeline.capture, padded):
         source = StoredActivations(Artifact.open(capture_path))
         for layer in range(2):
-            maps, figures = train_layer(source, layer, replace(OPTIONS, steps=8, lr=lr), device=CPU)
+            maps, figures, _ = train_layer(source, layer, replace(OPTIONS, steps=8, lr=lr))
             assert figures["mse"] <= figures["window_mse"]
             assert all(torch.isfinite(tensor).all() for tensor in maps.values())
 
@@ -215,7 +221,7 @@ def test_exp_switches_off_heads_that_are_better_without(pipeline: SimpleNamespac
         errors = {}
         for terms in ("both", "window"):
             errors[terms] = torch.zeros(4)
-            for batch in source.batches(0, "validation", 4):
+            for batch in (batches[0] for batches in source.batches([0], "validation", 4)):
                 scaling = source.layers[0].spec.scaling
                 target = softmax_attention(batch.q, batch.k, batch.v, source.layers[0].spec)
                 out = hybrid_attention(batch.q, batch.k, batch.v, bad, scaling=scaling, terms=terms)
@@ -223,9 +229,9 @@ def test_exp_switches_off_heads_that_are_better_without(pipeline: SimpleNamespac
     worse = errors["both"] > errors["window"]
     assert 0 < worse.sum() < 4
     monkeypatch.setattr(
-        layer_training, "_start_at_softmax_mass", lambda maps, *_: maps.load_state_dict(bad.state_dict())
+        layer_training, "_start_at_softmax_mass", lambda maps, *_: maps[0].load_state_dict(bad.state_dict())
     )
-    maps, figures = train_layer(source, 0, replace(OPTIONS, steps=0), device=CPU)
+    maps, figures, _ = train_layer(source, 0, replace(OPTIONS, steps=0))
     assert torch.equal(maps["linear_logit"] == layer_training.OFF, worse)
     assert figures["heads_off"] == worse.sum()
     assert figures["mse"] <= figures["window_mse"]
@@ -236,14 +242,14 @@ def test_a_head_without_older_keys_is_switched_off(pipeline: SimpleNamespace) ->
     source = StoredActivations(Artifact.open(pipeline.capture))
     spec = replace(source.layers[0].spec, sliding_window=5)
     source.layers[0] = replace(source.layers[0], spec=spec)
-    _, figures = train_layer(source, 0, replace(OPTIONS, steps=2), device=CPU)
+    _, figures, _ = train_layer(source, 0, replace(OPTIONS, steps=2))
     assert figures["heads_off"] == 4
     assert figures["mse"] == figures["window_mse"]
 
 
 def cross_entropy(source: StoredActivations, maps: HybridMaps) -> float:
     """Of the attention weights on the validation rows, by hand from features and scores (window 0)."""
-    batch = next(source.batches(0, "validation", 8))
+    batch = next(source.batches([0], "validation", 8))[0]
     k = batch.k.repeat_interleave(2, dim=1)
     causal = torch.ones(k.shape[2], k.shape[2], dtype=torch.bool).tril()
     wanted = (
@@ -258,7 +264,7 @@ def test_cross_entropy_loss_lowers_the_cross_entropy(pipeline: SimpleNamespace) 
     source = StoredActivations(Artifact.open(pipeline.capture))
     hybrid = HybridConfig(window=0, feature_dim=16)
     options = TransferOptions(hybrid, mse_factor=0, xent_factor=1, steps=15, grad_accum=2, eval_steps=15)
-    states, _ = train_layer(source, 0, options, device=CPU)
+    states, _, _ = train_layer(source, 0, options)
     before, after = HybridMaps(hybrid, 4, 16), HybridMaps(hybrid, 4, 16)
     after.load_state_dict(states)
     with torch.no_grad():
@@ -277,7 +283,7 @@ def test_window_dropout_trains_the_linear_term_alone_less_and_less(
     monkeypatch.setattr(layer_training, "_loss", spy)
     source, drawn = StoredActivations(Artifact.open(pipeline.capture)), []
     for seed in range(8):
-        train_layer(source, 0, replace(OPTIONS, window_dropout=1.0, seed=seed), device=CPU)
+        train_layer(source, 0, replace(OPTIONS, window_dropout=1.0, seed=seed))
         drawn.append([terms == "linear" for terms in seen])
         seen.clear()
     shares = torch.tensor(drawn, dtype=torch.float).mean(0)  # of the seeds, per batch
@@ -296,8 +302,8 @@ def test_window_dropout_makes_the_linear_term_better_alone(pipeline: SimpleNames
     for share in (0.0, 1.0):
         options = replace(OPTIONS, steps=20, window_dropout=share)
         maps = HybridMaps(HYBRID, 4, 16)
-        maps.load_state_dict(train_layer(source, 0, options, device=CPU)[0])
-        errors[share] = layer_training._errors(source, 0, maps, 1, ("linear",), CPU)[0]["linear"].sum()
+        maps.load_state_dict(train_layer(source, 0, options).maps)
+        errors[share] = layer_training._errors(source, {0: maps}, 1, ("linear",), CPU)[0].errors["linear"].sum()
     assert errors[1.0] < errors[0.0]
 
 
@@ -314,7 +320,7 @@ def test_window_dropout_takes_keys_before_a_window(pipeline: SimpleNamespace, tm
 def test_window_dropout_of_padded_rows(padded: Path, loss: dict) -> None:
     """Some of the rows are shorter than the window."""
     source = StoredActivations(Artifact.open(padded))
-    maps, _ = train_layer(source, 0, replace(OPTIONS, window_dropout=1.0, **loss), device=CPU)
+    maps, _, _ = train_layer(source, 0, replace(OPTIONS, window_dropout=1.0, **loss))
     assert all(tensor.isfinite().all() for tensor in maps.values())
 
 
@@ -334,9 +340,8 @@ def test_no_steps_keep_the_initial_maps(pipeline: SimpleNamespace, tmp_path: Pat
 def test_the_best_state_is_kept(pipeline: SimpleNamespace, lr: float) -> None:
     """At the second learning rate training does harm, and what comes out is no worse than what went in."""
     source = StoredActivations(Artifact.open(pipeline.capture))
-    seen: list[dict] = []
     options = replace(OPTIONS, lr=lr, steps=8, eval_steps=1)
-    maps, figures = train_layer(source, 1, options, device=CPU, log=lambda **event: seen.append(event))
+    maps, figures, seen = train_layer(source, 1, options)
     assert [event["step"] for event in seen] == list(range(9))
     best = min(seen, key=lambda event: event["mse"])
     assert (figures["best_step"], figures["mse"]) == (best["step"], pytest.approx(best["mse"], rel=1e-6))
@@ -345,31 +350,30 @@ def test_the_best_state_is_kept(pipeline: SimpleNamespace, lr: float) -> None:
         assert seen[-1]["mse"] > seen[0]["mse"]
     kept = HybridMaps(HYBRID, 4, 16)
     kept.load_state_dict(maps)
-    assert measure(source, 1, kept, 1, device=CPU)["mse"] == figures["mse"]
+    assert measure(source, {1: kept}, 1, device=CPU)[1]["mse"] == figures["mse"]
 
 
 def test_a_layer_that_no_longer_improves_stops(pipeline: SimpleNamespace) -> None:
     source = StoredActivations(Artifact.open(pipeline.capture))
     done: list[int] = []
     options = replace(OPTIONS, lr=0.0, steps=50, eval_steps=2, patience=1)
-    _, figures = train_layer(source, 0, options, device=CPU, advance=lambda n=1, **_: done.append(n))
+    _, figures, _ = train_layer(source, 0, options, advance=lambda n=1, **_: done.append(n))
     assert figures["steps"] == 6  # the third validation without improvement: after twice the patience
     assert sum(done) == 50  # the progress bar still comes to its end
 
 
 def test_plateau_lowers_the_learning_rate(pipeline: SimpleNamespace) -> None:
     source = StoredActivations(Artifact.open(pipeline.capture))
-    seen: list[float] = []
     options = replace(OPTIONS, lr=5.0, steps=8, eval_steps=1, patience=2)
-    train_layer(source, 0, options, device=CPU, log=lambda **event: seen.append(event["lr"]))
+    seen = [event["lr"] for event in train_layer(source, 0, options).events]
     assert seen[0] == 5.0
     assert seen[-1] < 1.0
 
 
 def test_batches_and_accumulation_give_the_same_maps(pipeline: SimpleNamespace) -> None:
     source = StoredActivations(Artifact.open(pipeline.capture))
-    one, _ = train_layer(source, 0, replace(OPTIONS, steps=4, batch_size=1, grad_accum=4), device=CPU)
-    two, _ = train_layer(source, 0, replace(OPTIONS, steps=4, batch_size=4, grad_accum=1), device=CPU)
+    one, _, _ = train_layer(source, 0, replace(OPTIONS, steps=4, batch_size=1, grad_accum=4))
+    two, _, _ = train_layer(source, 0, replace(OPTIONS, steps=4, batch_size=4, grad_accum=1))
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=2e-3, atol=2e-4)
 
@@ -381,11 +385,11 @@ def test_epochs_count_every_row() -> None:
 
 def test_every_epoch_sees_every_row_once_in_another_order(pipeline: SimpleNamespace) -> None:
     source = StoredActivations(Artifact.open(pipeline.capture))
-    plain = torch.cat([batch.q[:, 0, 3] for batch in source.batches(0, "train", 4)])
+    plain = torch.cat([batch[0].q[:, 0, 3] for batch in source.batches([0], "train", 4)])
     orders = []
     for seed in (0, 1, 0):
         generator = torch.Generator().manual_seed(seed)
-        shuffled = torch.cat([batch.q[:, 0, 3] for batch in source.batches(0, "train", 4, generator)])
+        shuffled = torch.cat([batch[0].q[:, 0, 3] for batch in source.batches([0], "train", 4, generator)])
         assert sorted(shuffled.tolist()) == sorted(plain.tolist())
         orders.append(shuffled.tolist())
     assert orders[0] == orders[2] != orders[1]
@@ -395,7 +399,7 @@ def test_padding_does_not_count(padded: Path) -> None:
     source = StoredActivations(Artifact.open(padded))
     maps = HybridMaps(HYBRID, 4, 16)
     squared = power = count = 0.0
-    for batch in source.batches(0, "validation", 1):
+    for batch in (batches[0] for batches in source.batches([0], "validation", 1)):
         n = int(batch.valid.sum())
         assert 0 < n < 40
         q, k, v = (x[:, :, :n] for x in (batch.q, batch.k, batch.v))
@@ -403,7 +407,7 @@ def test_padding_does_not_count(padded: Path) -> None:
         with torch.no_grad():
             error = module_hybrid(q, k, v, maps, source.layers[0].spec.scaling) - target
         squared, power, count = squared + error.square().sum(), power + target.square().sum(), count + error.numel()
-    figures = measure(source, 0, maps, 4, device=CPU)
+    figures = measure(source, {0: maps}, 4, device=CPU)[0]
     assert figures["mse"] == pytest.approx(float(squared / count), rel=1e-4)
     assert figures["relative_mse"] == pytest.approx(float(squared / power), rel=1e-4)
 
@@ -422,7 +426,7 @@ def test_padded_rows_train(padded: Path, tmp_path: Path) -> None:
 
 def test_a_window_over_the_whole_row_is_softmax_attention(pipeline: SimpleNamespace) -> None:
     source = StoredActivations(Artifact.open(pipeline.capture))
-    figures = measure(source, 0, HybridMaps(HybridConfig(window=64, feature_dim=16), 4, 16), 4, device=CPU)
+    figures = measure(source, {0: HybridMaps(HybridConfig(window=64, feature_dim=16), 4, 16)}, 4, device=CPU)[0]
     assert figures["relative_mse"] < 1e-10
     assert figures["relative_window_mse"] < 1e-10
 
@@ -472,7 +476,7 @@ def test_other_kinds_and_other_settings_are_refused(pipeline: SimpleNamespace, t
 def test_a_learning_rate_that_explodes_is_a_usage_error(pipeline: SimpleNamespace) -> None:
     source = StoredActivations(Artifact.open(pipeline.capture))
     with pytest.raises(UsageError, match=r"gradient of layer 0 is nan.* Lower --lr"):
-        train_layer(source, 0, replace(OPTIONS, lr=float("inf"), steps=3), device=CPU)
+        train_layer(source, 0, replace(OPTIONS, lr=float("inf"), steps=3))
 
 
 @pytest.fixture
@@ -488,8 +492,8 @@ def hard(pipeline: SimpleNamespace) -> SimpleNamespace:
         valid = torch.arange(40)[None] < (40, 0, 25, 5, 40, 1)[index]
         rows.append(Batch(q.bfloat16(), k.bfloat16(), v.bfloat16(), valid))
 
-    def batches(layer: int, split: str, size: int, generator=None, skip: int = 0):
-        yield from (rows[1:] + rows[:1])[skip:]  # padding alone comes first
+    def batches(layers: list[int], split: str, size: int, generator=None, skip: int = 0):
+        yield from ({0: row} for row in (rows[1:] + rows[:1])[skip:])  # padding alone comes first
 
     return SimpleNamespace(layers=layers, rows={"train": 6, "validation": 6}, batches=batches)
 
@@ -502,9 +506,8 @@ def test_hard_activations_at_ten_times_the_learning_rate_stay_finite(
     chosen = dict(layer_training.RECIPES[recipe])
     hybrid = HybridConfig(window=window, feature_dim=16, linear_factor=chosen.pop("linear_factor"))
     options = TransferOptions(hybrid, steps=12, **chosen | {"lr": 10 * chosen["lr"], "eval_steps": 1})
-    seen: list[float] = []
-    maps, figures = train_layer(hard, 0, options, device=CPU, log=lambda **event: seen.append(event["mse"]))
-    assert torch.tensor(seen).isfinite().all()
+    maps, figures, seen = train_layer(hard, 0, options)
+    assert torch.tensor([event["mse"] for event in seen]).isfinite().all()
     assert all(tensor.isfinite().all() for tensor in maps.values())
     assert figures["mse"] <= figures["initial_mse"]
     if recipe == "best" and window:
@@ -513,6 +516,6 @@ def test_hard_activations_at_ten_times_the_learning_rate_stay_finite(
 
 
 def test_the_head_that_attends_to_one_token_does(hard: SimpleNamespace) -> None:
-    batch = next(iter(hard.batches(0, "train", 1, skip=1)))
+    batch = next(iter(hard.batches([0], "train", 1, skip=1)))[0]
     weights = softmax_weights(batch.q, batch.k, hard.layers[0].spec, batch.valid)
     assert weights[0, 0, :25, 0].min() > 0.999

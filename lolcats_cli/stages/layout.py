@@ -1,0 +1,215 @@
+"""What a capture keeps on disk, and in which files.
+
+A capture stores one of three things, from which the transfer gets the same queries, keys and values:
+
+- "attention": q, k and v of every layer.
+- "block": the hidden states in front of every `block_size`-th layer but the first; the transfer computes q, k and v
+  with the teacher's layers from there on.
+- "tokens": the tokens alone; the teacher runs along with the transfer.
+
+Rows are computed in **groups** of neighbouring rows: a group is what the transfer shuffles and holds in memory, and
+where forward passes begin, whatever is stored. A **unit** is what is written together: one group, or for hidden states
+as many neighbouring groups as fill a shard.
+
+Shapes: N rows, T tokens of a row, E hidden size, H query heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lolcats_cli.teacher.data import Rows, split_numbers
+from lolcats_cli.teacher.record import LayerInfo
+
+SHARD_BYTES = 256 * 2**20  # of a file
+GROUP_BYTES = 2 * 2**30  # of the q, k and v of one group of rows in all layers: what is held in memory
+SPLITS = ("train", "validation")
+SAMPLE = 16  # of so many rows one is measured, unless all are
+STORES = ("attention", "block", "tokens")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Rows whose activations are written together.
+
+    Attributes:
+        block: the number of the block of layers that computes them.
+        number: counts the split's units, alike in every block.
+        groups: the ranges of rows, in the split, of the unit's groups.
+        measured: those rows, in the split, whose attention is measured.
+        activations: the file of every layer's q, k and v by layer, or of the hidden states behind the block by None.
+        statistics: the file of the measured rows' statistics; None if none of them is measured.
+    """
+
+    block: int
+    split: str
+    number: int
+    groups: tuple[range, ...]
+    measured: tuple[int, ...]
+    activations: dict[int | None, str]
+    statistics: str | None
+
+    @property
+    def rows(self) -> range:
+        return range(self.groups[0].start, self.groups[-1].stop)
+
+    @property
+    def files(self) -> list[str]:
+        return [*([self.statistics] if self.statistics else []), *self.activations.values()]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The files of one capture.
+
+    Attributes:
+        store: one of `STORES`.
+        block_size: the layers of a block, for the store "block".
+        layers: the teacher's layers.
+        hidden_size: E.
+        dtype: of the activations.
+        seq_len: T.
+        rows: the number of each split's rows in the data, by split, in the order of the split.
+        config: the capture's configuration.
+    """
+
+    store: str
+    block_size: int | None
+    layers: list[LayerInfo]
+    hidden_size: int
+    dtype: torch.dtype
+    seq_len: int
+    rows: dict[str, list[int]]
+    config: dict[str, Any]
+
+    @classmethod
+    def of(cls, manifest: dict[str, Any]) -> Layout:
+        """The layout that a capture's manifest, or the fields that a new one begins with, stand for."""
+        config, teacher = manifest["config"], manifest["teacher"]
+        counts = manifest["data"]["rows"]
+        numbers = split_numbers(sum(counts.values()), config["val_fraction"], config["seed"])
+        first = 0 if "keep" in config else config["samples"][0]
+        return cls(
+            store=config.get("store", "attention"),
+            block_size=config.get("block_size"),
+            layers=[LayerInfo.from_dict(layer) for layer in teacher["layers"]],
+            hidden_size=teacher["hidden_size"],
+            dtype=getattr(torch, config["dtype"]),
+            seq_len=manifest["data"]["seq_len"],
+            rows={split: (first + found).tolist() for split, found in zip(SPLITS, numbers, strict=True)},
+            config=config,
+        )
+
+    @property
+    def blocks(self) -> list[range]:
+        """The layers of every block: all in one where no hidden states are stored."""
+        count = len(self.layers)
+        size = self.block_size or count
+        return [range(first, min(first + size, count)) for first in range(0, count, size)]
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row's activations on disk."""
+        if self.store == "attention":
+            return self.seq_len * sum(layer.bytes_per_token(self.dtype) for layer in self.layers)
+        return self.hidden_bytes * (len(self.blocks) - 1)
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Bytes of a row's hidden states in front of one layer."""
+        return self.seq_len * self.hidden_size * self.dtype.itemsize
+
+    def groups(self, split: str) -> list[range]:
+        """The rows of the split, group by group."""
+        per_layer = [self.seq_len * layer.bytes_per_token(self.dtype) for layer in self.layers]
+        size, count = max(1, min(SHARD_BYTES // max(per_layer), GROUP_BYTES // sum(per_layer))), len(self.rows[split])
+        return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+    def units(self, block: int) -> Iterator[Unit]:
+        """What the block writes, in order."""
+        last = block == len(self.blocks) - 1
+        for split in SPLITS:
+            groups = self.groups(split)
+            per_unit = max(1, SHARD_BYTES // (self.hidden_bytes * max(map(len, groups), default=1)))
+            runs = [groups[i : i + per_unit] for i in range(0, len(groups), per_unit)]
+            for number, run in enumerate(runs if self.store == "block" else [[group] for group in groups]):
+                rows = range(run[0].start, run[-1].stop)
+                activations: dict[int | None, str] = {}
+                if self.store == "attention":
+                    activations = {layer: shard_name(layer, split, number) for layer in range(len(self.layers))}
+                elif self.store == "block" and not last:
+                    activations = {None: hidden_name(block + 1, split, number)}
+                measured = tuple(row for row in rows if is_measured(self.config, self.rows[split][row]))
+                folder = f"statistics/{block:03d}" if self.store == "block" else "statistics"
+                statistics = f"{folder}/{split}-{number:05d}.safetensors" if measured else None
+                unit = Unit(block, split, number, tuple(run), measured, activations, statistics)
+                if unit.files:
+                    yield unit
+
+    def all_units(self) -> Iterator[Unit]:
+        for block in range(len(self.blocks)):
+            yield from self.units(block)
+
+    def row_file_bytes(self, layer: int | None) -> int:
+        """Bytes of a row in a file of a layer's q, k and v, or of hidden states (None)."""
+        if layer is None:
+            return self.hidden_bytes
+        return self.seq_len * self.layers[layer].bytes_per_token(self.dtype)
+
+    def shapes(self, layer: int | None) -> dict[str, tuple[int, ...]]:
+        """The tensors of one row in a file of a layer's q, k and v, or of hidden states (None)."""
+        if layer is None:
+            return {"hidden": (self.seq_len, self.hidden_size)}
+        info = self.layers[layer]
+        kv = (info.num_key_value_heads, self.seq_len, info.head_dim)
+        return {"q": (info.num_heads, self.seq_len, info.head_dim), "k": kv, "v": kv}
+
+    def statistics_shapes(self, block: int) -> dict[str, tuple[int, ...]]:
+        """The tensors of one row in a file of a block's statistics."""
+        layers = self.blocks[block]
+        return {f"{name}.{i:03d}": (self.layers[i].num_heads,) for name in ("entropy", "esl") for i in layers}
+
+
+def is_measured(config: dict[str, Any], number: int) -> bool:
+    """Whether a capture of this configuration measures the attention of the row of this number in the data."""
+    return config.get("statistics") != "sample" or number % SAMPLE == 0
+
+
+def shard_name(layer: int, split: str, number: int) -> str:
+    return f"layers/{layer:03d}/{split}-{number:05d}.safetensors"
+
+
+def hidden_name(block: int, split: str, number: int) -> str:
+    return f"hidden/{block:03d}/{split}-{number:05d}.safetensors"
+
+
+def tokens_name(split: str) -> str:
+    return f"tokens/{split}.safetensors"
+
+
+def summarize(folder: Path, layout: Layout, rows: dict[str, Rows]) -> dict[str, dict[str, Any]]:
+    """Of every layer, from the statistics of the measured rows in a capture's `folder`: a query's `entropy` in nats,
+    also by head, and a row's `esl`. Empty if no row was measured."""
+    units = [unit for unit in layout.all_units() if unit.statistics]
+    tokens = sum(rows[u.split].select(torch.tensor(u.measured)).tokens for u in units if u.block == 0)
+    found: dict[str, list[Tensor]] = {}
+    for unit in units:
+        for name, tensor in load_file(folder / str(unit.statistics)).items():
+            found.setdefault(name, []).append(tensor)
+    summary = {}
+    for layer in sorted(name.partition(".")[2] for name in found if name.startswith("esl.")):
+        entropy, esl = (torch.cat(found[f"{figure}.{layer}"]).double() for figure in ("entropy", "esl"))
+        heads = entropy.sum(0) / tokens
+        summary[str(int(layer))] = {
+            "entropy": heads.mean().item(),
+            "head_entropy": heads.tolist(),
+            "esl": esl.mean().item(),
+        }
+    return summary

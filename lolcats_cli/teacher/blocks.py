@@ -1,0 +1,127 @@
+"""Some neighbouring layers of a teacher, run by the model's own forward pass, with only their weights on the device.
+
+transformers maps a checkpoint's weights into memory when it loads a model on the CPU: a layer's weights take memory
+only while they are used. So a model of any size can be loaded, and its layers moved to the device a block at a time.
+
+Shapes: B batch, T time, E hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from lolcats_cli.errors import BadInput
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Takes input_ids [B, T], valid [B, T] bool or None, and the hidden states [B, T, E] in front of the first layer or None
+# to compute them from the tokens. Returns those behind the last layer, or None behind the model's last.
+Run = Callable[[Tensor, Tensor | None, Tensor | None], Tensor | None]
+
+
+class _Reached(Exception):
+    """Ends a forward pass in front of a layer."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.hidden = hidden
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The model's decoder layers, in order. Raises `BadInput` if they are not to be found."""
+    count = model.config.get_text_config().num_hidden_layers
+    for module in model.base_model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count and all(map(_has_layer, module, range(count))):
+            return list(module)
+    raise BadInput(
+        f"The decoder layers of {type(model).__name__} were not found, so they cannot be run block by block. "
+        "Use --store attention."
+    )
+
+
+def _has_layer(module: nn.Module, index: int) -> bool:
+    return any(getattr(part, "layer_idx", None) == index for part in module.modules())
+
+
+@contextmanager
+def block(model: PreTrainedModel, layers: range, device: torch.device) -> Iterator[Run]:
+    """While open, the model's `layers` lie on the device, and what it yields runs them.
+
+    A model that is on the device already stays there. Of one on the CPU, the other layers and the head stay behind.
+    """
+    everything = decoder_layers(model)
+    chosen, last = everything[layers.start : layers.stop], layers.stop == len(everything)
+    state: dict[str, Tensor | None] = {"hidden": None}
+
+    def begin(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if state["hidden"] is None:
+            return None
+        if args:
+            return (state["hidden"], *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": state["hidden"]}
+
+    def end(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        raise _Reached(args[0] if args else kwargs["hidden_states"])
+
+    @torch.no_grad()
+    def run(input_ids: Tensor, valid: Tensor | None, hidden: Tensor | None) -> Tensor | None:
+        state["hidden"] = None if hidden is None else hidden.to(device)
+        mask = None if valid is None else valid.to(device).long()
+        try:
+            model.base_model(input_ids=input_ids.long().to(device), attention_mask=mask, use_cache=False)
+        except _Reached as reached:
+            return reached.hidden
+        return None
+
+    with ExitStack() as stack:
+        stack.enter_context(_on_device(model, everything, chosen, device))
+        for module in everything[: layers.start]:
+            stack.enter_context(_skipped(module))
+        if layers.start:
+            handle = chosen[0].register_forward_pre_hook(begin, with_kwargs=True)
+            stack.callback(handle.remove)
+        if not last:
+            handle = everything[layers.stop].register_forward_pre_hook(end, with_kwargs=True, prepend=True)
+            stack.callback(handle.remove)
+        yield run
+
+
+@contextmanager
+def _skipped(module: nn.Module) -> Iterator[None]:
+    """The layer hands on what it is given. The next hook replaces it, so only the form matters: a tensor or a tuple."""
+
+    def forward(hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
+        return hidden_states
+
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+@contextmanager
+def _on_device(
+    model: PreTrainedModel, layers: list[nn.Module], chosen: list[nn.Module], device: torch.device
+) -> Iterator[None]:
+    """Puts the chosen layers, and what is neither a layer nor the head, on the device; then back where they were."""
+    if model.device == device:
+        yield
+        return
+    others = {id(part) for module in layers if module not in chosen for part in module.parameters()}
+    moved = [
+        tensor for tensor in [*model.base_model.parameters(), *model.base_model.buffers()] if id(tensor) not in others
+    ]
+    before = [tensor.data for tensor in moved]
+    for tensor in moved:
+        tensor.data = tensor.data.to(device)
+    try:
+        yield
+    finally:
+        for tensor, data in zip(moved, before, strict=True):
+            tensor.data = data
