@@ -93,12 +93,15 @@ def _read_config(path: Path, commands: dict[str, list]) -> dict:
     if not isinstance(content, dict) or not all(isinstance(values, dict) for values in content.values()):
         raise typer.BadParameter(f"--config {path} must hold options by command, such as `transfer: {{window: 32}}`.")
     for command, values in content.items():
-        known = {param.name for param in commands.get(command, []) if param.param_type_name == "option"}
+        known = {param.name: param for param in commands.get(command, []) if param.param_type_name == "option"}
         unknown = (
             [command] if command not in commands else [f"{command}.{key}" for key in values if _key(key) not in known]
         )
         if unknown:
             raise typer.BadParameter(f"--config {path}: {unknown[0]} is not a command's option.")
+        for key, value in values.items():
+            if isinstance(value, str) and getattr(known[_key(key)], "multiple", False):
+                values[key] = [value]
     return {command: {_key(key): value for key, value in values.items()} for command, values in content.items()}
 
 

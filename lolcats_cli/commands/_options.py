@@ -6,6 +6,7 @@ import json
 import math
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,11 +29,22 @@ Resume = Annotated[
 Force = Annotated[
     bool, typer.Option("--force", help="Replace the artifact that --output holds; a finished one stays until the end.")
 ]
+Format = Annotated[
+    Literal["auto", "text", "json", "csv", "tsv", "parquet"],
+    typer.Option(
+        help="The data's format (json: lines, or a list); auto goes by the files' names, else the first line."
+    ),
+]
 Template = Annotated[
-    Literal["auto", "text", "alpaca", "chat"],
+    Literal["auto", "tokens", "text", "chat", "sharegpt", "completion", "alpaca"],
     typer.Option(help="How a record becomes text; auto goes by its columns (input_ids are taken as tokens)."),
 ]
+OnBadRow = Annotated[
+    Literal["error", "skip"], typer.Option(help="skip: leave out rows that cannot be used, and say how many.")
+]
+Pack = Annotated[bool, typer.Option(help="Fill rows with documents one after the other; otherwise one a row.")]
 TextField = Annotated[str, typer.Option(help="The column that holds the text.")]
+Subset = Annotated[str | None, typer.Option(help="The subset (configuration) of a hub dataset.")]
 Split = Annotated[str, typer.Option(help="The split of a hub dataset.")]
 SeqLen = Annotated[int, typer.Option(min=2, help="Tokens per row.")]
 
@@ -44,13 +56,16 @@ def positive(value: float | None) -> float | None:
     return value
 
 
-def artifact_path(given: str, data: str | None = None) -> str:
+def artifact_path(given: str, data: Sequence[str] | None = None) -> str:
     """The artifact's path: `given`, or the line on stdin if it is "-", where `data` cannot come from too."""
     if given != "-":
         return given
-    if data == "-":
+    if "-" in (data or ()):
         raise UsageError("The artifact's path and --data cannot both come from stdin.")
-    path = sys.stdin.readline().strip()
+    try:
+        path = "" if sys.stdin is None else sys.stdin.readline().strip()
+    except UnicodeDecodeError as error:
+        raise UsageError("Expected an artifact's path on stdin and got something that is not text.") from error
     if not path:
         raise UsageError("Expected an artifact's path on stdin and got nothing: did the command before this one fail?")
     return path

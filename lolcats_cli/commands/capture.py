@@ -12,13 +12,12 @@ from lolcats_cli.commands import _options as o
 def capture(
     teacher: Annotated[str, typer.Argument(help="A model folder, or a hub id.")],
     data: Annotated[
-        str, typer.Argument(help="Text, JSON lines, a JSON list, Parquet, - for stdin, or a hub dataset id.")
+        list[str],
+        typer.Argument(help="Files of text, JSON, CSV, TSV or Parquet, folders, patterns, - for stdin, hub datasets."),
     ],
     output: o.Output,
     seq_len: o.SeqLen = 1024,
-    pack: Annotated[
-        bool, typer.Option(help="Fill rows with documents one after the other; otherwise one a row.")
-    ] = True,
+    pack: o.Pack = True,
     samples: Annotated[
         str | None, typer.Option(help="The most rows to take, or which: 1000-1999 are the second thousand, for `join`.")
     ] = None,
@@ -38,9 +37,12 @@ def capture(
     ] = None,
     keep: Annotated[int | None, typer.Option(min=2, help="How many rows --select takes.")] = None,
     val_fraction: Annotated[float, typer.Option(min=0.0, max=0.5, help="Part of the rows kept for validation.")] = 0.05,
+    format: o.Format = "auto",
     template: o.Template = "auto",
     text_field: o.TextField = "text",
+    subset: o.Subset = None,
     split: o.Split = "train",
+    on_bad_row: o.OnBadRow = "error",
     dtype: o.Dtype = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 8,
     revision: Annotated[str | None, typer.Option(help="The hub revision of the teacher.")] = None,
@@ -65,7 +67,18 @@ def capture(
         teacher,
         data,
         output,
-        options=DataOptions(seq_len, pack, template, text_field, split, first, count),
+        options=DataOptions(
+            seq_len,
+            pack,
+            template,
+            text_field,
+            split,
+            first,
+            count,
+            format=format,
+            subset=subset,
+            on_bad_row=on_bad_row,
+        ),
         load=LoadOptions(dtype, device, trust_remote_code),
         store=store,
         block_size=block_size,

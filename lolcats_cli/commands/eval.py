@@ -18,7 +18,7 @@ def evaluate(
             help="A teacher, a transfer or LoRA artifact, a merged folder, or - to read its path from stdin."
         ),
     ],
-    data: Annotated[str | None, typer.Option(help="Held-out data, as for capture.")] = None,
+    data: Annotated[list[str] | None, typer.Option(help="Held-out data, as for capture (repeatable).")] = None,
     tasks: Annotated[
         str | None,
         typer.Option(
@@ -27,9 +27,13 @@ def evaluate(
     ] = None,
     seq_len: o.SeqLen = 1024,
     samples: Annotated[int | None, typer.Option(min=1, help="The most rows to take, or questions per task.")] = None,
+    pack: o.Pack = True,
+    format: o.Format = "auto",
     template: o.Template = "auto",
     text_field: o.TextField = "text",
+    subset: o.Subset = None,
     split: o.Split = "train",
+    on_bad_row: o.OnBadRow = "error",
     recall: Annotated[int, typer.Option(min=0, help="Rows per recall distance; 0 leaves recall out.")] = 64,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 4,
     teacher: o.Teacher = None,
@@ -65,7 +69,17 @@ def evaluate(
     found = run(
         load_any(given, load, teacher=teacher, revision=revision),
         data,
-        options=DataOptions(seq_len, True, template, text_field, split, samples=samples),
+        options=DataOptions(
+            seq_len,
+            pack,
+            template,
+            text_field,
+            split,
+            samples=samples,
+            format=format,
+            subset=subset,
+            on_bad_row=on_bad_row,
+        ),
         batch_size=batch_size,
         recall_count=recall,
         seed=seed,

@@ -9,7 +9,8 @@ The teacher's layers run block by block: all rows pass through a block before th
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +49,7 @@ ADVICE = "Store less with --store block or --store tokens, take fewer --samples,
 
 def capture(
     teacher: str,
-    data: str,
+    data: str | Sequence[str],
     output: Path | str,
     *,
     options: DataOptions = DataOptions(),
@@ -69,7 +70,7 @@ def capture(
 
     Args:
         teacher: a model folder, or a hub id (with `revision`).
-        data: a file, "-" for stdin, or a hub dataset id.
+        data: one or several files, folders, patterns, "-" for stdin, or hub dataset ids.
         output: the artifact's directory.
         store: what is kept: "attention", "block" or "tokens" (`stages/layout.py`).
         block_size: the layers of a block, for the store "block".
@@ -86,11 +87,13 @@ def capture(
         NotEnoughSpace: the disk lacks the bytes that the capture will take.
     """
     folder = resolve_folder(teacher, revision)
-    _check_length(_auto_config(folder, load), options.seq_len, teacher)
+    config = _auto_config(folder, load)
+    _check_length(config, options.seq_len, teacher)
     tokenizer = load_tokenizer(folder, load.trust_remote_code)
-    found = read_rows(data, tokenizer, options)
+    vocab_size = config.get_text_config().vocab_size
+    found = read_rows(data, tokenizer, options, vocab_size=vocab_size, progress=progress)
     if keep is not None and keep > len(found):
-        raise UsageError(f"--keep {keep} is more than the {len(found)} rows that {data} gives. Keep fewer.")
+        raise UsageError(f"--keep {keep} is more than the {len(found)} rows that the data gives. Keep fewer.")
     device = load.resolved_device()
     model = load_model(folder, replace(load, device="cpu"))  # blocks of it are moved when they are run
     whole = range(model.config.get_text_config().num_hidden_layers)
@@ -100,7 +103,7 @@ def capture(
     progress.note(f"{teacher}: {len(layers)} attention layers, every one recorded and reproduced")
     fields: dict[str, Any] = {
         "config": {
-            "data": {key: value for key, value in asdict(options).items() if key not in ("first", "samples")},
+            "data": options.to_config(),
             "samples": [options.first, options.first + len(found) - 1],
             **({} if keep is None else {"select": "top-esl", "keep": keep}),
             **({} if store == "attention" else {"store": store, "batch_size": batch_size}),
@@ -188,7 +191,9 @@ def describe_teacher(
     }
 
 
-def _describe_data(found: Rows, path: str, keep: int | None, val_fraction: float, seed: int) -> dict[str, Any]:
+def _describe_data(
+    found: Rows, path: str | Sequence[str], keep: int | None, val_fraction: float, seed: int
+) -> dict[str, Any]:
     """The identity of the rows; of rows that are still to be selected, that of the candidates."""
     if keep is None:
         return describe_rows(dict(zip(SPLITS, split_rows(found, val_fraction, seed), strict=True)), path)

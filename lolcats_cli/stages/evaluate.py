@@ -31,7 +31,7 @@ ALL_TERMS = ("both", "window", "linear")
 
 def evaluate(
     loaded: Loaded,
-    data: str,
+    data: str | Sequence[str],
     *,
     options: DataOptions = DataOptions(),
     terms: Sequence[str] = ALL_TERMS,
@@ -58,7 +58,10 @@ def evaluate(
     limit = model_limit(loaded.model.config)
     if limit is not None and options.seq_len > limit:
         raise BadInput(f"--seq-len {options.seq_len} is over the {limit} tokens that the model was made for.")
-    rows = read_rows(data, loaded.tokenizer, options)
+    vocab_size = loaded.model.config.get_text_config().vocab_size
+    rows = read_rows(data, loaded.tokenizer, options, vocab_size=vocab_size, progress=progress)
+    if rows.valid is not None and not bool(rows.valid[:, 1:].any()):
+        raise BadInput("No row of the data has a second token, which is the first that can be predicted.")
     is_student = loaded.kind != "teacher"
     chosen = terms if is_student else ("both",)
     filler = rows.input_ids.flatten() if rows.valid is None else rows.input_ids[rows.valid]

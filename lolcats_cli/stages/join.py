@@ -149,7 +149,8 @@ class _Captures:
                     tokens[number] = found.select(torch.tensor([index]))
         drawn = split_numbers(len(tokens), config["val_fraction"], config["seed"])
         self.numbers = {s: (found + self.covered[0]).tolist() for s, found in zip(SPLITS, drawn, strict=True)}
-        self.rows = {split: _concatenated([tokens[number] for number in self.numbers[split]]) for split in SPLITS}
+        whole = _concatenated([tokens[number] for number in sorted(tokens)])
+        self.rows = {split: whole.select(found) for split, found in zip(SPLITS, drawn, strict=True)}
         self.data = describe_rows(self.rows, parts[0].data["path"])
         self.layout = Layout.of({"config": config, "teacher": parts[0].teacher, "data": self.data})
 
@@ -205,5 +206,8 @@ class _Captures:
 
 
 def _concatenated(rows: list[Rows]) -> Rows:
-    valid = [part.valid for part in rows if part.valid is not None]
-    return Rows(torch.cat([part.input_ids for part in rows]), torch.cat(valid) if valid else None)
+    """All rows, with what every part of them tells."""
+    parts = [part.to_tensors() for part in rows]
+    return Rows(
+        **{name: torch.cat([part[name] for part in parts]) for name in parts[0] if all(name in p for p in parts)}
+    )

@@ -7,8 +7,10 @@ The artifact holds `adapter/`, a plain PEFT folder, and `maps/`, the feature map
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from os.path import isfile, join
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +50,7 @@ class LoraOptions:
         train_maps: train the feature maps and γ too.
         match: what the student's predictions are trained on: the "text" (next-token cross-entropy), or the "teacher"'s
             predictions on it (KL divergence), at the cost of one forward pass of the teacher more.
+        loss_on: "all" tokens, or those of a "completion" alone: the answers to prompts, the assistant's turns.
         batch_size, grad_accum: rows per forward pass, and passes per optimizer step.
         epochs, steps: length of the training; `steps` wins.
         lr, clip: AdamW's learning rate; the largest gradient norm.
@@ -63,6 +66,7 @@ class LoraOptions:
     targets: tuple[str, ...] | None = None
     train_maps: bool = False
     match: str = "text"
+    loss_on: str = "all"
     batch_size: int = 1
     grad_accum: int = 8
     epochs: int = 2
@@ -94,7 +98,7 @@ def lora(
     output: Path | str,
     *,
     options: LoraOptions = LoraOptions(),
-    data: str | None = None,
+    data: str | Sequence[str] | None = None,
     data_options: DataOptions = DataOptions(),
     teacher: str | None = None,
     load: LoadOptions = LoadOptions(),
@@ -106,7 +110,7 @@ def lora(
 
     Args:
         transfer: a transfer artifact with every layer.
-        data: other data than the capture's tokens: a capture artifact, a file, "-" or a hub dataset id.
+        data: other data than the capture's tokens: a capture artifact, or data as for `capture`.
         teacher: the teacher's folder, if it is not where it was captured.
         resume, force: what to do with an artifact that `output` holds, see `ArtifactWriter.create`.
 
@@ -119,7 +123,8 @@ def lora(
     with ranks.joined(device.type), ExitStack() as stack:
         with ranks.one_first():  # it hashes the teacher, and the others find its hashes
             folder = teacher_folder(parent, teacher)
-        splits, source = _rows(parent, data, data_options, folder, load, options.seed)
+        data_options = replace(data_options, completion=options.loss_on == "completion")
+        splits, source = _rows(parent, data, data_options, folder, load, options.seed, progress)
         student = load_student(parent, folder, load)
         limit, seq_len = model_limit(student.config), splits["train"].input_ids.shape[1]
         if limit is not None and seq_len > limit:
@@ -176,20 +181,49 @@ def _run(
 
 
 def _rows(
-    parent: Artifact, data: str | None, options: DataOptions, folder: Path, load: LoadOptions, seed: int
-) -> tuple[dict[str, Rows], str]:
-    """Training and validation rows, and where they came from."""
-    if data is None:
+    parent: Artifact,
+    data: str | Sequence[str] | None,
+    options: DataOptions,
+    folder: Path,
+    load: LoadOptions,
+    seed: int,
+    progress: Progress,
+) -> tuple[dict[str, Rows], str | Sequence[str]]:
+    """Training and validation rows, and where they came from. If `options.completion`, those with a completion."""
+    first = data if isinstance(data, str) or data is None else data[0]
+    if first is None:
         capture = parent.ancestor("capture")
         data = str(capture.path)
-    elif (Path(data) / "manifest.json").is_file():
-        capture = Artifact.open(data, "capture")
+    elif isfile(join(first, "manifest.json")):
+        capture = Artifact.open(first, "capture")
         if capture.teacher["tokenizer_sha256"] != parent.teacher["tokenizer_sha256"]:
-            raise IdentityMismatch(f"{data} holds tokens of another tokenizer than the teacher's. Pass text instead.")
+            raise IdentityMismatch(f"{first} holds tokens of another tokenizer than the teacher's. Pass text instead.")
+        if data not in (first, [first]):
+            raise UsageError(f"--data {first} is a capture, so it must be the only data.")
     else:
-        rows = read_rows(data, load_tokenizer(folder, load.trust_remote_code), options)
+        assert data is not None
+        tokenizer, vocab_size = load_tokenizer(folder, load.trust_remote_code), parent.teacher["vocab_size"]
+        rows = _to_train(read_rows(data, tokenizer, options, vocab_size=vocab_size, progress=progress), options)
         return dict(zip(SPLITS, split_rows(rows, 0.05, seed), strict=True)), data
-    return {split: Rows.from_tensors(capture.load(f"tokens/{split}.safetensors")) for split in SPLITS}, data
+    stored = {split: Rows.from_tensors(capture.load(f"tokens/{split}.safetensors")) for split in SPLITS}
+    return {split: _to_train(rows, options) for split, rows in stored.items()}, data
+
+
+def _to_train(rows: Rows, options: DataOptions) -> Rows:
+    """All rows, whatever they tell of completions; or, if `options.completion`, those that have one to predict."""
+    if not options.completion:
+        return replace(rows, completion=None)
+    if rows.completion is None:
+        raise BadInput(
+            "The captured tokens do not tell which of them are a completion's, as --loss-on completion needs. Pass the "
+            "data with --data, to train on it or to learn which row does not tell."
+        )
+    chosen = rows.select(rows.completion[:, 1:].any(1).nonzero()[:, 0])
+    if not len(chosen):
+        raise BadInput(
+            "No row holds a token of a completion to predict, as --loss-on completion needs: pass more data."
+        )
+    return chosen
 
 
 def _targets(student: PreTrainedModel, asked: tuple[str, ...] | None) -> tuple[str, ...]:

@@ -144,7 +144,8 @@ def arguments(options: LoraOptions, device: torch.device, scratch: str) -> Argum
 
 
 class TokenRows(Dataset):
-    """Rows as the Trainer takes them: labels are the tokens themselves; padding is not predicted, nor a first token.
+    """Rows as the Trainer takes them: labels are the tokens themselves; padding is not predicted, nor a first token,
+    nor, where the rows tell completions, what is not in one.
 
     The row after the last is one of which nothing is predicted.
     """
@@ -161,6 +162,8 @@ class TokenRows(Dataset):
         ids = self.rows.input_ids[row].long()
         predicted = torch.full(ids.shape, not blank)
         predicted[0] = False
+        if self.rows.completion is not None:
+            predicted &= self.rows.completion[row]
         if self.rows.valid is None:
             return {"input_ids": ids, "labels": ids.where(predicted, IGNORED)}
         valid = self.rows.valid[row]

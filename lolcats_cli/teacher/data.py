@@ -1,63 +1,41 @@
-"""From text, JSON, Parquet or a hub dataset to rows of tokens."""
+"""From data of any kind to rows of tokens."""
 
 from __future__ import annotations
 
 import hashlib
-import io
-import sys
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lolcats_cli.errors import BadInput
+from lolcats_cli.progress import Progress
+from lolcats_cli.teacher.documents import Document, RowFault, tokenise
+from lolcats_cli.teacher.records import DataOptions, Record, read_records
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-FILES = (*BUILDERS, ".txt", ".text", ".md")  # a missing one is no hub dataset, whose names may have dots too
-# The prompts of Stanford Alpaca, on which the published students were trained.
-ALPACA = (
-    "Below is an instruction that describes a task{with_input}. Write a response that appropriately completes the "
-    "request.\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n{output}"
-)
-
-
-@dataclass(frozen=True)
-class DataOptions:
-    """How data becomes rows.
-
-    Attributes:
-        seq_len: tokens per row.
-        pack: concatenate documents and cut (the remainder is dropped); otherwise one document per row, cut or padded.
-        template: "auto", "text", "alpaca" or "chat"; "auto" goes by the columns.
-        text_field: the column that "text" reads.
-        split: the split of a hub dataset.
-        first: the first row to take; those before it are left out.
-        samples: the most rows to take.
-    """
-
-    seq_len: int = 1024
-    pack: bool = True
-    template: str = "auto"
-    text_field: str = "text"
-    split: str = "train"
-    first: int = 0
-    samples: int | None = None
-
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of tokens: `input_ids` [N, T] int32 and, if any are padded, `valid` [N, T] bool."""
+    """Rows of tokens.
+
+    Attributes:
+        input_ids: [N, T] int32.
+        valid: [N, T] bool, False for padding; None if there is none.
+        completion: [N, T] bool, True for the tokens of a completion: what answers a prompt, or the assistant's turns.
+            None if the data does not tell for every token.
+    """
 
     input_ids: Tensor
     valid: Tensor | None = None
+    completion: Tensor | None = None
 
     def __len__(self) -> int:
         return self.input_ids.shape[0]
@@ -75,39 +53,62 @@ class Rows:
         return total.hexdigest()
 
     def select(self, index: Tensor) -> Rows:
-        return Rows(self.input_ids[index], None if self.valid is None else self.valid[index])
+        return Rows(**{name: tensor[index] for name, tensor in self.to_tensors().items()})
 
     def to_tensors(self) -> dict[str, Tensor]:
-        tensors = {"input_ids": self.input_ids}
-        return tensors if self.valid is None else {**tensors, "valid": self.valid}
+        return {name: tensor for name, tensor in vars(self).items() if tensor is not None}
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> Rows:
-        ids, valid = tensors.get("input_ids"), tensors.get("valid")
+        ids = tensors.get("input_ids")
         if ids is None or ids.dim() != 2 or ids.dtype != torch.int32:
             raise BadInput("The stored tokens are not input_ids [N, T] of int32. Capture them again.")
-        if valid is not None and (valid.shape != ids.shape or valid.dtype != torch.bool):
-            raise BadInput("The stored valid is not of the shape of input_ids, bool. Capture the tokens again.")
-        return cls(ids, valid)
+        marks = {name: tensors[name] for name in ("valid", "completion") if name in tensors}
+        for name, tensor in marks.items():
+            if tensor.shape != ids.shape or tensor.dtype != torch.bool:
+                raise BadInput(f"The stored {name} is not of the shape of input_ids, bool. Capture the tokens again.")
+        return cls(ids, **marks)
 
 
-def read_rows(source: str, tokenizer: PreTrainedTokenizerBase, options: DataOptions) -> Rows:
-    """Read `source` (a file, "-" for stdin, or a hub dataset id), tokenise and lay out in rows.
+def read_rows(
+    source: str | Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    options: DataOptions,
+    *,
+    vocab_size: int | None = None,
+    progress: Progress = Progress(),
+) -> Rows:
+    """Read `source`, tokenise and lay out in rows.
+
+    Args:
+        source: one or several of: a file, a folder, a pattern, "-" for stdin, a hub dataset id.
+        vocab_size: the rows of the teacher's embedding; tokens at or over them cannot be used.
+        progress: is told how many bad rows were skipped.
 
     Raises:
-        BadInput: the data cannot be read, has no usable column, or is too short for one row.
+        BadInput: the data cannot be read, holds a row that cannot be used, or is too short for one row.
     """
-    documents = (_tokenise(document, tokenizer, options) for document in read_documents(source, options))
-    rows = _packed(documents, options) if options.pack else _padded(documents, tokenizer, options)
+    sources = [source] if isinstance(source, str) else list(source)
+    bounds = [(max(tokenizer.get_vocab().values()) + 1, "the tokenizer has {} tokens")]
+    if vocab_size is not None:
+        bounds.append((vocab_size, "the model's embedding has {} rows"))
+    bound = min(bounds)
+    skipped: list[str] = []
+    documents = _documents(read_records(sources, options), tokenizer, options, bound, skipped)
+    if options.pack:
+        rows = _packed(documents, options)
+    else:
+        ends = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+        filler = next((i for i in ends if i is not None and i < bound[0]), 0)
+        rows = _padded(documents, filler, options)
+    if skipped:
+        progress.note(f"{_name(sources)}: skipped {len(skipped)} bad rows, the first: {skipped[0]}")
     if len(rows) == 0:
         what = f"fewer than the {options.seq_len} tokens of one row" if options.pack else "no documents"
         if options.first:
             what = f"no row {options.first}, of {options.seq_len} tokens"
-        raise BadInput(f"{_name(source)} holds {what}. Pass more data, or a smaller --seq-len.")
-    bottom, top = int(rows.input_ids.min()), int(rows.input_ids.max())
-    if bottom < 0 or top >= len(tokenizer):
-        wrong = bottom if bottom < 0 else top
-        raise BadInput(f"{_name(source)} holds the token id {wrong}, outside the tokenizer's {len(tokenizer)}.")
+        left_out = f", without the {len(skipped)} bad rows, the first of them {skipped[0]}" if skipped else ""
+        raise BadInput(f"{_name(sources)} holds {what}{left_out}. Pass more data, or a smaller --seq-len.")
     return rows
 
 
@@ -129,10 +130,10 @@ def split_numbers(rows: int, fraction: float, seed: int) -> tuple[Tensor, Tensor
     return order[held_out:].sort().values, order[:held_out].sort().values
 
 
-def describe_rows(splits: dict[str, Rows], source: str) -> dict[str, Any]:
+def describe_rows(splits: dict[str, Rows], source: str | Sequence[str]) -> dict[str, Any]:
     """What a manifest says of its data: where it came from, and what makes it itself."""
     return {
-        "path": source,
+        "path": source if isinstance(source, str) else " ".join(source),
         "rows": {split: len(rows) for split, rows in splits.items()},
         "tokens": {split: rows.tokens for split, rows in splits.items()},
         "seq_len": next(iter(splits.values())).input_ids.shape[1],
@@ -140,143 +141,77 @@ def describe_rows(splits: dict[str, Rows], source: str) -> dict[str, Any]:
     }
 
 
-def read_documents(source: str, options: DataOptions) -> Iterator[dict[str, Any]]:
-    """The records of `source`; a text file is one record with the field `options.text_field`."""
-    path = Path(source).expanduser()
-    try:
-        if source == "-":
-            yield from _stdin_records(options)
-        elif path.suffix.lower() in BUILDERS and path.is_file():
-            yield from _dataset(BUILDERS[path.suffix.lower()], data_files=str(path), split="train")
-        elif path.is_file():
-            yield {options.text_field: path.read_text(encoding="utf-8")}
-        elif (
-            path.exists()
-            or path.suffix.lower() in FILES
-            or source.count("/") != 1
-            or source.startswith((".", "/", "~"))
-        ):
-            raise BadInput(f"The data {source} is not a file. Pass a file, - for stdin, or a hub dataset id.")
+def _documents(
+    records: Iterable[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    options: DataOptions,
+    bound: tuple[int, str],
+    skipped: list[str],
+) -> Iterator[Document]:
+    """The documents of the records that can be used. What is wrong with the others goes to `skipped`, or is raised."""
+    for record in records:
+        try:
+            if record.fault is not None:
+                raise RowFault(record.fault)
+            document = tokenise(record.columns, tokenizer, options)
+            _check(document, options, *bound)
+        except RowFault as fault:
+            if options.on_bad_row == "error":
+                hint = "Mend it, or leave such rows out with --on-bad-row skip."
+                raise BadInput(f"{record.where}: {fault} {hint}") from fault
+            skipped.append(f"{record.where}: {fault}" if not skipped else "")
         else:
-            yield from _dataset(source, split=options.split)
-    except UnicodeDecodeError as error:
-        raise BadInput(
-            f"{_name(source)} is not UTF-8 text (byte {error.start}). Convert it, or pass JSON or Parquet."
-        ) from error
-    except BadInput:
-        raise
-    except (OSError, ValueError, RuntimeError) as error:
-        raise BadInput(f"{_name(source)} could not be read: {_reason(error)}") from error
+            yield document
 
 
-def _dataset(path: str, **options: Any) -> Iterable[dict[str, Any]]:
-    import datasets
-
-    datasets.disable_progress_bars()
-    try:
-        return datasets.load_dataset(path, streaming=True, **options)
-    except StopIteration:  # an empty file
-        return []
+def _check(document: Document, options: DataOptions, limit: int, why: str) -> None:
+    wrong = [i for i in (min(document.ids, default=0), max(document.ids, default=0)) if not 0 <= i < limit]
+    if wrong:
+        raise RowFault(f"There is the token id {wrong[0]}, but {why.format(limit)}.")
+    if options.completion and document.completion is None:
+        raise RowFault(f"It does not tell which of its tokens are a completion's: {document.untold}")
 
 
-def _stdin_records(options: DataOptions) -> Iterator[dict[str, Any]]:
-    import json
-
-    text = io.TextIOWrapper(sys.stdin.buffer, encoding="utf-8").read()
-    if not text.lstrip().startswith("{"):
-        yield {options.text_field: text}
-        return
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise BadInput(f"Line {number} of stdin is not JSON ({error}).") from error
-            if not isinstance(record, dict):
-                raise BadInput(f"Line {number} of stdin is not a JSON object.")
-            yield record
-
-
-def _tokenise(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, options: DataOptions) -> list[int]:
-    template = _template(record, options)
-    if template == "tokens":
-        ids = record["input_ids"]
-        if not isinstance(ids, list) or not all(isinstance(i, int) and abs(i) < 2**31 for i in ids):
-            raise BadInput("The column input_ids holds something other than lists of token ids.")
-        return ids
-    if template == "chat":
-        if tokenizer.chat_template is None:
-            raise BadInput("The data has a chat column, but the teacher's tokenizer has no chat template.")
-        return list(tokenizer.apply_chat_template(record["messages"], tokenize=True, return_dict=False))
-    if template == "alpaca":
-        given = record.get("input") or ""
-        text = ALPACA.format(
-            with_input=", paired with an input that provides further context" if given else "",
-            instruction=record["instruction"],
-            input=f"### Input:\n{given}\n\n" if given else "",
-            output=record["output"],
-        )
-    else:
-        text = record[options.text_field]
-        if not isinstance(text, str):
-            raise BadInput(f"The field {options.text_field} holds {type(text).__name__}, not text.")
-    ids = tokenizer(text, verbose=False)["input_ids"]  # verbose: packing cuts what is longer than the model's limit
-    end = tokenizer.eos_token_id
-    return ids if end is None or ids[-1:] == [end] else [*ids, end]
-
-
-def _template(record: dict[str, Any], options: DataOptions) -> str:
-    columns = {
-        "tokens": {"input_ids"},
-        "text": {options.text_field},
-        "chat": {"messages"},
-        "alpaca": {"instruction", "output"},
-    }
-    wanted = columns if options.template == "auto" else {options.template: columns[options.template]}
-    for template, needed in wanted.items():
-        if needed <= record.keys():
-            return template
-    raise BadInput(
-        f"The data has the columns {', '.join(record) or 'none'}, but "
-        f"{' or '.join(' and '.join(sorted(needed)) for needed in wanted.values())} is needed. "
-        "Name the text column with --text-field."
-    )
-
-
-def _packed(documents: Iterable[list[int]], options: DataOptions) -> Rows:
+def _packed(documents: Iterable[Document], options: DataOptions) -> Rows:
     first = options.first * options.seq_len  # tokens
     limit = None if options.samples is None else first + options.samples * options.seq_len
-    ids = array("i")
+    ids, marks = array("i"), array("b")
     for document in documents:
-        ids.extend(document)
+        ids.extend(document.ids)
+        marks.extend(_marks(document))
         if limit is not None and len(ids) >= limit:
             break
-    ids = ids[first:limit]
-    rows = len(ids) // options.seq_len
-    tokens = torch.tensor(ids[: rows * options.seq_len], dtype=torch.int32)
-    return Rows(tokens.view(rows, options.seq_len))
+    rows = (min(len(ids), limit or len(ids)) - first) // options.seq_len
+    kept = slice(first, first + max(rows, 0) * options.seq_len)
+    shape = (-1, options.seq_len)
+    tokens = torch.tensor(ids[kept], dtype=torch.int32).view(shape)
+    return Rows(tokens, completion=_completion(torch.tensor(marks[kept], dtype=torch.int8).view(shape)))
 
 
-def _padded(documents: Iterable[list[int]], tokenizer: PreTrainedTokenizerBase, options: DataOptions) -> Rows:
-    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+def _padded(documents: Iterable[Document], filler: int, options: DataOptions) -> Rows:
     last = None if options.samples is None else options.first + options.samples
-    ids, valid = [], []
-    for document in islice((document for document in documents if document), options.first, last):
-        row = torch.tensor(document[: options.seq_len], dtype=torch.int32)
+    ids, valid, marks = [], [], []
+    for document in islice((document for document in documents if document.ids), options.first, last):
+        row = torch.tensor(document.ids[: options.seq_len], dtype=torch.int32)
         missing = options.seq_len - len(row)
-        ids.append(torch.nn.functional.pad(row, (0, missing), value=pad))
+        ids.append(pad(row, (0, missing), value=filler))
         valid.append(torch.arange(options.seq_len) < len(row))
+        marks.append(pad(torch.tensor(_marks(document)[: options.seq_len], dtype=torch.int8), (0, missing)))
     if not ids:
         return Rows(torch.empty(0, options.seq_len, dtype=torch.int32))
-    return Rows(torch.stack(ids), torch.stack(valid))
+    return Rows(torch.stack(ids), torch.stack(valid), _completion(torch.stack(marks)))
 
 
-def _name(source: str) -> str:
-    return "stdin" if source == "-" else source
+UNTOLD = -1  # a token of a document that does not tell whether it is a completion's
 
 
-def _reason(error: BaseException) -> str:
-    """The first line of the innermost cause: `datasets` wraps the parser's own, clearer message."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _marks(document: Document) -> list[int]:
+    return [UNTOLD] * len(document.ids) if document.completion is None else list(map(int, document.completion))
+
+
+def _completion(marks: Tensor) -> Tensor | None:
+    return None if bool((marks == UNTOLD).any()) else marks.bool()
+
+
+def _name(sources: Sequence[str]) -> str:
+    return " ".join("stdin" if source == "-" else source for source in sources)

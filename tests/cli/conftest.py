@@ -24,11 +24,12 @@ Invoke = Callable[..., Result]
 
 @pytest.fixture
 def invoke(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Invoke]:
-    """`invoke("verify", path, stdin="")`; what `run` sets for its process is put back afterwards."""
+    """`invoke("verify", path, stdin="")`, where None is a closed one; what `run` sets for its process is put back."""
     monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
 
-    def call(*args: object, stdin: str = "") -> Result:
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
+    def call(*args: object, stdin: str | bytes | None = "") -> Result:
+        given = stdin.encode() if isinstance(stdin, str) else stdin
+        monkeypatch.setattr(sys, "stdin", None if given is None else io.TextIOWrapper(io.BytesIO(given)))
         capfd.readouterr()
         code = run([str(arg) for arg in args])
         return Result(code, *capfd.readouterr())

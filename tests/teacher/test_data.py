@@ -2,59 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import json
-import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+import re
 
 import pytest
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer
 
 from lolcats_cli.errors import BadInput
-from lolcats_cli.teacher.data import DataOptions, Rows, read_documents, read_rows, split_rows
+from lolcats_cli.progress import Progress
+from lolcats_cli.teacher.data import DataOptions, Rows, read_rows, split_rows
 
 TEXTS = ["one white whale", "two men at sea", "a ship sang home"]
 PACKED, PADDED = DataOptions(seq_len=8), DataOptions(seq_len=20, pack=False)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tiny_teacher: Path) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(tiny_teacher)
-
-
-@pytest.fixture(scope="module")
-def ids(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], list[int]]:
-    """A document's tokens, its end included."""
-    return lambda text: [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
-
-
-@pytest.fixture
-def write(tmp_path: Path) -> Callable[[str, Any], str]:
-    def make(name: str, content: Any) -> str:
-        path = tmp_path / name
-        if path.suffix == ".parquet" and isinstance(content, list):
-            import pandas
-
-            pandas.DataFrame(content).to_parquet(path)
-        elif path.suffix == ".jsonl" and isinstance(content, list):
-            path.write_text("".join(json.dumps(record) + "\n" for record in content))
-        elif path.suffix == ".json" and isinstance(content, list):
-            path.write_text(json.dumps(content))
-        elif isinstance(content, bytes):
-            path.write_bytes(content)
-        else:
-            path.write_text(content)
-        return str(path)
-
-    return make
-
-
-@pytest.fixture
-def stdin(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], None]:
-    return lambda data: monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
 
 
 def packed(documents: list[list[int]], seq_len: int) -> list[list[int]]:
@@ -74,7 +34,6 @@ def test_records_of_every_format_pack_alike(tokenizer, ids, write, name: str) ->
 def test_text_file_is_one_document(tokenizer, ids, write) -> None:
     source = write("a.txt", "\n".join(TEXTS))
     assert read_rows(source, tokenizer, PACKED).input_ids.tolist() == packed([ids("\n".join(TEXTS))], 8)
-    assert list(read_documents(source, DataOptions(text_field="body"))) == [{"body": "\n".join(TEXTS)}]
 
 
 def test_stdin_is_text_or_json_lines(tokenizer, ids, stdin) -> None:
@@ -89,36 +48,6 @@ def test_tokenised_column_is_taken_as_it_is(tokenizer, write) -> None:
     records = [{"input_ids": [5, 6, 7], "text": "ignored"}, {"input_ids": [8, 9, 10, 11], "text": "ignored"}]
     source = write("a.jsonl", records)
     assert read_rows(source, tokenizer, DataOptions(seq_len=3)).input_ids.tolist() == [[5, 6, 7], [8, 9, 10]]
-
-
-def test_alpaca_template(tokenizer, ids, write) -> None:
-    records = [
-        {"instruction": "Sing.", "input": "", "output": "La."},
-        {"instruction": "Sing.", "input": "home", "output": "Ho."},
-    ]
-    rows = read_rows(write("a.json", records), tokenizer, DataOptions(seq_len=400, pack=False))
-    plain = (
-        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-        "\n\n### Instruction:\nSing.\n\n### Response:\nLa."
-    )
-    with_input = (
-        "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
-        "response that appropriately completes the request.\n\n### Instruction:\nSing.\n\n### Input:\nhome\n\n"
-        "### Response:\nHo."
-    )
-    found = [row[keep].tolist() for row, keep in zip(rows.input_ids, rows.valid, strict=True)]
-    assert found == [ids(plain), ids(with_input)]
-
-
-def test_chat_template(tiny_teacher, write) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_teacher)
-    messages = [{"role": "user", "content": "sea?"}, {"role": "assistant", "content": "ship"}]
-    source = write("a.jsonl", [{"messages": messages}] * 2)
-    with pytest.raises(BadInput, match="no chat template"):
-        read_rows(source, tokenizer, PACKED)
-    tokenizer.chat_template = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}|{% endfor %}"
-    expected = tokenizer("u:sea?|a:ship|", add_special_tokens=False)["input_ids"]
-    assert read_rows(source, tokenizer, DataOptions(seq_len=len(expected))).input_ids.tolist() == [expected] * 2
 
 
 def test_auto_prefers_tokens_and_template_can_be_forced(tokenizer, ids, write) -> None:
@@ -184,73 +113,138 @@ def test_a_single_row_cannot_be_split() -> None:
         split_rows(Rows(torch.zeros(1, 4, dtype=torch.int32)), 0.5, seed=0)
 
 
-BAD = {
-    "empty text": ("a.txt", "", "fewer than the 8 tokens of one row"),
-    "empty JSON lines": ("a.jsonl", "", "fewer than the 8 tokens"),
-    "too short": ("a.txt", "sea", "fewer than the 8 tokens"),
-    "not UTF-8": ("a.txt", b"whale \xff\xfe", r"is not UTF-8 text \(byte 6\)"),
-    "binary JSON lines": ("a.jsonl", b"\xff\xfe\x00\x01", "could not be read"),
-    "JSON that ends early": ("a.json", '[{"text": "se', "could not be read"),
-    "JSON lines that break": ("a.jsonl", '{"text": "sea"}\n{nonsense\n', "could not be read"),
-    "not Parquet": ("a.parquet", b"PAR1 no", "could not be read"),
-    "no column": ("a.jsonl", [{"body": "sea"}], r"has the columns body, but .* Name the text column with --text-field"),
-    "a number as text": ("a.jsonl", [{"text": 5}], "The field text holds int, not text"),
-    "a null as text": ("a.jsonl", [{"text": None}], "The field text holds NoneType, not text"),
-    "token id too large": ("a.jsonl", [{"input_ids": [1, 2, 3, 4, 5, 6, 7, 100_000]}], "token id 100000, outside"),
-    "token id negative": ("a.jsonl", [{"input_ids": [1, 2, 3, 4, 5, 6, 7, -1]}], "token id -1, outside"),
-    "token id beyond 32 bits": (
-        "a.jsonl",
-        [{"input_ids": [1, 2, 3, 4, 5, 6, 7, 2**40]}],
-        "input_ids holds something other",
-    ),
-    "tokens that are text": ("a.jsonl", [{"input_ids": ["a", "b"]}], "input_ids holds something other"),
-    "tokens that are one number": ("a.jsonl", [{"input_ids": 5}], "input_ids holds something other"),
-    "chat without template": ("a.jsonl", [{"messages": [{"role": "user", "content": "x"}]}], "no chat template"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_data_is_one_sentence(tokenizer, write, name: str) -> None:
-    file, content, message = BAD[name]
-    with pytest.raises(BadInput, match=message) as caught:
-        read_rows(write(file, content), tokenizer, PACKED)
-    assert "\n" not in str(caught.value)
-
-
 @pytest.mark.parametrize(
-    ("data", "message"),
+    ("content", "options", "message"),
     [
-        (b"", "stdin holds fewer than"),
-        (b'{"text": "sea"}\n{nonsense\n', "Line 2 of stdin is not JSON"),
-        (b"\xff\xfe", "stdin is not UTF-8 text"),
-        (b'{"text": "sea"}\n[1, 2]\n', "Line 2 of stdin"),
+        ("", PACKED, "fewer than the 8 tokens of one row"),
+        ("sea", PACKED, "fewer than the 8 tokens"),
+        ("sea", DataOptions(seq_len=4, first=1), "no row 1, of 4 tokens"),
+        ('{"input_ids": []}', PADDED, "holds no documents"),
     ],
 )
-def test_bad_stdin(tokenizer, stdin, data: bytes, message: str) -> None:
-    stdin(data)
+def test_too_little_data(tokenizer, write, content: str, options: DataOptions, message: str) -> None:
     with pytest.raises(BadInput, match=message):
-        read_rows("-", tokenizer, PACKED)
+        read_rows(write("a.jsonl" if content.startswith("{") else "a.txt", content), tokenizer, options)
 
 
-def test_unpacked_without_documents(tokenizer, write) -> None:
-    with pytest.raises(BadInput, match="holds no documents"):
-        read_rows(write("a.jsonl", [{"input_ids": []}]), tokenizer, DataOptions(seq_len=8, pack=False))
+def test_several_sources_follow_each_other(tokenizer, ids, write, stdin) -> None:
+    stdin(b'{"text": "second"}')
+    sources = [write("z.jsonl", [{"text": "first"}]), "-", write("a.txt", "third")]
+    rows = read_rows(sources, tokenizer, DataOptions(seq_len=1))
+    assert rows.input_ids.flatten().tolist() == ids("first") + ids("second") + ids("third")
+
+
+class Notes(Progress):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+
+MIXED = '{"text": "sea"}\n{nonsense\n{"text": null}\n{"text": "ship"}\n{"input_ids": [5, 1000]}\n'
+
+
+def test_bad_rows_are_named_or_skipped_and_counted(tokenizer, ids, write) -> None:
+    source, notes = write("a.jsonl", MIXED), Notes()
+    with pytest.raises(BadInput, match=rf"{source}, line 2: This is no JSON object.*--on-bad-row skip\.$"):
+        read_rows(source, tokenizer, PACKED)
+    rows = read_rows(source, tokenizer, DataOptions(seq_len=1, on_bad_row="skip"), progress=notes)
+    assert rows.input_ids.flatten().tolist() == ids("sea") + ids("ship")
+    assert len(notes.notes) == 1
+    assert notes.notes[0].startswith(f"{source}: skipped 3 bad rows, the first: {source}, line 2: This is no JSON")
+
+
+def test_nothing_but_bad_rows(tokenizer, write) -> None:
+    with pytest.raises(
+        BadInput, match=r"holds no documents, without the 2 bad rows, the first of them .*line 1: The co"
+    ):
+        read_rows(
+            write("a.jsonl", '{"text": 1}\n{"text": 2}\n'), tokenizer, DataOptions(8, pack=False, on_bad_row="skip")
+        )
 
 
 @pytest.mark.parametrize(
-    "source", ["missing.txt", "./missing", "/nowhere/at/all", "some/deep/path", "word", "folder/a.jsonl"]
+    ("wrong", "vocab_size", "message"),
+    [
+        (-1, None, r"the token id -1, but the tokenizer has 259 tokens"),
+        (259, None, r"the token id 259, but the tokenizer has 259 tokens"),
+        (2**40, 260, r"the token id 1099511627776, but the tokenizer has"),
+        (258, 258, r"the token id 258, but the model's embedding has 258 rows"),
+    ],
 )
-def test_missing_data(tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(BadInput, match="is not a file"):
-        read_rows(source, tokenizer, PACKED)
+def test_token_ids_that_the_model_does_not_have(tokenizer, write, wrong: int, vocab_size, message: str) -> None:
+    source = write("a.jsonl", [{"input_ids": [1] * 8}, {"input_ids": [1] * 7 + [wrong]}])
+    with pytest.raises(BadInput, match=rf"line 2: There is {message}"):
+        read_rows(source, tokenizer, PACKED, vocab_size=vocab_size)
 
 
-def test_folder_as_data(tokenizer, tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="is not a file"):
-        read_rows(str(tmp_path), tokenizer, PACKED)
+def test_a_text_with_a_token_that_the_model_does_not_have(tiny_teacher, write) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_teacher)
+    tokenizer.add_tokens(["<new>"])
+    source = write("a.jsonl", [{"text": "the sea and ship"}, {"text": "a <new> ship"}])
+    assert len(read_rows(source, tokenizer, PACKED, vocab_size=260)) == 3
+    with pytest.raises(BadInput, match=r"line 2: There is the token id 259, but the model's embedding has 259 rows"):
+        read_rows(source, tokenizer, PACKED, vocab_size=259)
 
 
-def test_hub_dataset_that_is_not_there(tokenizer) -> None:
-    with pytest.raises(BadInput, match=r"org/name-v1\.5 could not be read"):
-        read_rows("org/name-v1.5", tokenizer, PACKED)
+def test_padding_is_a_token_that_the_model_has(tiny_teacher, write) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_teacher)
+    tokenizer.add_special_tokens({"pad_token": "<new pad>"})
+    source = write("a.jsonl", [{"text": "sea"}])
+    options = DataOptions(seq_len=8, pack=False)
+    assert read_rows(source, tokenizer, options, vocab_size=260).input_ids[0, 4:].tolist() == [259] * 4
+    rows = read_rows(source, tokenizer, options, vocab_size=259)
+    assert rows.input_ids[0, 4:].tolist() == [tokenizer.eos_token_id] * 4
+    assert rows.valid.sum().item() == 4
+
+
+def test_masked_tokens_are_padding(tokenizer, write) -> None:
+    records = [
+        {"input_ids": [5, 6, 7, 1, 1], "attention_mask": [1, 1, 1, 0, 0]},
+        {"input_ids": [2, 2, 8, 9, 1], "attention_mask": [0, 0, 1, 1, 1]},
+    ]
+    source = write("a.jsonl", records)
+    assert read_rows(source, tokenizer, DataOptions(seq_len=3)).input_ids.tolist() == [[5, 6, 7], [8, 9, 1]]
+    rows = read_rows(source, tokenizer, DataOptions(seq_len=5, pack=False))
+    pad = tokenizer.pad_token_id
+    assert rows.input_ids.tolist() == [[5, 6, 7, pad, pad], [8, 9, 1, pad, pad]]
+    assert rows.valid.tolist() == [[True] * 3 + [False] * 2] * 2
+
+
+PROMPTED = [{"prompt": "q", "completion": "yes"}, {"prompt": "why", "completion": "so"}]
+
+
+def test_rows_tell_the_completion(tokenizer, ids, write) -> None:
+    source = write("a.jsonl", PROMPTED)
+    flat = ids("qyes") + ids("whyso")
+    marks = [False, True, True, True, True] + [False] * 3 + [True] * 3
+    packed_rows = read_rows(source, tokenizer, DataOptions(seq_len=5))
+    assert packed_rows.input_ids.flatten().tolist() == flat[:10]
+    assert packed_rows.completion.flatten().tolist() == marks[:10]
+    padded = read_rows(source, tokenizer, DataOptions(seq_len=5, pack=False))
+    assert padded.completion.tolist() == [marks[:5], [False] * 3 + [True] * 2]
+    again = Rows.from_tensors(padded.to_tensors())
+    assert torch.equal(again.completion, padded.completion)
+    assert torch.equal(padded.select(torch.tensor([1])).completion, padded.completion[1:])
+    assert padded.sha256() != Rows(padded.input_ids, padded.valid).sha256()
+
+
+def test_rows_with_text_among_them_do_not_tell_the_completion(tokenizer, write) -> None:
+    source = write("a.jsonl", [*PROMPTED, {"text": "plain"}])
+    assert read_rows(source, tokenizer, DataOptions(seq_len=4)).completion is None
+    assert read_rows(source, tokenizer, DataOptions(seq_len=4, samples=2)).completion is not None
+    with pytest.raises(BadInput, match=r"line 3: It does not tell which of its tokens .* plain text has no prompt"):
+        read_rows(source, tokenizer, DataOptions(seq_len=4, completion=True))
+
+
+def test_stored_rows_are_checked() -> None:
+    good = {"input_ids": torch.zeros(2, 3, dtype=torch.int32), "completion": torch.ones(2, 3, dtype=torch.bool)}
+    assert Rows.from_tensors(good).completion is good["completion"]
+    for name, tensor in (
+        ("input_ids", torch.zeros(2, 3)),
+        ("valid", torch.ones(2, 3)),
+        ("completion", torch.ones(2, 2, dtype=torch.bool)),
+    ):
+        with pytest.raises(BadInput, match=re.escape(f"The stored {'tokens' if name == 'input_ids' else name}")):
+            Rows.from_tensors(good | {name: tensor})
