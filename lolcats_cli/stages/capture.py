@@ -25,8 +25,8 @@ from lolcats_cli.errors import BadInput, UsageError
 from lolcats_cli.progress import Progress
 from lolcats_cli.stages.disk import check_space
 from lolcats_cli.stages.layout import SPLITS, Layout, summarize, tokens_name
+from lolcats_cli.stages.mergeable import check_mergeable
 from lolcats_cli.stages.units import Statistics, record_units
-from lolcats_cli.student.build import check_servable
 from lolcats_cli.teacher import identity
 from lolcats_cli.teacher.blocks import Run, block
 from lolcats_cli.teacher.data import DataOptions, Rows, describe_rows, read_rows, split_numbers, split_rows
@@ -37,6 +37,7 @@ from lolcats_cli.teacher.load import (
     longrope_limit,
     model_limit,
     resolve_folder,
+    runs_own_code,
 )
 from lolcats_cli.teacher.record import LayerInfo, probe, recording
 
@@ -87,6 +88,7 @@ def capture(
         NotEnoughSpace: the disk lacks the bytes that the capture will take.
     """
     folder = resolve_folder(teacher, revision)
+    check_mergeable(folder)
     config = _auto_config(folder, load)
     _check_length(config, options.seq_len, teacher)
     tokenizer = load_tokenizer(folder, load.trust_remote_code)
@@ -99,7 +101,6 @@ def capture(
     whole = range(model.config.get_text_config().num_hidden_layers)
     with block(model, whole, _probe_device(model, device)):
         layers = probe(model)
-    check_servable(model)
     progress.note(f"{teacher}: {len(layers)} attention layers, every one recorded and reproduced")
     fields: dict[str, Any] = {
         "config": {
@@ -159,7 +160,7 @@ def _auto_config(folder: Path, load: LoadOptions):
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=load.trust_remote_code)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=runs_own_code(folder, load.trust_remote_code))
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise BadInput(f"transformers cannot read the configuration in {folder}: {reason}") from error

@@ -11,10 +11,11 @@ from __future__ import annotations
 import logging
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from lolcats_formats import GOLDEN, Artifact
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 from transformers.utils.logging import disable_progress_bar
@@ -22,6 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 from lolcats_cli.errors import BadInput, LolcatsError, is_out_of_memory
 from lolcats_cli.stages.disk import check_space
 from lolcats_cli.student.merged import student_class
+from lolcats_cli.student.mixin import attention_modules
 from lolcats_cli.teacher import identity
 from lolcats_cli.teacher.load import first_line, load_tokenizer, model_limit
 
@@ -41,18 +43,47 @@ def golden(folder: Path, scratch: Path) -> dict[str, Tensor]:
     scratch: where weights are laid out anew of models whose modules hold them in another form than their files do.
     Raises BadInput if they are no numbers.
     """
-    config = student_class(folder).config_class.from_pretrained(folder)
+    kind = student_class(folder)
+    config = kind.config_class.from_pretrained(folder)
     length = config.lolcats["hybrid"]["window"] + BEYOND
     length = min(length, model_limit(config) or length)
     prompts = _tokens(folder, config.get_text_config().vocab_size)
     input_ids = torch.tensor([(ids * length)[:length] for ids in prompts])
-    logits = _logits(folder, input_ids, scratch)[0]
+    logits = _logits(kind, folder, input_ids, scratch)[0]
     if not logits.isfinite().all():
         raise BadInput(
             f"The student in {folder} answers two prompts with NaN or infinity, so it is not finished: its weights "
             "overflow, or the training diverged. Train again with a lower --lr."
         )
     return {"input_ids": input_ids, "logits": logits}
+
+
+def try_one_block(folder: Path, scratch: Path) -> None:
+    """Compute logits of the student in `folder` as `golden` does, with its layers cut off behind the first attention.
+
+    Raises BadInput, with the reason, if that cannot be done.
+    """
+    whole: Any = student_class(folder)
+
+    class FirstBlock(whole):  # type: ignore[misc, valid-type]
+        config_class = whole.config_class
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            stack, number = _place(self)
+            del self.get_submodule(stack)[number + 1 :]
+            # What the files hold of the other layers is no cause for a warning.
+            self._keys_to_ignore_on_load_unexpected |= {r"\.\d+\."}
+
+    length = whole.config_class.from_pretrained(folder).lolcats["hybrid"]["window"] + BEYOND
+    try:
+        logits, _ = _logits(FirstBlock, folder, torch.ones(1, length, dtype=torch.int64), scratch)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise BadInput(f"A student of this teacher cannot be run: {first_line(error)}") from error
+    if not logits.isfinite().all():
+        raise BadInput("A student of this teacher gives logits that are NaN or infinite after its first layers.")
 
 
 def check(artifact: Artifact) -> float:
@@ -65,7 +96,7 @@ def check(artifact: Artifact) -> float:
     input_ids, expected = _checked(found, where)
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            logits, dtype = _logits(artifact.path, input_ids, Path(scratch))
+            logits, dtype = _logits(student_class(artifact.path), artifact.path, input_ids, Path(scratch))
     except Exception as problem:
         if isinstance(problem, LolcatsError) or is_out_of_memory(problem):
             raise
@@ -95,10 +126,15 @@ def _tokens(folder: Path, vocabulary: int) -> list[list[int]]:
 
 
 @torch.no_grad()
-def _logits(folder: Path, input_ids: Tensor, scratch: Path) -> tuple[Tensor, torch.dtype]:
-    """Those after the last token [P, V], in fp32, computed on the CPU; and the dtype of the computation."""
+def _logits(kind: Any, folder: Path, input_ids: Tensor, scratch: Path) -> tuple[Tensor, torch.dtype]:
+    """Those after the last token [P, V], in fp32, computed on the CPU; and the dtype of the computation.
+
+    The layers stay on the disk until they are run; what is around them is loaded, as code of some models asks where
+    the embeddings lie.
+    """
     disable_progress_bar()
-    kind = student_class(folder)
+    with torch.device("meta"):
+        stack, _ = _place(skeleton := kind(kind.config_class.from_pretrained(folder)))
     steps = get_checkpoint_conversion_mapping(kind.config_class.model_type) or ()
     if any(isinstance(step, WeightConverter) for step in steps):
         size = sum(file.stat().st_size for file in identity.weight_files(folder))
@@ -107,11 +143,31 @@ def _logits(folder: Path, input_ids: Tensor, scratch: Path) -> tuple[Tensor, tor
     level = logger.level
     logger.setLevel(logging.ERROR)  # that weights stay on the disk is the point
     try:
-        model = kind.from_pretrained(folder, dtype="auto", device_map={"": "disk"}, offload_folder=scratch)
+        model = kind.from_pretrained(folder, dtype="auto", device_map=_devices(skeleton, stack), offload_folder=scratch)
     finally:
         logger.setLevel(level)
     out = model.eval()(input_ids, use_cache=False).logits[:, -1]
     return out.float().contiguous(), out.dtype
+
+
+def _place(model: nn.Module) -> tuple[str, int]:
+    """Where the first attention of a model lies: the name of the list of layers, and the number of the layer in it."""
+    first = attention_modules(model)[0]
+    name = next(name for name, module in model.named_modules() if module is first)
+    parts = name.split(".")
+    number = next(i for i, part in enumerate(parts) if part.isdigit())
+    return ".".join(parts[:number]), int(parts[number])
+
+
+def _devices(model: nn.Module, stack: str) -> dict[str, str]:
+    """Where the parts of a model lie while it runs: the layers in `stack` on the disk, the others in memory."""
+    found = {f"{stack}.{name}": "disk" for name, _ in model.get_submodule(stack).named_children()}
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    for name, _ in tensors:
+        if not name.startswith(f"{stack}."):
+            part = name.rpartition(".")[0]
+            found[name if f"{stack}.".startswith(f"{part}.") or not part else part] = "cpu"
+    return found
 
 
 def _checked(found: dict[str, Tensor], where: Path) -> tuple[Tensor, Tensor]:

@@ -228,9 +228,9 @@ def _to_train(rows: Rows, options: DataOptions) -> Rows:
 
 def _targets(student: PreTrainedModel, asked: tuple[str, ...] | None) -> tuple[str, ...]:
     """The modules that get an adapter: those asked for, or all projections of the attentions. Raises UsageError."""
-    ours = projections(student)
+    ours = tuple(dict.fromkeys(projections(student).values()))
     if asked is None:
-        return tuple(ours)
+        return ours
     linear = [f".{name}" for name in linear_layers(student)]
     missing = [target for target in asked if not any(name.endswith(f".{target}") for name in linear)]
     if missing:

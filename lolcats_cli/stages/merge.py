@@ -7,42 +7,29 @@ them (`…self_attn.hybrid.*`, fp32), the code that computes them, configuration
 from __future__ import annotations
 
 import re
-from collections import Counter
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from lolcats_formats import GOLDEN, Artifact, ArtifactWriter, FormatError, TensorInfo
-from lolcats_formats.tensors import read_header
+from lolcats_formats import GOLDEN, Artifact, ArtifactWriter, FormatError
 from lolcats_formats.writer import Resume
 from lolcats_kernels.maps import HybridConfig, HybridMaps
 from safetensors import safe_open
 from torch import Tensor
 
 from lolcats_cli import __version__, stopping
-from lolcats_cli.errors import BadInput, IdentityMismatch, LolcatsError, UsageError, is_out_of_memory
+from lolcats_cli.errors import IdentityMismatch, UsageError
 from lolcats_cli.progress import Progress
 from lolcats_cli.stages import golden
 from lolcats_cli.stages.disk import check_space, human
-from lolcats_cli.stages.models import (
-    check_finite,
-    kept_config,
-    kept_layers,
-    load_adapter,
-    maps_file,
-    teacher_folder,
-)
+from lolcats_cli.stages.mergeable import TeacherFiles, teacher_files, tokenizer_config
+from lolcats_cli.stages.models import check_finite, kept_config, kept_layers, load_adapter, maps_file, teacher_folder
 from lolcats_cli.student import export
-from lolcats_cli.student.build import check_servable, model_heads
 from lolcats_cli.student.fold import Adapter
-from lolcats_cli.student.mixin import attention_modules
 from lolcats_cli.teacher import identity
-from lolcats_cli.teacher.load import first_line
 
 MAX_SHARD_BYTES = 5_000_000_000
-FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 LICENCE_FILES = re.compile(r"(?i)^(licen[cs]e|notice|use_policy)(\.(txt|md))?$")
 
 
@@ -82,7 +69,7 @@ def merge(
         output,
         "student",
         config={"hybrid": asdict(plan.hybrid), "max_shard_bytes": max_shard_bytes, **kept_config(artifact)},
-        teacher={**artifact.teacher, "path": str(plan.teacher)},
+        teacher={**artifact.teacher, "path": str(plan.teacher.folder)},
         data=artifact.data,
         parents=[artifact],
         tool=f"lolcats {__version__}",
@@ -126,15 +113,11 @@ def merge(
 class _Plan:
     """What a merge will write, worked out before anything is written."""
 
-    teacher: Path
-    config: dict[str, Any]
-    classes: tuple[str, str]
+    teacher: TeacherFiles
     hybrid: HybridConfig
-    num_heads: int
-    head_dim: int
     layers: list[int]  # with maps
-    weights: dict[str, tuple[Path, TensorInfo]]  # the teacher's tensors, file by file
     adapter: Adapter | None
+    folded: dict[str, str]  # a tensor that the adapter changes, as the files and as the model call it
     maps: dict[str, tuple[Artifact, str, str]]  # tensor name -> artifact, file and name there
     sizes: dict[str, int]  # bytes of every output tensor, in the order of writing
 
@@ -149,54 +132,31 @@ class _Plan:
                     tensors[name] = artifact.load(file, [key])[key].float().contiguous()
                     check_finite(artifact.path / file, {key: tensors[name]})
                     continue
-                path = self.weights[name][0]
+                path = self.teacher.weights[name][0]
                 if path not in files:
                     files[path] = stack.enter_context(safe_open(path, framework="pt"))
                 tensors[name] = files[path].get_tensor(name)
-                if self.adapter and name in self.adapter.weights:
-                    tensors[name] = self.adapter.fold(name, tensors[name])
+                if name in self.folded:
+                    assert self.adapter is not None
+                    tensors[name] = self.adapter.fold(self.folded[name], tensors[name])
         return tensors
 
 
 def _plan(artifact: Artifact, folder: Path) -> _Plan:
-    config = identity.read_config(folder)
-    classes = export.teacher_classes(config, str(folder))
+    teacher = teacher_files(folder)
     hybrid = HybridConfig(**artifact.config["hybrid"])
-    weights = _weights(folder)
-    modules, num_heads, head_dim, tied = _structure(folder)
     kept = kept_layers(artifact)
-    layers = [layer for layer in range(len(modules)) if layer not in kept]
-    maps = _map_tensors(artifact, modules, layers, HybridMaps(hybrid, num_heads, head_dim))
+    layers = [layer for layer in range(len(teacher.modules)) if layer not in kept]
+    maps = _map_tensors(artifact, teacher.modules, layers, HybridMaps(hybrid, teacher.num_heads, teacher.head_dim))
     adapter = load_adapter(artifact) if artifact.kind == "lora" else None
+    folded = {}
     for name in sorted(adapter.weights if adapter else ()):
-        if name not in weights:
-            raise BadInput(f"The adapter changes {name}, which the teacher's weights in {folder} do not hold.")
-        if name in tied:
-            raise BadInput(f"The adapter changes {name}, which is tied to another weight; folding would change both.")
-    elements = HybridMaps(hybrid, num_heads, head_dim).state_dict()
-    sizes = {name: info.nbytes for name, (_, info) in weights.items()}
+        teacher.check_foldable(name)
+        folded[teacher.places[name]] = name
+    elements = HybridMaps(hybrid, teacher.num_heads, teacher.head_dim).state_dict()
+    sizes = {name: info.nbytes for name, (_, info) in teacher.weights.items()}
     sizes |= {name: elements[key].numel() * 4 for name, (_, _, key) in maps.items()}
-    return _Plan(folder, config, classes, hybrid, num_heads, head_dim, layers, weights, adapter, maps, sizes)
-
-
-def _weights(folder: Path) -> dict[str, tuple[Path, TensorInfo]]:
-    """The tensors of a model folder by name, from the files' headers alone."""
-    found: dict[str, tuple[Path, TensorInfo]] = {}
-    for file in identity.weight_files(folder):
-        for name, info in read_header(file, str(file)).items():
-            if name in found:
-                raise BadInput(f"{file} and {found[name][0]} both hold {name}: {folder} mixes two models.")
-            found[name] = (file, info)
-    return found
-
-
-def _main_dtype(weights: dict[str, tuple[Path, TensorInfo]]) -> str:
-    """The float dtype that holds most bytes, as torch names it."""
-    total: Counter[str] = Counter()
-    for _, info in weights.values():
-        if info.dtype in FLOATS:
-            total[FLOATS[info.dtype]] += info.nbytes
-    return total.most_common(1)[0][0] if total else "float32"
+    return _Plan(teacher, hybrid, layers, adapter, folded, maps, sizes)
 
 
 def plan_shards(sizes: dict[str, int], max_bytes: int) -> dict[str, list[str]]:
@@ -212,24 +172,6 @@ def plan_shards(sizes: dict[str, int], max_bytes: int) -> dict[str, list[str]]:
     if len(groups) == 1:
         return {"model.safetensors": groups[0]}
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
-
-
-def _structure(folder: Path) -> tuple[list[str], int, int, set[str]]:
-    """(attention modules' names by layer, query heads, head size, names of tied weights); no weights are loaded."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-        check_servable(model)
-        names = {id(module): name for name, module in model.named_modules()}
-        modules = [names[id(module)] for module in attention_modules(model)]
-    except Exception as error:
-        if isinstance(error, LolcatsError) or is_out_of_memory(error):
-            raise
-        raise BadInput(f"transformers cannot build the model in {folder}: {first_line(error)}") from error
-    tied = model.all_tied_weights_keys if model.config.get_text_config().tie_word_embeddings else {}
-    return modules, *model_heads(model), set(tied) | set(tied.values())
 
 
 def _map_tensors(
@@ -256,28 +198,29 @@ def _map_tensors(
 
 def _write_model_files(writer: ArtifactWriter, plan: _Plan, artifact: Artifact) -> None:
     """Everything but the weights."""
+    folder = plan.teacher.folder
     config = export.student_config(
-        plan.config,
+        plan.teacher.config,
         asdict(plan.hybrid),
         layers=plan.layers,
-        num_heads=plan.num_heads,
-        head_dim=plan.head_dim,
-        dtype=_main_dtype(plan.weights),
+        num_heads=plan.teacher.num_heads,
+        head_dim=plan.teacher.head_dim,
+        dtype=plan.teacher.dtype(),
     )
     writer.write_json("config.json", config)
-    generation = plan.teacher / "generation_config.json"
+    generation = folder / "generation_config.json"
     if generation.is_file():
         writer.write_json("generation_config.json", export.generation_config(identity.read_object(generation)))
-    for name, text in export.code_files(*plan.classes, plan.config["model_type"]).items():
+    for name, text in export.code_files(*plan.teacher.classes, plan.teacher.config["model_type"]).items():
         writer.write_text(name, text)
-    copied = identity.tokenizer_files(plan.teacher)
-    copied += sorted(path.name for path in plan.teacher.iterdir() if LICENCE_FILES.match(path.name) and path.is_file())
-    tokenizer = _tokenizer_config(plan.teacher)
+    copied = identity.tokenizer_files(folder)
+    copied += sorted(path.name for path in folder.iterdir() if LICENCE_FILES.match(path.name) and path.is_file())
+    tokenizer = tokenizer_config(folder)
     for name in copied:
         if name == "tokenizer_config.json" and tokenizer is not None:
             writer.write_json(name, tokenizer)
         else:
-            writer.copy(name, plan.teacher / name)
+            writer.copy(name, folder / name)
     card = export.model_card(
         teacher=artifact.teacher,
         hybrid=plan.hybrid,
@@ -286,26 +229,6 @@ def _write_model_files(writer: ArtifactWriter, plan: _Plan, artifact: Artifact) 
         has_tokenizer="tokenizer_config.json" in copied,
     )
     writer.write_text("README.md", card)
-
-
-def _tokenizer_config(teacher: Path) -> dict[str, Any] | None:
-    """tokenizer_config.json with the class that transformers takes for the teacher; None to leave it as it is.
-
-    transformers finds that class by the model type too, which the student does not share.
-    """
-    from transformers import AutoTokenizer
-
-    path = teacher / "tokenizer_config.json"
-    if not path.is_file():
-        return None
-    config = identity.read_object(path)
-    if "auto_map" in config:
-        raise BadInput(f"{path} brings code of its own (auto_map), which a merged folder cannot carry yet.")
-    try:
-        name = type(AutoTokenizer.from_pretrained(teacher)).__name__
-    except Exception:  # a broken tokenizer is the teacher's own matter, and is copied as it is
-        return None
-    return None if config.get("tokenizer_class") == name else {**config, "tokenizer_class": name}
 
 
 def _lineage(artifact: Artifact) -> list[dict[str, Any]]:

@@ -145,10 +145,10 @@ def linear_layers(model: nn.Module) -> set[str]:
     return {name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
 
 
-def projections(model: nn.Module) -> list[str]:
-    """The linear layers of a model's attentions, by names that PEFT's `target_modules` takes, in the model's order.
+def projections(model: nn.Module) -> dict[str, str]:
+    """The linear layers of a model's attentions, gates left out: name -> what PEFT's `target_modules` calls it.
 
-    A name that other layers of the model have too stands behind that of its attention: `attn.c_proj` in GPT-2.
+    That is the end of the name, or, where other layers end so too, with the attention before it: GPT-2's `attn.c_proj`.
     """
     places = linear_layers(model)
     attentions = {id(module) for module in attention_modules(model)}
@@ -157,11 +157,11 @@ def projections(model: nn.Module) -> list[str]:
         for name, module in model.named_modules()
         if id(module) in attentions
         for part, _ in module.named_modules()
-        if f"{name}.{part}" in places
+        if f"{name}.{part}" in places and "gate" not in part
     }
     elsewhere = [f".{name}" for name in sorted(places - set(inside))]
     short = {part: not any(name.endswith(f".{part}") for name in elsewhere) for _, part in inside.values()}
-    return list(dict.fromkeys(part if short[part] else f"{parent}.{part}" for parent, part in inside.values()))
+    return {name: part if short[part] else f"{parent}.{part}" for name, (parent, part) in inside.items()}
 
 
 class _InMemory(LolcatsMixin):

@@ -58,19 +58,22 @@ def teacher_classes(config: Mapping[str, Any], where: str) -> tuple[str, str]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     model_type = str(config.get("model_type"))
+    if config.get("quantization_config"):
+        raise BadInput(f"{where} is quantised; pass the unquantised model.")
+    if config.get("is_encoder_decoder"):
+        raise BadInput(f"{where} is an encoder and a decoder ({model_type}); lolcats converts causal language models.")
     config_class, model_class = (
         names.get(model_type) for names in (CONFIG_MAPPING_NAMES, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     )
+    if isinstance(config_class, str) and isinstance(model_class, str) and hasattr(transformers, model_class):
+        return config_class, model_class
     if config.get("auto_map"):
-        raise BadInput(f"{where} brings code of its own (auto_map), which a merged folder cannot carry yet.")
-    if config.get("quantization_config"):
-        raise BadInput(f"{where} is quantised; merge the unquantised model.")
-    plain = isinstance(model_class, str) and model_class.endswith(("ForCausalLM", "LMHeadModel"))
-    if not (
-        isinstance(config_class, str) and isinstance(model_class, str) and plain and hasattr(transformers, model_class)
-    ):
-        raise BadInput(f"{where} has model_type {model_type!r}, for which transformers has no causal language model.")
-    return config_class, model_class
+        raise BadInput(
+            f"{where} is a model with code of its own (auto_map): transformers has no class for its model_type "
+            f"{model_type!r}, and a merged folder cannot carry such code."
+        )
+    kind = "is not a causal language model" if model_type in CONFIG_MAPPING_NAMES else "is not known to transformers"
+    raise BadInput(f"{where} has model_type {model_type!r}, which {kind}; lolcats converts causal language models.")
 
 
 def student_config(

@@ -26,8 +26,7 @@ def student_class(folder: Path) -> Any:
     model_type = str(config.get("model_type")).removeprefix(student_type(""))
     if "lolcats" not in config or config["model_type"] != student_type(model_type):
         raise BadInput(f"{folder}/config.json does not describe a merged student. Merge it again.")
-    teacher = {key: value for key, value in config.items() if key != "auto_map"} | {"model_type": model_type}
-    names = teacher_classes(teacher, str(folder))
+    names = teacher_classes(config | {"model_type": model_type}, str(folder))
     config_class, model_class = (getattr(transformers, name) for name in names)
     # transformers makes a dataclass of a configuration.
     own_config = type("LolcatsConfig", (config_class,), {"model_type": config["model_type"], "lolcats": None})

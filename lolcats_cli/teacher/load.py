@@ -72,12 +72,19 @@ def resolve_folder(teacher: str, revision: str | None = None) -> Path:
     return Path(snapshot)
 
 
+def runs_own_code(folder: Path, allowed: bool) -> bool:
+    """Whether the folder's own code (auto_map) is run: if allowed, and if transformers has no class for the model."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return allowed and identity.read_config(folder).get("model_type") not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The folder's tokenizer. Raises `BadInput` if it cannot be loaded."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=runs_own_code(folder, trust_remote_code))
     except Exception as error:
         raise BadInput(f"{folder} has no tokenizer that transformers can load: {first_line(error)}") from error
 
@@ -100,7 +107,7 @@ def load_model(folder: Path, options: LoadOptions, loader: Any = None) -> PreTra
         model, report = source.from_pretrained(
             folder,
             dtype=DTYPES.get(options.dtype, "auto"),
-            trust_remote_code=options.trust_remote_code,
+            trust_remote_code=runs_own_code(folder, options.trust_remote_code),
             output_loading_info=True,
         )
     except Exception as error:

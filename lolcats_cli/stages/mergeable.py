@@ -1,0 +1,214 @@
+"""What merge needs of a teacher's folder, found out without loading its weights; capture asks before any work."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lolcats_formats import TensorInfo
+from lolcats_formats.tensors import read_header
+from lolcats_kernels.maps import HybridConfig, HybridMaps
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from lolcats_cli.errors import BadInput, is_out_of_memory
+from lolcats_cli.stages import golden
+from lolcats_cli.student import export
+from lolcats_cli.student.build import check_servable, model_heads, projections
+from lolcats_cli.student.mixin import attention_modules
+from lolcats_cli.teacher import identity
+from lolcats_cli.teacher.load import first_line
+
+FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+TRIED = HybridConfig(window=4, feature_dim=2)
+
+
+@dataclass(frozen=True)
+class TeacherFiles:
+    """A teacher's folder as merge sees it.
+
+    Attributes:
+        classes: the configuration class and the causal-LM class in transformers.
+        weights: the tensors by their names in the files.
+        places: name of a parameter in the model -> name of the tensor in the files that holds it as it is.
+        modules: the attention modules' names by layer.
+        projections: the names of the linear layers of the attentions.
+        tied: the parameters that share their values with others.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    classes: tuple[str, str]
+    weights: dict[str, tuple[Path, TensorInfo]]
+    places: dict[str, str]
+    modules: list[str]
+    projections: list[str]
+    num_heads: int
+    head_dim: int
+    tied: set[str]
+
+    def dtype(self) -> str:
+        """The float dtype that holds most bytes, as torch names it."""
+        total = dict.fromkeys(FLOATS.values(), 0)
+        for _, info in self.weights.values():
+            if info.dtype in FLOATS:
+                total[FLOATS[info.dtype]] += info.nbytes
+        return max(total, key=lambda name: total[name])
+
+    def check_foldable(self, parameter: str) -> None:
+        """Raise BadInput, with the reason, unless an adapter can be folded into that parameter of the model."""
+        place = self.places.get(parameter)
+        if place is None:
+            raise BadInput(
+                f"The weights in {self.folder} lack {parameter}, or hold it in another layout than {self.classes[1]} "
+                "computes with: an adapter cannot be folded into it."
+            )
+        if self.weights[place][1].dtype not in FLOATS:
+            raise BadInput(
+                f"{place} in {self.folder} is stored as {self.weights[place][1].dtype}; an adapter folds into fp32, "
+                "bf16 or fp16 weights only."
+            )
+        if parameter in self.tied:
+            raise BadInput(f"{parameter} is tied to another weight; folding an adapter into it would change both.")
+
+
+def teacher_files(folder: Path) -> TeacherFiles:
+    """The files of a teacher's folder. Raises BadInput, with the reason, for one that cannot become a student."""
+    config = identity.read_config(folder)
+    classes = export.teacher_classes(config, str(folder))
+    weights = _weights(folder)
+    model = _build(folder)
+    check_servable(model)
+    names = {id(module): name for name, module in model.named_modules()}
+    tied = model.all_tied_weights_keys if model.config.get_text_config().tie_word_embeddings else {}
+    return TeacherFiles(
+        folder,
+        config,
+        classes,
+        weights,
+        _places(model, weights),
+        [names[id(module)] for module in attention_modules(model)],
+        list(projections(model)),
+        *model_heads(model),
+        set(tied) | set(tied.values()),
+    )
+
+
+def check_mergeable(folder: Path) -> None:
+    """Try all that merge will need of a teacher: its classes, an adapter on its projections, its tokenizer, and the
+    golden logits, on one block. Reads the weights of that block, the embeddings and the head.
+
+    Raises BadInput with the reason.
+    """
+    files = teacher_files(folder)
+    for name in files.projections:
+        files.check_foldable(f"{name}.weight")
+    tokenizer_config(folder)
+    with tempfile.TemporaryDirectory() as scratch:
+        student = Path(scratch) / "student"
+        _write_student(files, student)
+        golden.try_one_block(student, Path(scratch) / "offloaded")
+
+
+def tokenizer_config(teacher: Path) -> dict[str, Any] | None:
+    """tokenizer_config.json with the class that transformers takes for the teacher; None to leave it as it is.
+
+    transformers finds that class by the model type too, which the student does not share.
+    Raises BadInput for a tokenizer that needs code of its own.
+    """
+    from transformers import AutoTokenizer
+
+    path = teacher / "tokenizer_config.json"
+    if not path.is_file():
+        return None
+    config = identity.read_object(path)
+    own = "auto_map" in config
+    try:
+        name = type(AutoTokenizer.from_pretrained(teacher, trust_remote_code=False)).__name__
+    except Exception as error:
+        if own:
+            raise BadInput(
+                f"{path} needs code of its own (auto_map), which a merged folder cannot carry. Save the tokenizer as "
+                "one of transformers' own first, for instance PreTrainedTokenizerFast."
+            ) from error
+        return None  # a broken tokenizer is the teacher's own matter, and is copied as it is
+    stated = {key: value for key, value in config.items() if key != "auto_map"}
+    return None if not own and config.get("tokenizer_class") == name else {**stated, "tokenizer_class": name}
+
+
+def _weights(folder: Path) -> dict[str, tuple[Path, TensorInfo]]:
+    """The tensors of a model folder by name, from the files' headers alone."""
+    found: dict[str, tuple[Path, TensorInfo]] = {}
+    for file in identity.weight_files(folder):
+        for name, info in read_header(file, str(file)).items():
+            if name in found:
+                raise BadInput(f"{file} and {found[name][0]} both hold {name}: {folder} mixes two models.")
+            found[name] = (file, info)
+    return found
+
+
+def _build(folder: Path) -> PreTrainedModel:
+    """The teacher without weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise BadInput(f"transformers cannot build the model in {folder}: {first_line(error)}") from error
+
+
+def _places(model: PreTrainedModel, weights: dict[str, tuple[Path, TensorInfo]]) -> dict[str, str]:
+    """Where the model's parameters lie, those alone that lie there as they are: transformers renames some when it loads
+    them, adds the name of the base model before others, and joins or cuts the rest (experts, mostly)."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, rename_source_key
+
+    steps: list[Any] = get_model_conversion_mapping(model)
+    converters = [step for step in steps if isinstance(step, WeightConverter)]
+    renamings = [step for step in steps if not isinstance(step, WeightConverter)]
+    parameters = model.state_dict()
+    places = {}
+    for name, (_, info) in weights.items():
+        parameter, joined = rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)
+        if parameter not in parameters and name in parameters:
+            parameter, joined = name, None
+        if joined is None and parameter in parameters and list(parameters[parameter].shape) == list(info.shape):
+            places[parameter] = name
+    return places
+
+
+def _write_student(files: TeacherFiles, folder: Path) -> None:
+    """A student's folder whose first attention alone has maps, with links to the teacher's weights."""
+    folder.mkdir()
+    config = export.student_config(
+        files.config,
+        asdict(TRIED),
+        layers=[0],
+        num_heads=files.num_heads,
+        head_dim=files.head_dim,
+        dtype=files.dtype(),
+    )
+    (folder / "config.json").write_text(json.dumps(config))
+    first = f"{files.modules[0]}.hybrid."
+    maps = {
+        f"{first}{name}": tensor
+        for name, tensor in HybridMaps(TRIED, files.num_heads, files.head_dim).state_dict().items()
+    }
+    save_file(maps, folder / "maps.safetensors")
+    links = {
+        path: f"teacher-{number}.safetensors"
+        for number, path in enumerate({path for path, _ in files.weights.values()})
+    }
+    for path, name in links.items():
+        os.symlink(path.resolve(), folder / name)
+    places = dict.fromkeys(maps, "maps.safetensors") | {name: links[path] for name, (path, _) in files.weights.items()}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
