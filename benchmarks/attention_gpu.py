@@ -46,7 +46,7 @@ def gate(kind: str) -> None:
         grads = torch.autograd.grad(out.float().sin().sum(), leaves, allow_unused=True, materialize_grads=True)
         with torch.no_grad():
             _, state = run(*(x[:, :, :-1] for x in leaves[:3]), return_state=True)
-            last, _ = run(*(x[:, :, -1:] for x in leaves[:3]), state=state, return_state=True)
+            last, _ = run(*(x[:, :, -1:] for x in leaves[:3]), initial_state=state, return_state=True)
         return [x.double() for x in (out, *grads, last)]
 
     exact = results("reference", torch.float64)
@@ -112,7 +112,8 @@ def decoding(kind: str, batch: int) -> tuple[Callable[[], None], int]:
     """(a step as a CUDA graph, bytes of the state)."""
     maps, (q, k, v) = inputs(kind, batch, 1)
     state = KVState.empty(maps, batch, KEY_HEADS, dtype=torch.bfloat16, device=DEVICE)
-    step = partial(hybrid_attention, q, k, v, maps, scaling=DIM**-0.5, state=state, return_state=True, backend="triton")
+    options = {"scaling": DIM**-0.5, "initial_state": state, "return_state": True, "backend": "triton"}
+    step = partial(hybrid_attention, q, k, v, maps, **options)
     with torch.no_grad():
         for _ in range(3):
             step(consume_state=True)

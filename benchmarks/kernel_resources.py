@@ -51,8 +51,9 @@ def compiled(kernel: Any, given: dict[str, Any], warps: int, capability: int) ->
     signature: dict[str, str] = {}
     constants: dict[tuple[int], Any] = {}
     attributes: dict[tuple[int], list[list[Any]]] = {}
+    unread = next(x for x in given.values() if isinstance(x, torch.Tensor))
     for index, parameter in enumerate(kernel.params):
-        value = given["q"] if given[parameter.name] is None else given[parameter.name]
+        value = unread if given[parameter.name] is None else given[parameter.name]
         if parameter.is_constexpr:
             signature[parameter.name], constants[(index,)] = "constexpr", value
             continue
@@ -78,7 +79,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"])
     parser.add_argument("--linear-factors", nargs="+", default=["exp"])
     args = parser.parse_args()
-    print("| capability | head | dtype | kernel | block | warps | registers | spilled | shared memory | of |")
+    print("| capability | head | dtype | kernel | chunk | warps | registers | spilled | shared memory | of |")
     print("| --- " * 10 + "|")
     too_large = False
     for capability in args.capabilities:
@@ -99,7 +100,7 @@ def launched(capability: int, head: int, dtype: torch.dtype, factor: str) -> lis
     """What calls in the shape of Llama 3 8B (of this head) launch: forward, backward with all gradients, decoding."""
     rows = []
 
-    def compile_it(kernel: Any, grid: object, given: dict[str, Any], warps: int) -> None:
+    def compile_it(kernel: Any, grid: object, warps: int, given: dict[str, Any]) -> None:
         made = compiled(kernel, given, warps, capability)
         rows.append((kernel.__name__, given["L"], warps, *made.values()))
 
@@ -114,7 +115,7 @@ def launched(capability: int, head: int, dtype: torch.dtype, factor: str) -> lis
         hybrid_attention(q, k, v, maps, **options).sum().backward()
         with torch.no_grad():
             state = KVState.empty(maps, 1, 8, dtype=dtype)
-            hybrid_attention(*(x[:, :, :1] for x in (q, k, v)), maps, state=state, return_state=True, **options)
+            hybrid_attention(*(x[:, :, :1] for x in (q, k, v)), maps, initial_state=state, return_state=True, **options)
     return rows
 
 

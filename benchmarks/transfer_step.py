@@ -23,10 +23,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "formats")]
 
 from lolcats_kernels import HybridConfig, HybridMaps, hybrid_attention  # noqa: E402
+from lolcats_kernels.softmax import AttentionSpec, softmax_attention  # noqa: E402
 
 from lolcats_cli.stages import layer_training  # noqa: E402
 from lolcats_cli.stages.activations import Batch  # noqa: E402
-from lolcats_cli.teacher.attention import AttentionSpec, softmax_attention  # noqa: E402
 from lolcats_cli.teacher.record import LayerInfo  # noqa: E402
 
 HEADS, KEY_HEADS, DIM = 8, 4, 32

@@ -1,9 +1,9 @@
-"""Finds the Triton kernels' blocks and warps for the GPU at hand, and prints its entry of `triton_attention.TILES`.
+"""Finds the Triton kernels' chunks and warps for the GPU at hand, and prints its entry of `triton_attention.TILES`.
 
     python benchmarks/tune_triton.py [--heads 64 128 256] [--length 4096] [--rounds 20]
 
-32 query and 8 key heads, batch 1, bf16, recipe best. Forward and backward have blocks of their own, but share their
-warps; for each number of warps the best blocks are taken, then the fastest sum of both. What does not compile, or does
+32 query and 8 key heads, batch 1, bf16, recipe best. Forward and backward have chunks of their own, but share their
+warps; for each number of warps the best chunks are taken, then the fastest sum of both. What does not compile, or does
 not fit into the GPU, is left out. Every choice must first give the same output and gradients as the table's own. Under
 TRITON_INTERPRET=1 it runs without a GPU, which shows that it works and nothing else.
 """
@@ -28,7 +28,7 @@ from lolcats_kernels import HybridConfig, HybridMaps, hybrid_attention, triton_a
 from lolcats_kernels.triton_parts import INTERPRETED  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-BLOCKS, WARPS = (16, 32, 64, 128), (4, 8)
+CHUNKS, WARPS = (16, 32, 64, 128), (4, 8)
 HEADS, KEY_HEADS = 32, 8
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 # What is raised where the GPU or the compiler has no room for a choice.
@@ -51,7 +51,7 @@ def milliseconds(run: Callable[[], object], rounds: int) -> float:
 
 
 def tune(head: int, length: int, rounds: int) -> tuple[int, ...]:
-    """The best (block forward, block backward, warps) for heads of that size."""
+    """The best (chunk forward, chunk backward, warps) for heads of that size."""
     torch.manual_seed(0)
     maps = HybridMaps(HybridConfig(linear_factor="exp"), HEADS, head).to(DEVICE)
     leaves = [
@@ -70,9 +70,9 @@ def tune(head: int, length: int, rounds: int) -> tuple[int, ...]:
     best: dict[int, tuple[float, int, int]] = {}
     for warps in WARPS:
         found: dict[bool, tuple[float, int]] = {}
-        for block, backward in itertools.product(BLOCKS, (False, True)):
-            # The other direction takes the smallest block: it only has to run.
-            tiles = (16, block, warps) if backward else (block, 16, warps)
+        for chunk, backward in itertools.product(CHUNKS, (False, True)):
+            # The other direction takes the smallest chunk: it only has to run.
+            tiles = (16, chunk, warps) if backward else (chunk, 16, warps)
             try:
                 with patch.dict(triton_attention.TILES, {capability: {256: tiles}}, clear=True):
                     out = call()
@@ -82,8 +82,8 @@ def tune(head: int, length: int, rounds: int) -> tuple[int, ...]:
             except NO_ROOM as error:
                 print(f"head {head}, {tiles}: {str(error).splitlines()[0]}", file=sys.stderr)
                 continue
-            print(f"head {head}, {'backward' if backward else 'forward'} {block}, {warps}: {taken:.3f} ms", flush=True)
-            found[backward] = min(found.get(backward, (taken, block)), (taken, block))
+            print(f"head {head}, {'backward' if backward else 'forward'} {chunk}, {warps}: {taken:.3f} ms", flush=True)
+            found[backward] = min(found.get(backward, (taken, chunk)), (taken, chunk))
         if len(found) == 2:
             best[warps] = (found[False][0] + found[True][0], found[False][1], found[True][1])
     if not best:

@@ -9,13 +9,12 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from lolcats_kernels import HybridMaps
-from lolcats_kernels.maps import repeat_heads
-from lolcats_kernels.reference import key_masks
+from lolcats_kernels.equation import key_masks, repeat_heads
+from lolcats_kernels.softmax import softmax_scores
 from torch import Tensor
 
 from lolcats_cli.stages.activations import Batch
 from lolcats_cli.stages.layer_training import _start_at_softmax_mass as at_softmax_mass
-from lolcats_cli.teacher.attention import softmax_scores
 from lolcats_cli.teacher.record import LayerInfo
 
 Maps, Batches = dict[int, HybridMaps], Iterable[dict[int, Batch]]  # by layer

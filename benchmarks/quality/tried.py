@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from unittest.mock import patch
 
 from lolcats_kernels import HybridConfig, HybridMaps, hybrid, reference
+from lolcats_kernels.equation import KeyMasks
 from torch import Tensor
 
 from lolcats_cli.stages import layer_training
@@ -36,11 +37,11 @@ def first_tokens_exact() -> Iterator[None]:
     """The first tokens of a row stay in the softmax for every query."""
     masks = reference.key_masks
 
-    def with_first(query: Tensor, key: Tensor, config: HybridConfig) -> tuple[Tensor, Tensor]:
+    def with_first(query: Tensor, key: Tensor, config: HybridConfig) -> KeyMasks:
         """query [..., T], key [..., J] -> bool [..., T, J] twice."""
         win, old = masks(query, key, config)
         first = old & (key < FIRST)[..., None, :]
-        return win | first, old & ~first
+        return KeyMasks(win | first, old & ~first)
 
     with (
         patch.object(reference, "key_masks", with_first),

@@ -1,7 +1,9 @@
 """The one operation: hybrid attention, by whichever implementation fits.
 
-Shapes: B batch, H query heads, K key heads, T time, D head, Dv value head.
+Letters: see ../README.md.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -10,12 +12,11 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from .chunked import chunked_attention
-from .maps import HybridMaps, common_dtype
+from .maps import HybridMaps
 from .reference import reference_attention
+from .spec import CallSpec, check_choice, common_dtype
 from .state import KVState, may_overwrite
-
-TERMS = ("both", "window", "linear")
+from .torch_attention import chunked_attention
 
 
 def _triton_attention(*args: Any, **options: Any) -> tuple[Tensor, KVState | None]:
@@ -24,7 +25,7 @@ def _triton_attention(*args: Any, **options: Any) -> tuple[Tensor, KVState | Non
     return triton_attention(*args, **options)
 
 
-# Every implementation takes what `hybrid_attention` takes, checked, and returns (out, state or None).
+# Every implementation takes what `hybrid_attention` takes, checked, its options as a spec; -> (out, state or None).
 _BACKENDS: dict[str, Callable[..., tuple[Tensor, KVState | None]]] = {
     "reference": reference_attention,
     "chunked": chunked_attention,
@@ -34,7 +35,7 @@ BACKENDS = ("auto", *_BACKENDS)
 HAS_TRITON = find_spec("triton") is not None
 
 
-def _best_backend(q: Tensor) -> str:
+def _backend_for(q: Tensor) -> str:
     fits = HAS_TRITON and q.is_cuda and q.dtype != torch.float64
     return "triton" if fits and torch.cuda.get_device_properties(q.device).major >= 8 else "chunked"
 
@@ -49,7 +50,7 @@ def hybrid_attention(
     scaling: float,
     softcap: float | None = ...,
     valid: Tensor | None = ...,
-    state: KVState | None = ...,
+    initial_state: KVState | None = ...,
     return_state: Literal[False] = ...,
     terms: str = ...,
     consume_state: bool = ...,
@@ -65,7 +66,7 @@ def hybrid_attention(
     scaling: float,
     softcap: float | None = ...,
     valid: Tensor | None = ...,
-    state: KVState | None = ...,
+    initial_state: KVState | None = ...,
     return_state: Literal[True],
     terms: str = ...,
     consume_state: bool = ...,
@@ -80,7 +81,7 @@ def hybrid_attention(
     scaling: float,
     softcap: float | None = None,
     valid: Tensor | None = None,
-    state: KVState | None = None,
+    initial_state: KVState | None = None,
     return_state: bool = False,
     terms: str = "both",
     consume_state: bool = False,
@@ -94,7 +95,7 @@ def hybrid_attention(
     softcap: the scores become softcap tanh(scores / softcap), as in Gemma 2.
     valid [B, T] bool: False is padding, anywhere in the row. It contributes nothing, its outputs are 0, and
         positions count valid tokens only, so the others get what they would get in the row without it.
-    state: from the tokens before these; None at the start. Not changed, unless it is consumed.
+    initial_state: from the tokens before these; None at the start. Not changed, unless it is consumed.
     return_state: also return the state after these tokens.
     terms: "both"; or for ablations "window" (the linear term is 0) or "linear" (the window's term is 0).
         A query for which nothing is left to sum gets output 0.
@@ -107,23 +108,23 @@ def hybrid_attention(
     Differentiable in q, k, v and the parameters of `maps`.
     Raises ValueError when shapes, dtypes or options do not fit together; ImportError for "triton" without its package.
     """
-    _check(q, k, v, maps, softcap, valid, state, terms, backend)
+    check_choice("backend", backend, BACKENDS)
+    spec = CallSpec(maps.config, scaling, softcap, terms)
+    _check(q, k, v, maps, valid, initial_state)
     wanted = q.dtype
     q, k, v = (x.to(common_dtype(q, k, v)) for x in (q, k, v))
-    run = _BACKENDS[_best_backend(q) if backend == "auto" else backend]
+    run = _BACKENDS[_backend_for(q) if backend == "auto" else backend]
     with torch.autocast(q.device.type, enabled=False):  # sums stay in fp32
         out, after = run(
             q,
             k,
             v,
             maps,
-            scaling=scaling,
-            softcap=softcap,
+            spec,
             valid=valid,
-            state=state,
+            initial_state=initial_state,
             return_state=return_state,
-            terms=terms,
-            consume_state=consume_state and state is not None and may_overwrite(maps, state, q, k, v),
+            consume_state=consume_state and initial_state is not None and may_overwrite(maps, initial_state, q, k, v),
         )
     out = out.to(wanted)
     if not return_state:
@@ -137,21 +138,12 @@ def _check(
     k: Tensor,
     v: Tensor,
     maps: HybridMaps,
-    softcap: float | None,
     valid: Tensor | None,
-    state: KVState | None,
-    terms: str,
-    backend: str,
+    initial_state: KVState | None,
 ) -> None:
     def shapes() -> str:
         return f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
 
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"softcap is {softcap!r}; it must be above 0, or None.")
-    if terms not in TERMS:
-        raise ValueError(f"terms is {terms!r}; choose one of {', '.join(TERMS)}.")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}; choose one of {', '.join(BACKENDS)}.")
     if not q.ndim == k.ndim == v.ndim == 4:
         raise ValueError(f"q, k and v must be [batch, heads, time, head size]; got {shapes()}.")
     batch, heads, time, head_dim = q.shape
@@ -169,14 +161,14 @@ def _check(
         raise ValueError(
             f"valid must be bool [{batch}, {time}] (True: a token); got {valid.dtype} {list(valid.shape)}."
         )
-    if state is not None:
+    if initial_state is not None:
         held = KVState.shapes(maps, batch, k.shape[1], v.shape[3])
         for name, shape in held.items():
-            got = getattr(state, name).shape
+            got = getattr(initial_state, name).shape
             if got != shape:
                 raise ValueError(
                     f"The state's {name} are {list(got)}, these inputs need {list(shape)}: "
                     "the state comes from another batch, layer or configuration."
                 )
-        if state.keys.dtype != common_dtype(q, k, v):
-            raise ValueError(f"The state holds {state.keys.dtype}, the inputs are {common_dtype(q, k, v)}.")
+        if initial_state.keys.dtype != common_dtype(q, k, v):
+            raise ValueError(f"The state holds {initial_state.keys.dtype}, the inputs are {common_dtype(q, k, v)}.")

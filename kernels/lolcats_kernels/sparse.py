@@ -1,9 +1,9 @@
 """Hybrid attention with LoLA's sparse cache (arXiv 2505.23666), at inference: constant memory, one token at a time.
 
-The keys that the sums would recall worst stay as they are; `reference.sparse_reference` is the definition. Which those
-are depends on all that came before, so a prompt is read token by token too.
+The keys that the sums would recall worst stay as they are; `tests/kernels/test_sparse.py` has the definition. Which
+those are depends on all that came before, so a prompt is read token by token too.
 
-Shapes: B batch, H query heads, K key heads, G = H / K, T time, D head, Dv value head, F' features, N kept keys.
+Letters: see ../README.md; N kept keys.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from .maps import QUERY_BOUND, HybridMaps, common_dtype, compute_dtype, repeat_heads
-from .reference import cap_scores, safe_divide
-from .state import KVState, window_start
+from .equation import bounded_exp, cap_scores, repeat_heads, safe_divide, window_start
+from .maps import HybridMaps
+from .spec import CallSpec, common_dtype, compute_dtype
+from .state import KVState
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +69,7 @@ def sparse_attention(
     scaling: float,
     softcap: float | None = None,
     valid: Tensor | None = None,
-    state: SparseState | None = None,
+    initial_state: SparseState | None = None,
 ) -> tuple[Tensor, SparseState]:
     """Hybrid attention that keeps `size` keys of those that have left the window; other arguments as for
     `hybrid_attention`, which also says what becomes of padding. -> out [B, H, T, Dv] in q's dtype, and the state.
@@ -77,6 +78,7 @@ def sparse_attention(
     """
     if not maps.config.window:
         raise ValueError("A sparse cache takes what leaves the window, and this student has none (window 0).")
+    spec, state = CallSpec(maps.config, scaling, softcap), initial_state
     wanted = q.dtype
     q, k, v = (x.to(common_dtype(q, k, v)) for x in (q, k, v))
     if valid is not None and bool(valid.all()):
@@ -91,7 +93,7 @@ def sparse_attention(
     with torch.autocast(q.device.type, enabled=False):
         for t in range(q.shape[2]):
             now = slice(t, t + 1)
-            out, after = _step(q[:, :, now], k[:, :, now], v[:, :, now], maps, scaling, softcap, state)
+            out, after = _step(q[:, :, now], k[:, :, now], v[:, :, now], maps, spec, state)
             if valid is not None:
                 real = valid[:, t]
                 pairs = zip(after.tensors(), state.tensors(), strict=True)
@@ -105,10 +107,10 @@ def sparse_attention(
 
 
 def _step(
-    q: Tensor, k: Tensor, v: Tensor, maps: HybridMaps, scaling: float, softcap: float | None, state: SparseState
+    q: Tensor, k: Tensor, v: Tensor, maps: HybridMaps, spec: CallSpec, state: SparseState
 ) -> tuple[Tensor, SparseState]:
     """One token: q [B, H, 1, D], k [B, K, 1, D], v [B, K, 1, Dv]."""
-    config, dtype, key_heads = maps.config, compute_dtype(q.dtype), k.shape[1]
+    config, dtype, num_key_value_heads = maps.config, compute_dtype(q.dtype), k.shape[1]
     begin, end = window_start(state.length, config), window_start(state.length + 1, config)
     slots, size = state.keys.shape[2], state.kept_keys.shape[2]
     slot = torch.remainder(state.length, slots)[:, None, None, None]
@@ -118,19 +120,19 @@ def _step(
     # As many have stayed as have left the window, and no more than there are slots.
     seen = torch.cat([position >= begin[:, None], torch.arange(size, device=q.device) < begin[:, None]], 1)
 
-    query = q.to(dtype).unflatten(1, (key_heads, -1)).squeeze(3)  # [B, K, G, D]
+    query = q.to(dtype).unflatten(1, (num_key_value_heads, -1)).squeeze(3)  # [B, K, G, D]
     exact_keys, exact_values = (
         torch.cat(x, 2).to(dtype) for x in ((keys, state.kept_keys), (values, state.kept_values))
     )
-    scores = cap_scores(query @ exact_keys.transpose(-1, -2) * scaling, softcap)
+    scores = cap_scores(query @ exact_keys.transpose(-1, -2) * spec.scaling, spec.softcap)
     scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
-    top = scores[..., :slots].amax(-1, keepdim=True)
-    gamma, factor = (x.view(key_heads, -1, 1) for x in maps.factors(dtype))
-    weights = gamma * (scores - top).clamp(max=QUERY_BOUND).exp()
+    m = scores[..., :slots].amax(-1, keepdim=True)
+    gamma, linear_weight = (x.view(num_key_value_heads, -1, 1) for x in maps.term_weights(dtype))
+    weights = gamma * bounded_exp(scores - m)
     logits = maps.query_logits(q)
     if logits is not None:
-        factor = (logits.view(*top.shape) - top).clamp(max=QUERY_BOUND).exp()
-    phi = factor.flatten(-3, -2)[..., None] * maps.q_features(q)  # [B, H, 1, F']
+        linear_weight = bounded_exp(logits.view(*m.shape) - m)
+    phi = linear_weight.flatten(-3, -2)[..., None] * maps.q_features(q)  # [B, H, 1, F']
     numerator = (weights @ exact_values).flatten(1, 2)[:, :, None] + phi @ state.sums
     denominator = weights.sum(-1).flatten(1, 2)[:, :, None, None] + phi @ state.norms[..., None]
     out = safe_divide(numerator, denominator).to(q.dtype)
@@ -155,11 +157,11 @@ def _leave(maps: HybridMaps, state: SparseState, position: Tensor, leaves: Tenso
     ask = maps.q_features(repeat_heads(keys, heads))
     recalled = safe_divide(ask @ state.sums, ask @ state.norms[..., None])
     error = (recalled - repeat_heads(values, heads).to(recalled.dtype)).square().sum(-1)
-    best = error.unflatten(1, (keys.shape[1], -1)).sum(2).argmin(-1)  # [B, K]
+    recalled_best = error.unflatten(1, (keys.shape[1], -1)).sum(2).argmin(-1)  # [B, K]
     full = (position >= size)[:, None]
     # The new one takes the place of the one that goes, or a free one; the last place is cut off.
-    place = torch.where(leaves[:, None], torch.where(full, best, position[:, None].clamp(max=size)), size)
-    goes = best[..., None, None]
+    place = torch.where(leaves[:, None], torch.where(full, recalled_best, position[:, None].clamp(max=size)), size)
+    goes = recalled_best[..., None, None]
     going, value = (x.gather(2, goes.expand(-1, -1, -1, x.shape[3])) for x in (keys, values))
     phi = maps.k_features(going) * (leaves & full[:, 0])[:, None, None, None]  # [B, H, 1, F']
     kept_keys, kept_values = (

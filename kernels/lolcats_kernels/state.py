@@ -1,27 +1,35 @@
 """What a hybrid attention layer remembers between calls. Its size does not depend on the context's length.
 
-Shapes: B batch, H query heads, K key heads, T time, D head, F' features, C window slots, Dv value head.
-
-After n tokens of a row the next query, at position n, sees by softmax the keys from `window_start(n)` on.
-The state is what that query needs: sums S and z over the keys before that start, and the keys and values from
-it on.
+Letters: see ../README.md. After n tokens of a row the next query, at position n, sees by softmax the keys from
+`window_start(n)` on. The state is what that query needs: sums S and z over the keys before that start, and the keys
+and values from it on.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .maps import HybridConfig, HybridMaps, compute_dtype, repeat_heads
+from .equation import repeat_heads, window_start
+from .maps import HybridMaps
+from .spec import HybridConfig, compute_dtype
 
 
-def window_start(position: Tensor, config: HybridConfig) -> Tensor:
-    """The first key position that a query at `position` sees by softmax; `position + 1` for window 0."""
-    if config.layout == "terraced" and config.window:
-        start = (position // config.window - 1) * config.window
-    else:
-        start = position + 1 - config.window
-    return start.clamp(min=0)
+class KeySums(NamedTuple):
+    """Over some keys, S = sum phi_k(k_i) v_i^T [B, H, F', Dv] and z = sum phi_k(k_i) [B, H, F']."""
+
+    sums: Tensor
+    norms: Tensor
+
+
+class Slots(NamedTuple):
+    """Of a ring's slots: the positions of the keys that they hold, and whether these are not in the sums; [B, C]."""
+
+    position: Tensor
+    live: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,29 +54,33 @@ class KVState:
         cls,
         maps: HybridMaps,
         batch: int,
-        key_heads: int,
+        num_key_value_heads: int,
         *,
         value_dim: int | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
-    ) -> "KVState":
+    ) -> KVState:
         """The state before the first token. `dtype` is that of the keys and values to come."""
         held = compute_dtype(dtype)
         dtypes = {"sums": held, "norms": held, "keys": dtype, "values": dtype, "length": torch.int64}
-        shapes = cls.shapes(maps, batch, key_heads, maps.head_dim if value_dim is None else value_dim)
+        shapes = cls.shapes(maps, batch, num_key_value_heads, maps.head_dim if value_dim is None else value_dim)
         return cls(**{name: torch.zeros(shapes[name], dtype=dtypes[name], device=device) for name in shapes})
 
     @staticmethod
-    def shapes(maps: HybridMaps, batch: int, key_heads: int, value_dim: int) -> dict[str, tuple[int, ...]]:
+    def shapes(maps: HybridMaps, batch: int, num_key_value_heads: int, value_dim: int) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor."""
         slots = maps.config.slots
         return {
             "sums": (batch, maps.num_heads, maps.num_features, value_dim),
             "norms": (batch, maps.num_heads, maps.num_features),
-            "keys": (batch, key_heads, slots, maps.head_dim),
-            "values": (batch, key_heads, slots, value_dim),
+            "keys": (batch, num_key_value_heads, slots, maps.head_dim),
+            "values": (batch, num_key_value_heads, slots, value_dim),
             "length": (batch,),
         }
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All tensors, in the order of the fields."""
+        return self.sums, self.norms, self.keys, self.values, self.length
 
     @property
     def batch_size(self) -> int:
@@ -77,16 +89,11 @@ class KVState:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(x.nbytes for x in (self.sums, self.norms, self.keys, self.values, self.length))
+        return sum(x.nbytes for x in self.tensors())
 
-    def select_batch(self, index: Tensor) -> "KVState":
+    def select_batch(self, index: Tensor) -> KVState:
         """The rows `index` [B'] (int64) in that order: beam reordering, repetition, selection."""
-        return KVState(
-            *(
-                x.index_select(0, index.to(x.device))
-                for x in (self.sums, self.norms, self.keys, self.values, self.length)
-            )
-        )
+        return KVState(*(x.index_select(0, index.to(x.device)) for x in self.tensors()))
 
     def slot_positions(self) -> Tensor:
         """[B, C]: the position that each slot was last written with; negative where none was."""
@@ -95,10 +102,9 @@ class KVState:
         last = self.length[:, None] - 1
         return last - torch.remainder(last - slot, slots) if slots else last[:, :0]
 
-    def live_slots(self, config: HybridConfig) -> tuple[Tensor, Tensor]:
-        """(positions [B, C], live [B, C]): live slots hold keys that are not in the sums."""
+    def live_slots(self, config: HybridConfig) -> Slots:
         position = self.slot_positions()
-        return position, position >= window_start(self.length, config)[:, None]
+        return Slots(position, position >= window_start(self.length, config)[:, None])
 
 
 def records_gradients(maps: HybridMaps, state: KVState, *inputs: Tensor) -> bool:
@@ -108,46 +114,31 @@ def records_gradients(maps: HybridMaps, state: KVState, *inputs: Tensor) -> bool
 
 
 def may_overwrite(maps: HybridMaps, state: KVState, *inputs: Tensor) -> bool:
-    """Whether autograd, or inference mode's rules, have nothing against changing the state's tensors."""
+    """Whether the state's tensors may be changed in place: autograd does not follow them, and they were not made in
+    inference mode, unless that mode is on."""
     if records_gradients(maps, state, *inputs):
         return False
     # A compiled step cannot ask; it then raises torch's error.
     return torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not state.sums.is_inference()
 
 
-def next_state(
-    maps: HybridMaps,
-    state: KVState | None,
-    features: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    position: Tensor,
-    live: Tensor,
-    length: Tensor,
-) -> KVState:
-    """The state after the live keys.
-
-    features [B, H, T, F'], keys [B, K, T, D], values [B, K, T, Dv]: all keys that are not in `state`'s sums,
-    those of its ring included, with position [B, T]; live [B, T] False: not a key, must be finite.
-    length [B]: valid tokens seen at the end.
-    """
-    old = live & (position < window_start(length, maps.config)[:, None])
-    sums, norms = masked_sums(features, values, old, state)
-    return KVState(sums, norms, *next_ring(maps.config, keys, values, position, live, length), length)
-
-
-def masked_sums(features: Tensor, values: Tensor, mask: Tensor, state: KVState | None) -> tuple[Tensor, Tensor]:
-    """S [B, H, F', Dv] and z [B, H, F'] over the keys where mask [B, T] is True, after those of `state`."""
+def masked_sums(features: Tensor, values: Tensor, mask: Tensor, state: KVState | None) -> KeySums:
+    """Over the keys where mask [B, T] is True, of features [B, H, T, F'] and values [B, K, T, Dv], after those of
+    `state`."""
     features = features * mask[:, None, :, None]
     sums = features.transpose(-1, -2) @ repeat_heads(values, features.shape[1]).to(features.dtype)
     norms = features.sum(2)
-    return (sums, norms) if state is None else (sums + state.sums, norms + state.norms)
+    return KeySums(sums, norms) if state is None else KeySums(sums + state.sums, norms + state.norms)
 
 
 def next_ring(
     config: HybridConfig, keys: Tensor, values: Tensor, position: Tensor, live: Tensor, length: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The keys and values that the state keeps as they are; arguments as for `next_state`."""
+    """The keys and values that the state keeps as they are, [B, K, C, D] and [B, K, C, Dv].
+
+    keys [B, K, T, D], values [B, K, T, Dv]: all keys that are not in the sums, those of the earlier ring included, with
+    position [B, T]; live [B, T] False: not a key, must be finite. length [B]: valid tokens seen at the end.
+    """
     slots = config.slots
     stays = live & (position >= window_start(length, config)[:, None])
     # Keys that do not stay go to one slot more, which is cut off.

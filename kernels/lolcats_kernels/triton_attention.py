@@ -1,80 +1,192 @@
 """Hybrid attention by Triton kernels: their launches, forward and backward, registered with torch.
 
-Shapes: B batch, H query heads, K key heads, J tokens of a row, D head, V value head, F columns of a feature map, F'
-features, N features in the kernels' order (padded), M blocks.
+Letters: see ../README.md and `triton_parts`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from .chunked import attend_in_rows
-from .maps import KEY_BOUND, QUERY_BOUND, HybridMaps, op_name
-from .state import KVState, records_gradients
+from .maps import HybridMaps
+from .rows import RowResults, attend_in_rows
+from .spec import KEY_BOUND, QUERY_BOUND, CallSpec, op_name
+from .state import KeySums, KVState, records_gradients
 from .triton_backward import backward_keys, backward_queries, backward_values, sum_queries
 from .triton_decoding import triton_decode_step
 from .triton_forward import attend, sum_keys
-from .triton_parts import PRECISIONS, feature_order, launch, padded
+from .triton_parts import (
+    PRECISIONS,
+    contiguous,
+    from_kernel_order,
+    launch,
+    map_arguments,
+    padded,
+    padded_features,
+    strides,
+    to_kernel_order,
+    window_arguments,
+)
 
-# By compute capability, then by the largest head: tokens of a block, forward and backward; warps.
+# By compute capability, then by the largest head: tokens of a chunk, forward and backward; warps.
 TILES = {
     80: {64: (32, 32, 8), 128: (32, 32, 8), 256: (16, 16, 8)},
     90: {64: (64, 32, 8), 128: (64, 32, 8), 256: (16, 16, 8)},
 }
-COLUMNS = 64  # of values and S that one program takes, where it does not need all
+PART_DV = 64  # of values and S that one program takes, where it does not need all
 
-# The tensors of a call, in the order of the arguments of `_forward`.
-_TENSORS = (
-    *("q", "k", "v", "q_weight", "k_weight", "q_bias", "k_bias", "logits", "key_logits"),
-    *("gamma", "factor", "start_sums", "start_norms", "count"),
+
+class Inputs(NamedTuple):
+    """What `_forward` differentiates."""
+
+    q: Tensor  # [B, H, T, D]
+    k: Tensor  # [B, K, T, D]
+    v: Tensor  # [B, K, T, Dv]
+    q_weight: Tensor | None  # [H, D, F], fp32 as all that follows
+    k_weight: Tensor | None
+    q_bias: Tensor | None  # [H, F]
+    k_bias: Tensor | None
+    query_logits: Tensor | None  # [B, H, T], with "exp"
+    key_logits: Tensor | None  # [B, H, T], with "exp"
+    gamma: Tensor  # [H]
+    linear_weight: Tensor  # [H]
+    initial_sums: Tensor | None  # [B, H, N, Dv]
+    initial_norms: Tensor | None  # [B, H, N]
+
+
+class Results(NamedTuple):
+    """What `_forward` gives."""
+
+    out: Tensor  # [B, H, T, Dv]
+    sums: Tensor  # [B, H, N, Dv], over the keys that were asked for and the initial state's
+    norms: Tensor  # [B, H, N]
+    m: Tensor  # [B, H, T]: c_n
+    m_index: Tensor  # [B, H, T]: the key that has it
+    inv_denominator: Tensor  # [B, H, T]
+
+
+class Kept(NamedTuple):
+    """What backward needs of `Results`."""
+
+    out: Tensor
+    m: Tensor
+    m_index: Tensor
+    inv_denominator: Tensor
+
+
+class Gradients(NamedTuple):
+    """What `_backward` gives; empty where it is not needed."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dy_q: Tensor  # [B, H, T, F], of q W + b
+    dy_k: Tensor  # [B, H, T, F], of k W + b
+    dlog_weight: Tensor  # [B, H, T], of log λ
+    dkey_logits: Tensor  # [B, H, T], of the logarithm of the key's weight
+    dinitial_sums: Tensor
+    dinitial_norms: Tensor
+
+
+class Needs(NamedTuple):
+    """Which gradients are asked for: of q_map and k_map, of anything that the features of q and k are made with."""
+
+    q: bool
+    k: bool
+    v: bool
+    q_map: bool
+    k_map: bool
+
+
+_INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight, Tensor? q_bias, Tensor? k_bias, "
+    "Tensor? query_logits, Tensor? key_logits, Tensor gamma, Tensor linear_weight, Tensor? initial_sums, "
+    "Tensor? initial_norms"
 )
 
 
-class _Call:
-    """The launches of one call. `given` holds the arguments of the kernels, which take what they need by name."""
+@dataclass(frozen=True)
+class Cut:
+    """How the kernels of one call cut its rows, and the arguments that say so."""
 
-    def __init__(self, tensors: Sequence[Tensor | None], options: Sequence[Any], *, backward: bool) -> None:
-        feature_map, window, layout, scaling, softcap, terms = options
-        self.given: dict[str, Any] = dict(zip(_TENSORS, tensors, strict=True))
-        q, k, v, q_weight = (self.given[name] for name in ("q", "k", "v", "q_weight"))
-        batch, heads, time, size = q.shape
-        value_size, columns = v.shape[3], size if q_weight is None else q_weight.shape[2]
-        tiles = TILES[max(known for known in TILES if known <= capability(q.device))]
-        *blocks_of, self.warps = tiles[next(fits for fits in tiles if fits >= max(size, value_size))]
-        block = blocks_of[backward]
-        blocks, features = -(-time // block), feature_order(feature_map, columns)
-        part = min(COLUMNS, padded(value_size))
-        self.grid, self.key_grid = (blocks, batch * heads), (blocks, batch * k.shape[1], -(-value_size // part))
-        self.state_grid = batch * heads, -(-value_size // part)
-        self.state_shape = batch, heads, blocks + 1, features, value_size
-        self.give(J=time, D=size, V=value_size, F=columns, M=blocks, H=heads, GROUP=heads // k.shape[1])
-        self.give(MAP=feature_map, EXP=self.given["logits"] is not None, SOFTCAP=softcap > 0, softcap=softcap)
-        self.give(WINDOW=window, TERRACED=layout == "terraced", scaling=scaling)
-        self.give(HAS_WINDOW=window > 0 and terms != "linear")
-        self.give(L=block, DP=padded(size), VP=padded(value_size), BV=part, FP=padded(columns), N=features)
-        self.give(PRECISION=PRECISIONS[q.dtype], HAS_START=self.given["start_sums"] is not None)
-        self.give_strides(q=q, k=k, v=v)
+    inputs: Inputs
+    spec: CallSpec
+    L: int
+    warps: int
 
-    def give(self, **arguments: Any) -> None:
-        self.given |= arguments
+    @classmethod
+    def of(cls, inputs: Inputs, spec: CallSpec, *, backward: bool) -> Cut:
+        tiles = TILES[max(known for known in TILES if known <= capability(inputs.q.device))]
+        size = max(inputs.q.shape[3], inputs.v.shape[3])
+        *chunks, warps = tiles[next(fits for fits in tiles if fits >= size)]
+        return cls(inputs, spec, chunks[backward], warps)
 
-    def give_strides(self, **tensors: Tensor) -> None:
-        for name, x in tensors.items():
-            self.given |= {f"{name}_{axis}": x.stride(i) for i, axis in enumerate(("batch", "head", "time"))}
+    @property
+    def num_chunks(self) -> int:
+        """M."""
+        return -(-self.inputs.q.shape[2] // self.L)
 
-    def run(self, kernel: Any, grid: tuple[int, ...], **own: Any) -> None:
-        launch(kernel, grid, self.given | own, self.warps)
+    @property
+    def part_dv(self) -> int:
+        return min(PART_DV, padded(self.inputs.v.shape[3]))
 
-    def sum_keys(self) -> None:
-        """Gives sums [B, H, M + 1, N, V] and norms [B, H, M + 1, N]."""
-        like = self.given["gamma"]
-        self.give(sums=like.new_empty(self.state_shape), norms=like.new_empty(self.state_shape[:-1]))
-        self.run(sum_keys, self.state_grid, weight=self.given["k_weight"], bias=self.given["k_bias"])
+    @property
+    def query_grid(self) -> tuple[int, int]:
+        return self.num_chunks, self.inputs.q.shape[0] * self.inputs.q.shape[1]
+
+    @property
+    def key_grid(self) -> tuple[int, int]:
+        return self.num_chunks, self.inputs.k.shape[0] * self.inputs.k.shape[1]
+
+    @property
+    def value_parts(self) -> int:
+        return -(-self.inputs.v.shape[3] // self.part_dv)
+
+    @property
+    def state_grid(self) -> tuple[int, int]:
+        return self.query_grid[1], self.value_parts
+
+    def sizes(self) -> dict[str, Any]:
+        """Arguments of all kernels."""
+        q, k, v = self.inputs.q, self.inputs.k, self.inputs.v
+        feature_dim = _feature_dim(self.inputs, self.spec)
+        return {
+            **{"T": q.shape[2], "D": q.shape[3], "Dv": v.shape[3], "F": feature_dim, "M": self.num_chunks},
+            **{"H": q.shape[1], "G": q.shape[1] // k.shape[1], "L": self.L},
+            **{"BLOCK_D": padded(q.shape[3]), "BLOCK_DV": padded(v.shape[3]), "PART_DV": self.part_dv},
+            **{"BLOCK_F": padded(feature_dim), "N": padded_features(self.spec.config.map, feature_dim)},
+            "PRECISION": PRECISIONS[q.dtype],
+        }
+
+    def map(self) -> dict[str, Any]:
+        """Arguments of the kernels that make features."""
+        return map_arguments(self.spec.config.map, exp=self.inputs.query_logits is not None)
+
+    def window(self) -> dict[str, Any]:
+        """Arguments of the kernels that weigh keys."""
+        return window_arguments(self.spec)
+
+    def run(self, kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
+        launch(kernel, grid, self.warps, arguments)
+
+    def sum_keys(self, num_summed: Tensor) -> KeySums:
+        """S and z in front of every chunk, and at the end."""
+        x, made = self.inputs, _room_for_sums(self.inputs, self.spec, self.num_chunks + 1)
+        self.run(
+            sum_keys,
+            self.state_grid,
+            **{"k": x.k, "v": x.v, "weight": x.k_weight, "bias": x.k_bias, "key_logits": x.key_logits},
+            **{"initial_sums": x.initial_sums, "initial_norms": x.initial_norms, "num_summed": num_summed},
+            **{"sums": made.sums, "norms": made.norms, "HAS_INITIAL": x.initial_sums is not None},
+            **strides(k=x.k, v=x.v),
+            **self.sizes(),
+            **self.map(),
+        )
+        return made
 
 
 def capability(device: torch.device) -> int:
@@ -85,238 +197,282 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def to_kernel_order(x: Tensor, feature_map: str, columns: int) -> Tensor:
-    """[B, H, F', V] -> [B, H, N, V]."""
-    if feature_map == "hedgehog":
-        x = x.unflatten(2, (2, columns)).transpose(2, 3).flatten(2, 3)
-    return pad(x, (0, 0, 0, feature_order(feature_map, columns) - x.shape[2])).contiguous()
-
-
-def from_kernel_order(x: Tensor, feature_map: str, columns: int) -> Tensor:
-    """[B, H, N, V] -> [B, H, F', V]."""
-    if feature_map == "hedgehog":
-        return x[:, :, : 2 * columns].unflatten(2, (columns, 2)).transpose(2, 3).flatten(2, 3)
-    return x[:, :, :columns]
-
-
-def _vectors(gamma: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Room for what backward needs of every query, [B, H, J]: fp32, int32, fp32."""
-    shape = q.shape[:3]
-    return gamma.new_empty(shape), gamma.new_empty(shape, dtype=torch.int32), gamma.new_empty(shape)
+def _feature_dim(inputs: Inputs, spec: CallSpec) -> int:
+    """F."""
+    return spec.config.map.feature_dim(inputs.q.shape[3], spec.config.feature_dim)
 
 
 def _for_model(q: Tensor, size: int) -> Tensor:
-    """An empty [B, H, J, size], in memory as models want it: [B, J, H, size]."""
+    """An empty [B, H, T, size], in memory as models want it: [B, T, H, size]."""
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], size).transpose(1, 2)
 
 
-@torch.library.custom_op(op_name(__name__, "forward"), mutates_args=())
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    q_bias: Tensor | None,
-    k_bias: Tensor | None,
-    logits: Tensor | None,
-    key_logits: Tensor | None,
-    gamma: Tensor,
-    factor: Tensor,
-    start_sums: Tensor | None,
-    start_norms: Tensor | None,
-    count: Tensor,
-    feature_map: str,
-    window: int,
-    layout: str,
-    scaling: float,
-    softcap: float,
-    terms: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Rows without gaps: out [B, H, J, V]; S [B, H, N, V] and z [B, H, N] over the first `count` [B] keys and the
-    start's; and for backward c_n, the key that has it, and 1 / denominator, each [B, H, J]."""
-    tensors = q, k, v, q_weight, k_weight, q_bias, k_bias, logits, key_logits, gamma, factor
-    options = feature_map, window, layout, scaling, softcap, terms
-    call = _Call((*tensors, start_sums, start_norms, count), options, backward=False)
-    call.sum_keys()
-    out = _for_model(q, v.shape[3])
-    top, best, inverse = _vectors(gamma, q)
-    call.give_strides(out=out)
-    call.run(attend, call.grid, out=out, top=top, best=best, inverse=inverse)
-    sums, norms = (call.given[name][:, :, -1].clone() for name in ("sums", "norms"))
-    return out, sums, norms, top, best, inverse
+def _room_for_sums(inputs: Inputs, spec: CallSpec, *chunks: int) -> KeySums:
+    """[B, H, *chunks, N, Dv] and [B, H, *chunks, N]."""
+    shape = *inputs.q.shape[:2], *chunks, padded_features(spec.config.map, _feature_dim(inputs, spec))
+    return KeySums(inputs.gamma.new_empty(*shape, inputs.v.shape[3]), inputs.gamma.new_empty(shape))
+
+
+def _room(inputs: Inputs, spec: CallSpec) -> Results:
+    """Room for what `_forward` gives."""
+    new, shape = inputs.gamma.new_empty, inputs.q.shape[:3]
+    vectors = new(shape), new(shape, dtype=torch.int32), new(shape)
+    return Results(_for_model(inputs.q, inputs.v.shape[3]), *_room_for_sums(inputs, spec), *vectors)
+
+
+def _decoded(arguments: Sequence[Any]) -> tuple[Inputs, Tensor, CallSpec]:
+    """What `_forward` takes."""
+    inputs, (num_summed, *spec) = arguments[: len(Inputs._fields)], arguments[len(Inputs._fields) :]
+    return Inputs(*inputs), num_summed, CallSpec.decode(*spec)
+
+
+@torch.library.custom_op(
+    op_name(__name__, "forward"),
+    mutates_args=(),
+    schema=f"({_INPUTS}, Tensor num_summed, {CallSpec.SCHEMA}) -> ({', '.join(['Tensor'] * len(Results._fields))})",
+)
+def _forward(*arguments: Any) -> tuple[Tensor, ...]:
+    """Rows without gaps. Takes `Inputs`; num_summed [B]: how many first keys of each row enter S and z; the encoded
+    spec. Returns the tensors of `Results`."""
+    inputs, num_summed, spec = _decoded(arguments)
+    x, cut = inputs, Cut.of(inputs, spec, backward=False)
+    sums, norms = cut.sum_keys(num_summed)
+    made = _room(inputs, spec)
+    cut.run(
+        attend,
+        cut.query_grid,
+        **{"q": x.q, "k": x.k, "v": x.v, "q_weight": x.q_weight, "k_weight": x.k_weight, "q_bias": x.q_bias},
+        **{"k_bias": x.k_bias, "query_logits": x.query_logits, "key_logits": x.key_logits, "gamma": x.gamma},
+        **{"linear_weight": x.linear_weight, "sums": sums, "norms": norms, "out": made.out},
+        **{"m": made.m, "m_index": made.m_index, "inv_denominator": made.inv_denominator},
+        **strides(q=x.q, k=x.k, v=x.v, out=made.out),
+        **cut.sizes(),
+        **cut.map(),
+        **cut.window(),
+    )
+    return made._replace(sums=sums[:, :, -1].clone(), norms=norms[:, :, -1].clone())
 
 
 @_forward.register_fake
-def _forward_fake(q: Tensor, k: Tensor, v: Tensor, q_weight: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    gamma, feature_map = rest[5], rest[10]
-    norms = gamma.new_empty(*q.shape[:2], feature_order(feature_map, (q if q_weight is None else q_weight).shape[-1]))
-    return _for_model(q, v.shape[3]), gamma.new_empty(*norms.shape, v.shape[3]), norms, *_vectors(gamma, q)
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    inputs, _, spec = _decoded(arguments)
+    return _room(inputs, spec)
 
 
-@torch.library.custom_op(op_name(__name__, "backward"), mutates_args=())
+@torch.library.custom_op(
+    op_name(__name__, "backward"),
+    mutates_args=(),
+    schema=(
+        "(Tensor grad, Tensor dsums, Tensor dnorms, Tensor[] kept, Tensor?[] inputs, Tensor num_summed, "
+        f"bool[] needs, {CallSpec.SCHEMA}) -> ({', '.join(['Tensor'] * len(Gradients._fields))})"
+    ),
+)
 def _backward(
-    grads: Sequence[Tensor],
-    results: Sequence[Tensor],
-    tensors: Sequence[Tensor | None],
+    grad: Tensor,
+    dsums: Tensor,
+    dnorms: Tensor,
+    kept: Sequence[Tensor],
+    inputs: Sequence[Tensor | None],
+    num_summed: Tensor,
     needs: Sequence[bool],
-    feature_map: str,
-    window: int,
-    layout: str,
-    scaling: float,
-    softcap: float,
-    terms: str,
-) -> list[Tensor]:
-    """Gradients of q, k, v; of q W + b and k W + b, [B, H, J, F]; of the logarithms of the linear term's weight and of
-    the key's, [B, H, J]; of the start's S and z.
+    *spec: Any,
+) -> tuple[Tensor, ...]:
+    """grad, dsums, dnorms: gradients of out, S and z. -> the tensors of `Gradients`."""
+    x, made, need = Inputs(*inputs), Kept(*kept), Needs(*needs)  # type: ignore[arg-type]
+    cut = Cut.of(x, CallSpec.decode(*spec), backward=True)
+    room = _gradient_room(x, cut.spec, need)
+    weighted_q = x.gamma.new_empty(*x.q.shape[:3], _room_for_sums(x, cut.spec).norms.shape[-1])
+    sums, norms = cut.sum_keys(num_summed)
+    of_queries = {
+        **{"q": x.q, "k": x.k, "k_weight": x.k_weight, "k_bias": x.k_bias, "key_logits": x.key_logits},
+        **{"gamma": x.gamma, "m": made.m, "inv_denominator": made.inv_denominator, "grad": grad},
+        **{"weighted_q": weighted_q, **cut.sizes(), **cut.map(), **cut.window()},
+    }
+    ddenominator = -(grad.float() * made.out.float()).sum(-1) * made.inv_denominator
+    cut.run(
+        backward_queries,
+        cut.query_grid,
+        **of_queries,
+        **{"v": x.v, "ddenominator": ddenominator},
+        **{"q_weight": x.q_weight, "q_bias": x.q_bias, "query_logits": x.query_logits},
+        **{"linear_weight": x.linear_weight, "sums": sums, "norms": norms, "m_index": made.m_index},
+        **{"dlog_weight": room.dlog_weight, "dq": room.dq, "dy_q": room.dy_q},
+        **{"NEED_X": need.q, "NEED_MAP": room.dy_q.numel() > 0},
+        **strides(q=x.q, k=x.k, v=x.v, grad=grad),
+    )
+    later_sums, later_norms = sums, norms  # the gradients of all sums take their place
+    cut.run(
+        sum_queries,
+        cut.state_grid,
+        **{
+            "weighted_q": weighted_q,
+            "ddenominator": ddenominator,
+            "inv_denominator": made.inv_denominator,
+            "grad": grad,
+        },
+        **{"dlast_sums": dsums, "dlast_norms": dnorms, "dsums": later_sums, "dnorms": later_norms},
+        **strides(grad=grad),
+        **cut.sizes(),
+    )
+    if need.k or need.k_map:
+        cut.run(
+            backward_keys,
+            cut.key_grid,
+            **of_queries,
+            **{
+                "v": x.v,
+                "ddenominator": ddenominator,
+                "m_index": made.m_index,
+                "dlog_weight": room.dlog_weight,
+                "num_summed": num_summed,
+            },
+            **{"dsums": later_sums, "dnorms": later_norms},
+            **{"dk": room.dk, "dy_k": room.dy_k, "dkey_logits": room.dkey_logits},
+            **{"NEED_X": need.k, "NEED_MAP": room.dy_k.numel() > 0},
+            **strides(q=x.q, k=x.k, v=x.v, grad=grad),
+        )
+    if need.v:
+        cut.run(
+            backward_values,
+            (*cut.key_grid, cut.value_parts),
+            **of_queries,
+            **{"dsums": later_sums, "num_summed": num_summed, "dv": room.dv},
+            **strides(q=x.q, k=x.k, grad=grad),
+        )
+    return room._replace(dinitial_sums=later_sums[:, :, 0].clone(), dinitial_norms=later_norms[:, :, 0].clone())
 
-    grads: of out, S and z. results: out, c_n, the key that has it, 1 / denominator. needs: of q, k, v, the map of q,
-    anything of the map of k. Gradients of what is not needed are empty."""
-    call = _Call(tensors, (feature_map, window, layout, scaling, softcap, terms), backward=True)
-    q, k, v, gamma = (call.given[name] for name in ("q", "k", "v", "gamma"))
-    need_q, need_k, need_v, need_q_map, need_k_map = needs
-    grad, (out, top, best, inverse) = grads[0], results
-    call.give(grad=grad, top=top, best=best, inverse=inverse, end_sums=grads[1], end_norms=grads[2])
-    call.give(delta=-(grad.float() * out.float()).sum(-1) * inverse)
-    call.give_strides(grad=grad)
 
-    def room(shape: Sequence[int], needed: bool, dtype: torch.dtype = torch.float32) -> Tensor:
-        return gamma.new_empty(shape if needed else 0, dtype=dtype)
-
-    columns = (*q.shape[:3], call.given["F"])
-    mapped = feature_map != "elu"
-    dq, dk, dv = room(q.shape, need_q, q.dtype), room(k.shape, need_k, k.dtype), room(v.shape, need_v, v.dtype)
-    dy_q, dy_k = room(columns, need_q_map and mapped), room(columns, need_k_map and mapped)
-    dlinear, dkey = torch.empty_like(top), torch.zeros_like(top)
-    call.give(phi=gamma.new_empty(*q.shape[:3], call.given["N"]))
-    call.give(dlinear=dlinear, dq=dq, dk=dk, dv=dv, dy_q=dy_q, dy_k=dy_k, dkey=dkey)
-    call.sum_keys()
-    call.run(backward_queries, call.grid, NEED_X=need_q, NEED_MAP=dy_q.numel() > 0)
-    call.give(dsums=call.given["sums"], dnorms=call.given["norms"])  # in their place
-    call.run(sum_queries, call.state_grid)
-    dstart = [call.given[name][:, :, 0].clone() for name in ("dsums", "dnorms")]
-    if need_k or need_k_map:
-        call.run(backward_keys, call.key_grid[:2], NEED_X=need_k, NEED_MAP=dy_k.numel() > 0)
-    if need_v:
-        call.run(backward_values, call.key_grid)
-    return [dq, dk, dv, dy_q, dy_k, dlinear, dkey, *dstart]
+def _gradient_room(inputs: Inputs, spec: CallSpec, needs: Needs) -> Gradients:
+    """Room for what `_backward` gives."""
+    q, k, v = inputs.q, inputs.k, inputs.v
+    new, feature_dim, record = inputs.gamma.new_empty, _feature_dim(inputs, spec), spec.config.map
+    y = (*q.shape[:3], feature_dim)
+    initial = _room_for_sums(inputs, spec)
+    return Gradients(
+        dq=q.new_empty(q.shape if needs.q else 0),
+        dk=k.new_empty(k.shape if needs.k else 0),
+        dv=v.new_empty(v.shape if needs.v else 0),
+        dy_q=new(y if needs.q_map and record.has_weight else 0),
+        dy_k=new(y if needs.k_map and record.has_weight else 0),
+        dlog_weight=new(q.shape[:3]),
+        dkey_logits=inputs.gamma.new_zeros(q.shape[:3]),
+        dinitial_sums=initial.sums,
+        dinitial_norms=initial.norms,
+    )
 
 
 @_backward.register_fake
-def _backward_fake(grads: Any, results: Any, tensors: Any, needs: Any, feature_map: str, *rest: Any) -> list[Tensor]:
-    q, k, v, q_weight, gamma = (tensors[i] for i in (0, 1, 2, 3, 9))
-    top = gamma.new_empty(q.shape[:3])
-    dx = [x.new_empty(x.shape if need else 0) for x, need in zip((q, k, v), needs[:3], strict=True)]
-    mapped = [need and feature_map != "elu" for need in needs[3:]]
-    dy = [gamma.new_empty((*q.shape[:3], q_weight.shape[2]) if need else 0) for need in mapped]
-    return [*dx, *dy, torch.empty_like(top), torch.empty_like(top), *(torch.empty_like(x) for x in grads[1:])]
+def _(
+    grad: Any, dsums: Any, dnorms: Any, kept: Any, inputs: Any, num_summed: Any, needs: Any, *spec: Any
+) -> tuple[Tensor, ...]:
+    return _gradient_room(Inputs(*inputs), CallSpec.decode(*spec), Needs(*needs))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    out, _, _, *vectors = output
-    ctx.options = inputs[len(_TENSORS) :]
-    ctx.save_for_backward(out, *vectors, *inputs[: len(_TENSORS)])
+    given, num_summed, spec = _decoded(inputs)
+    made = Results(*output)
+    vectors = made.m, made.m_index, made.inv_denominator
+    ctx.spec = spec.encode()
+    ctx.save_for_backward(num_summed, *Kept(made.out, *vectors), *given)
     ctx.mark_non_differentiable(*vectors)
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    out, top, best, inverse, *tensors = ctx.saved_tensors
-    q, k, _, q_weight, _, _, _, logits, key_logits, gamma, factor, *_ = tensors
-    need = dict(zip(_TENSORS, ctx.needs_input_grad, strict=False))
-    q_map, k_map = (need[f"{x}_weight"] or need[f"{x}_bias"] for x in "qk")
-    needs = [need["q"], need["k"], need["v"], q_map, k_map or need["key_logits"]]
-    size = feature_order(ctx.options[0], (q if q_weight is None else q_weight).shape[-1])
-    state = gamma.new_zeros(*q.shape[:2], size, out.shape[3]), gamma.new_zeros(*q.shape[:2], size)
-    dout = torch.zeros_like(out) if grads[0] is None else grads[0]
-    if dout.stride(-1) != 1:
-        dout = dout.contiguous()
-    given = [dout, *(zero if grad is None else grad.contiguous() for zero, grad in zip(state, grads[1:3], strict=True))]
-    found = _backward(given, [out, top, best, inverse], tensors, needs, *ctx.options)
-    dq, dk, dv, dy_q, dy_k, dlinear, dkey, dsums, dnorms = found
-    has_window = ctx.options[1] > 0 and ctx.options[5] != "linear"
-
-    def weight(needed: bool, x: Tensor, dy: Tensor) -> Tensor | None:
-        """Of W [H, D, F], from x [B, H or K, J, D] and the gradient of x W."""
-        if not needed or not dy.numel():
-            return None
-        dy = dy.unflatten(1, (x.shape[1], -1))
-        return torch.einsum("bkjd,bkgjf->kgdf", x.float(), dy).flatten(0, 1)
-
-    dlogits = dkey_logits = None
-    if need["logits"]:
-        inside = logits - top < QUERY_BOUND if has_window else torch.zeros_like(top, dtype=torch.bool)
-        dlogits = dlinear * inside
-    if need["key_logits"]:
-        dkey_logits = dkey * (key_logits.abs() < KEY_BOUND)
-    total = dlinear.sum((0, 2))
-    return (
-        dq if need["q"] else None,
-        dk if need["k"] else None,
-        dv if need["v"] else None,
-        weight(need["q_weight"], q, dy_q),
-        weight(need["k_weight"], k, dy_k),
-        dy_q.sum((0, 2)) if need["q_bias"] and dy_q.numel() else None,
-        dy_k.sum((0, 2)) if need["k_bias"] and dy_k.numel() else None,
-        dlogits,
-        dkey_logits,
-        # The gradients of all weights sum to 0, so the window's sum is the linear term's, with the other sign.
-        (-total / gamma if has_window else torch.zeros_like(total)) if need["gamma"] else None,
-        total / factor if need["factor"] else None,
-        dsums if need["start_sums"] else None,
-        dnorms if need["start_norms"] else None,
-        *(None for _ in range(7)),
+def _differentiate(
+    ctx: Any, grad: Tensor | None, dsums: Tensor | None, dnorms: Tensor | None, *_: Any
+) -> tuple[Tensor | None, ...]:
+    num_summed, *saved = ctx.saved_tensors
+    kept, x = Kept(*saved[: len(Kept._fields)]), Inputs(*saved[len(Kept._fields) :])
+    spec, need = CallSpec.decode(*ctx.spec), Inputs(*ctx.needs_input_grad[: len(Inputs._fields)])
+    q_map, k_map = need.q_weight or need.q_bias, need.k_weight or need.k_bias or need.key_logits
+    needs = [bool(needed) for needed in Needs(need.q, need.k, need.v, q_map, k_map)]  # type: ignore[arg-type]
+    grad = torch.zeros_like(kept.out) if grad is None else grad
+    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    dsums, dnorms = (
+        torch.zeros_like(room) if given is None else given.contiguous()
+        for room, given in zip(_room_for_sums(x, spec), (dsums, dnorms), strict=True)
     )
+    found = Gradients(*_backward(grad, dsums, dnorms, kept, x, num_summed, needs, *ctx.spec))
+    log_weight = found.dlog_weight.sum((0, 2))
+    query_logits = key_logits = None
+    if x.query_logits is not None:  # the bounds pass no gradient
+        inside = (
+            x.query_logits - kept.m < QUERY_BOUND if spec.has_window else torch.zeros_like(kept.m, dtype=torch.bool)
+        )
+        query_logits = found.dlog_weight * inside
+    if x.key_logits is not None:
+        key_logits = found.dkey_logits * (x.key_logits.abs() < KEY_BOUND)
+    gradients = Inputs(
+        q=found.dq,
+        k=found.dk,
+        v=found.dv,
+        q_weight=_weight_gradient(x.q, found.dy_q),
+        k_weight=_weight_gradient(x.k, found.dy_k),
+        q_bias=found.dy_q.sum((0, 2)) if x.q_bias is not None and found.dy_q.numel() else None,
+        k_bias=found.dy_k.sum((0, 2)) if x.k_bias is not None and found.dy_k.numel() else None,
+        query_logits=query_logits,
+        key_logits=key_logits,
+        # The gradients of all weights sum to 0, so the window's sum is the linear term's, with the other sign.
+        gamma=-log_weight / x.gamma if spec.has_window else torch.zeros_like(log_weight),
+        linear_weight=log_weight / x.linear_weight,
+        initial_sums=found.dinitial_sums,
+        initial_norms=found.dinitial_norms,
+    )
+    wanted = (x if n else None for x, n in zip(gradients, need, strict=True))
+    return *wanted, *(None for _ in range(1 + len(ctx.spec)))
+
+
+def _weight_gradient(x: Tensor, dy: Tensor) -> Tensor | None:
+    """Of W [H, D, F], from x [B, H or K, T, D] and the gradient of x W, empty if there is none."""
+    if not dy.numel():
+        return None
+    dy = dy.unflatten(1, (x.shape[1], -1))
+    return torch.einsum("bkjd,bkgjf->kgdf", x.float(), dy).flatten(0, 1)
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup)
 
 
-def _rows(
+def _triton_rows(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    count: Tensor | None,
     maps: HybridMaps,
+    spec: CallSpec,
     *,
-    scaling: float,
-    softcap: float | None,
-    state: KVState | None,
-    terms: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+    initial_state: KVState | None,
+    num_summed: Tensor | None,
+) -> RowResults:
     """Rows without gaps, as `attend_in_rows` asks for."""
-    name = maps.config.feature_map
+    record = maps.feature_map
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    columns = maps.q_weight.shape[2] if hasattr(maps, "q_weight") else maps.head_dim
-    weights = [getattr(maps, f"{side}_{part}", None) for part in ("weight", "bias") for side in "qk"]
-    gamma, factor = maps.factors()
-    if terms == "window":
-        factor = torch.zeros_like(gamma)
-    start: tuple[Tensor | None, Tensor | None] = None, None
-    if state is not None:
-        sums = torch.cat([state.sums, state.norms[..., None]], -1)
-        sums = to_kernel_order(sums, name, columns)
-        start = sums[..., :-1].contiguous(), sums[..., -1].contiguous()
-    if count is None:
-        count = torch.full((q.shape[0],), q.shape[2], device=q.device)
-    out, sums, norms, *_ = _forward(
-        q,
-        k,
-        v,
-        *(x if x is None else x.float().contiguous() for x in weights),
-        *(x if x is None else x.contiguous() for x in (maps.query_logits(q), maps.key_logits(k))),
-        gamma,
-        factor,
-        *start,
-        count,
-        name,
-        maps.config.window,
-        maps.config.layout,
-        scaling,
-        softcap or 0.0,
-        terms,
+    of_q, of_k = maps.q_parameters(torch.float32), maps.k_parameters(torch.float32)
+    gamma, linear_weight = maps.term_weights()
+    initial_sums = initial_norms = None
+    if initial_state is not None:
+        initial_sums = to_kernel_order(initial_state.sums, record)
+        initial_norms = to_kernel_order(initial_state.norms[..., None], record)[..., 0].contiguous()
+    if num_summed is None:
+        num_summed = torch.full((q.shape[0],), q.shape[2], device=q.device)
+    inputs = Inputs(
+        q=q,
+        k=k,
+        v=v,
+        q_weight=contiguous(of_q.weight),
+        k_weight=contiguous(of_k.weight),
+        q_bias=contiguous(of_q.bias),
+        k_bias=contiguous(of_k.bias),
+        query_logits=contiguous(maps.query_logits(q)),
+        key_logits=contiguous(maps.key_logits(k)),
+        gamma=gamma,
+        linear_weight=linear_weight if spec.has_linear else torch.zeros_like(gamma),
+        initial_sums=initial_sums,
+        initial_norms=initial_norms,
     )
-    return out, from_kernel_order(sums, name, columns), from_kernel_order(norms[..., None], name, columns)[..., 0]
+    made = Results(*_forward(*inputs, num_summed, *spec.encode()))
+    sums = from_kernel_order(made.sums, record, maps.feature_dim)
+    norms = from_kernel_order(made.norms[..., None], record, maps.feature_dim)[..., 0]
+    return RowResults(made.out, KeySums(sums, norms))
 
 
 def triton_attention(
@@ -324,17 +480,26 @@ def triton_attention(
     k: Tensor,
     v: Tensor,
     maps: HybridMaps,
+    spec: CallSpec,
     *,
     valid: Tensor | None = None,
-    state: KVState | None = None,
+    initial_state: KVState | None = None,
+    return_state: bool = False,
     consume_state: bool = False,
-    **options: Any,
 ) -> tuple[Tensor, KVState | None]:
     """Hybrid attention by Triton kernels; arguments as for `hybrid_attention`."""
     if q.dtype not in PRECISIONS:
         raise ValueError(f"The backend triton takes {', '.join(map(str, PRECISIONS))}; got {q.dtype}.")
-    if state is not None and q.shape[2] == 1 and not records_gradients(maps, state, q, k, v):
-        return triton_decode_step(q, k, v, maps, valid=valid, state=state, consume_state=consume_state, **options)
+    if initial_state is not None and q.shape[2] == 1 and not records_gradients(maps, initial_state, q, k, v):
+        return triton_decode_step(
+            *(q, k, v, maps, spec),
+            valid=valid,
+            initial_state=initial_state,
+            return_state=return_state,
+            consume_state=consume_state,
+        )
     if valid is not None and bool(valid.all()):
         valid = None
-    return attend_in_rows(_rows, q, k, v, maps, valid=valid, state=state, **options)
+    return attend_in_rows(
+        _triton_rows, q, k, v, maps, spec, valid=valid, initial_state=initial_state, return_state=return_state
+    )

@@ -1,21 +1,27 @@
 """What the Triton kernels of hybrid attention are made of. `triton_forward` and `triton_backward` hold those of whole
 rows, `triton_decoding` that of one token; `triton_attention` launches the former.
 
-Letters: H query heads, K key heads, G = H / K, J tokens of a row, D head, V value head, F columns of a feature map,
-L tokens of a block, M blocks, N features in the kernels' order. DP, VP, FP, N: padded to powers of two, 16 at least.
+Letters: see ../README.md. Sizes that matrix units take are padded to powers of two, 16 at least: BLOCK_D, BLOCK_DV,
+BLOCK_F, and N, the features. PART_DV is the part of Dv that a program takes where it does not need all.
 
-A program takes one block of one row (a query head of one sequence). Keys that some of the block's queries see by
-softmax lie in the blocks from `first_block` on; these are weighed one by one. Earlier keys enter by their sums, which
-`sum_keys` leaves at every block. Backward, `sum_queries` comes from the end with the gradients of those sums.
-Features are computed where they are needed; only backward writes the queries', which it needs twice. Hedgehog's two of
-column f, of softmax(x W) and of softmax(-x W), are neighbours.
+A program takes one chunk of one row (a query head of one sequence). Keys that some of the chunk's queries see by
+softmax lie in the chunks from `first_chunk` on; these are weighed one by one. Earlier keys enter by their sums, which
+`sum_keys` leaves at every chunk. Backward, `sum_queries` comes from the end with the gradients of those sums.
+Features are computed where they are needed; only backward writes the queries', which it needs twice. The kernels' order
+of features: of a map that gives more than one for each number of y = x W + b, those of one y are neighbours.
 """
 
-from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .feature_map import FeatureMap
+from .spec import KEY_BOUND as _KEY_BOUND
+from .spec import QUERY_BOUND as _QUERY_BOUND
+from .spec import CallSpec
 
 try:
     import triton
@@ -25,24 +31,55 @@ except ImportError as error:  # transformers asks for every module that it finds
         "The backend triton needs the package triton, which is for Linux: pip install triton, or lolcats[triton]."
     ) from error
 
-FLOOR = tl.constexpr(1e-12)  # of Hedgehog's features
-QUERY_BOUND, KEY_BOUND = tl.constexpr(60.0), tl.constexpr(20.0)
-
+QUERY_BOUND, KEY_BOUND = tl.constexpr(_QUERY_BOUND), tl.constexpr(_KEY_BOUND)
 
 # Of products of fp32, by the inputs' dtype: TF32 is as good as bf16 needs; beside fp16 its error would show.
 PRECISIONS = {torch.float32: "ieee", torch.bfloat16: "tf32", torch.float16: "tf32x3"}
 INTERPRETED = triton.knobs.runtime.interpret
 
 
-def launch(kernel: Any, grid: tuple[int, ...], given: Mapping[str, Any], warps: int) -> None:
-    """Runs the kernel with those of the given arguments that it names. A tensor that is None is one that it does not
-    look at."""
-    unused = given["q"]
-    if not unused.is_cuda and not INTERPRETED:
-        raise ValueError(f"The backend triton needs tensors on a CUDA device; got {unused.device}.")
-    arguments = {name: unused if given[name] is None else given[name] for name in kernel.arg_names}
-    with torch.cuda.device(unused.device) if unused.is_cuda else nullcontext():
+def launch(kernel: Any, grid: tuple[int, ...], warps: int, arguments: dict[str, Any]) -> None:
+    """Runs the kernel with its arguments, all of them, by name. A tensor that is None is one that it does not read."""
+    unread = next(x for x in arguments.values() if isinstance(x, Tensor))
+    arguments = {name: unread if value is None else value for name, value in arguments.items()}
+    device = unread.device
+    if device.type != "cuda" and not INTERPRETED:
+        raise ValueError(f"The backend triton needs tensors on a CUDA device; got {device}.")
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[grid](**arguments, num_warps=warps, num_stages=1)
+
+
+def strides(**tensors: Tensor) -> dict[str, int]:
+    """The arguments that say how to step through tensors [B, H or K, T, size] whose last steps are 1."""
+    axes = ("batch", "head", "time")
+    return {f"{name}_{axis}": x.stride(i) for name, x in tensors.items() for i, axis in enumerate(axes)}
+
+
+def map_arguments(record: FeatureMap, *, exp: bool) -> dict[str, Any]:
+    """The arguments that say how features are made; the map's own Triton functions are among them."""
+    return {
+        "ACTIVATION": record.triton_activation,
+        "GRADIENT": record.triton_gradient,
+        "HAS_WEIGHT": record.has_weight,
+        "HAS_BIAS": record.has_bias,
+        "EXP": exp,
+    }
+
+
+def window_arguments(spec: CallSpec) -> dict[str, Any]:
+    """The arguments that say which keys softmax sees, and how it weighs them."""
+    return {
+        "scaling": spec.scaling,
+        "softcap": spec.softcap or 0.0,
+        "SOFTCAP": spec.softcap is not None,
+        "WINDOW": spec.config.window,
+        "TERRACED": spec.config.layout == "terraced",
+        "HAS_WINDOW": spec.has_window,
+    }
+
+
+def contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
 
 
 def padded(size: int) -> int:
@@ -50,42 +87,55 @@ def padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def feature_order(feature_map: str, columns: int) -> int:
+def padded_features(record: FeatureMap, feature_dim: int) -> int:
     """N."""
-    return padded(columns) * (2 if feature_map == "hedgehog" else 1)
+    return record.num_features(padded(feature_dim))
+
+
+def to_kernel_order(x: Tensor, record: FeatureMap) -> Tensor:
+    """[B, H, F', Dv] -> [B, H, N, Dv]."""
+    feature_dim = x.shape[2] // record.features_each
+    x = x.unflatten(2, (record.features_each, feature_dim)).transpose(2, 3).flatten(2, 3)
+    return pad(x, (0, 0, 0, padded_features(record, feature_dim) - x.shape[2])).contiguous()
+
+
+def from_kernel_order(x: Tensor, record: FeatureMap, feature_dim: int) -> Tensor:
+    """[B, H, N, Dv] -> [B, H, F', Dv]."""
+    x = x[:, :, : record.num_features(feature_dim)]
+    return x.unflatten(2, (feature_dim, record.features_each)).transpose(2, 3).flatten(2, 3)
 
 
 @triton.jit
-def tile(x, first, stride, count, size, L: tl.constexpr, SIZE: tl.constexpr):
-    """Tokens [first, first + L) of x: [L, SIZE]; zeros beyond its count tokens and size columns."""
-    row, column = (first + tl.arange(0, L))[:, None], tl.arange(0, SIZE)[None, :]
-    return tl.load(x + row.to(tl.int64) * stride + column, mask=(row < count) & (column < size), other=0)
+def tile(x, first, stride, num_tokens, size, L: tl.constexpr, SIZE: tl.constexpr):
+    """Tokens [first, first + L) of x: [L, SIZE]; zeros beyond its tokens and its size."""
+    t, i = (first + tl.arange(0, L))[:, None], tl.arange(0, SIZE)[None, :]
+    return tl.load(x + t.to(tl.int64) * stride + i, mask=(t < num_tokens) & (i < size), other=0)
 
 
 @triton.jit
-def put(x, value, first, stride, count, size, L: tl.constexpr, SIZE: tl.constexpr):
-    row, column = (first + tl.arange(0, L))[:, None], tl.arange(0, SIZE)[None, :]
+def put(x, value, first, stride, num_tokens, size, L: tl.constexpr, SIZE: tl.constexpr):
+    t, i = (first + tl.arange(0, L))[:, None], tl.arange(0, SIZE)[None, :]
     value = value.to(x.dtype.element_ty)
-    tl.store(x + row.to(tl.int64) * stride + column, value, mask=(row < count) & (column < size))
+    tl.store(x + t.to(tl.int64) * stride + i, value, mask=(t < num_tokens) & (i < size))
 
 
 @triton.jit
-def vector(x, first, count, L: tl.constexpr):
-    """x[first : first + L], fp32, zeros beyond count."""
-    i = first + tl.arange(0, L)
-    return tl.load(x + i, mask=i < count, other=0).to(tl.float32)
+def vector(x, first, num_tokens, L: tl.constexpr):
+    """x[first : first + L], fp32, zeros beyond its tokens."""
+    t = first + tl.arange(0, L)
+    return tl.load(x + t, mask=t < num_tokens, other=0).to(tl.float32)
 
 
 @triton.jit
-def indices(x, first, count, L: tl.constexpr):
-    i = first + tl.arange(0, L)
-    return tl.load(x + i, mask=i < count, other=-1)
+def indices(x, first, num_tokens, L: tl.constexpr):
+    t = first + tl.arange(0, L)
+    return tl.load(x + t, mask=t < num_tokens, other=-1)
 
 
 @triton.jit
-def put_vector(x, value, first, count, L: tl.constexpr):
-    i = first + tl.arange(0, L)
-    tl.store(x + i, value, mask=i < count)
+def put_vector(x, value, first, num_tokens, L: tl.constexpr):
+    t = first + tl.arange(0, L)
+    tl.store(x + t, value, mask=t < num_tokens)
 
 
 @triton.jit
@@ -99,20 +149,20 @@ def window_start(position, WINDOW: tl.constexpr, TERRACED: tl.constexpr):
 
 
 @triton.jit
-def first_block(m, L: tl.constexpr, WINDOW: tl.constexpr, TERRACED: tl.constexpr):
-    """The first block of keys that block m of the queries weighs one by one."""
-    return tl.minimum(window_start(m * L, WINDOW, TERRACED) // L, m)
+def first_chunk(c, L: tl.constexpr, WINDOW: tl.constexpr, TERRACED: tl.constexpr):
+    """The first chunk of keys that chunk c of the queries weighs one by one."""
+    return tl.minimum(window_start(c * L, WINDOW, TERRACED) // L, c)
 
 
 @triton.jit
-def end_block(j, M, L: tl.constexpr, WINDOW: tl.constexpr, TERRACED: tl.constexpr):
-    """The first block of queries that sees block j of the keys by its sums: the first with first_block > j."""
+def end_chunk(j, M, L: tl.constexpr, WINDOW: tl.constexpr, TERRACED: tl.constexpr):
+    """The first chunk of queries that sees chunk j of the keys by its sums: the first with first_chunk > j."""
     end = (j + 1) * L
     if TERRACED and WINDOW > 0:
-        block = ((tl.cdiv(end, WINDOW) + 1) * WINDOW + L - 1) // L
+        chunk = ((tl.cdiv(end, WINDOW) + 1) * WINDOW + L - 1) // L
     else:
-        block = j + 1 + (WINDOW + L - 2) // L
-    return tl.minimum(block, M)
+        chunk = j + 1 + (WINDOW + L - 2) // L
+    return tl.minimum(chunk, M)
 
 
 @triton.jit
@@ -132,73 +182,58 @@ def dot(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def map_weight(weight, h, D, F, DP: tl.constexpr, FP: tl.constexpr):
-    """W of head h: [DP, FP]."""
-    d, f = tl.arange(0, DP)[:, None], tl.arange(0, FP)[None, :]
+def map_weight(weight, h, D, F, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr):
+    """W of head h: [BLOCK_D, BLOCK_F]."""
+    d, f = tl.arange(0, BLOCK_D)[:, None], tl.arange(0, BLOCK_F)[None, :]
     return tl.load(weight + (h * D + d) * F + f, mask=(d < D) & (f < F), other=0)
 
 
 @triton.jit
-def features_of(
+def features(
     x,
     weight,
     bias,
     h,
     D,
     F,
-    MAP: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
     L: tl.constexpr,
-    DP: tl.constexpr,
-    FP: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_F: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """phi of x [L, DP]: [L, N] fp32, zero in padded columns."""
-    x = x.to(tl.float32)
-    if MAP == "elu":
-        phi = tl.where(x > 0, x + 1, tl.exp(tl.minimum(x, 0)))
-        phi = tl.where(tl.arange(0, DP)[None, :] < D, phi, 0)
-    else:
-        y = dot(x, map_weight(weight, h, D, F, DP, FP), PRECISION)
-        f = tl.arange(0, FP)
-        if MAP == "t2r":
-            phi = tl.maximum(y + tl.load(bias + h * F + f, mask=f < F, other=0)[None, :], 0)
-        else:
-            both = tl.join(y, -y)  # [L, FP, 2]
-            both = tl.where((f < F)[None, :, None], both, float("-inf"))
-            both = tl.exp(both - tl.max(both, 1)[:, None, :])
-            both = tl.maximum(both / tl.sum(both, 1)[:, None, :], FLOOR)
-            phi = tl.reshape(tl.where((f < F)[None, :, None], both, 0), [L, 2 * FP])
-    return phi
+    """phi of x [L, BLOCK_D]: [L, N] fp32, zero in the padding."""
+    y = x.to(tl.float32)
+    if HAS_WEIGHT:
+        y = dot(y, map_weight(weight, h, D, F, BLOCK_D, BLOCK_F), PRECISION)
+    if HAS_BIAS:
+        f = tl.arange(0, BLOCK_F)
+        y += tl.load(bias + h * F + f, mask=f < F, other=0)[None, :]
+    return ACTIVATION(y, F, L, BLOCK_F)
 
 
 @triton.jit
 def features_backward(
-    x,
     phi,
     dphi,
     weight,
     h,
     D,
     F,
-    MAP: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
     L: tl.constexpr,
-    DP: tl.constexpr,
-    FP: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_F: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """(dx [L, DP], the gradient of x W + b [L, FP]); the second is dx again for elu."""
-    if MAP == "elu":
-        dx = dphi * tl.where(x.to(tl.float32) > 0, 1.0, phi)
-        dy = dx
-    else:
-        if MAP == "t2r":
-            dy = tl.where(phi > 0, dphi, 0)
-        else:
-            share = tl.reshape(phi * dphi, [L, FP, 2])
-            both = share - tl.reshape(phi, [L, FP, 2]) * tl.sum(share, 1)[:, None, :]
-            plus, minus = tl.split(both)
-            dy = plus - minus
-        dx = dot(dy, tl.trans(map_weight(weight, h, D, F, DP, FP)), PRECISION)
+    """(dx [L, BLOCK_D], the gradient of y = x W + b [L, BLOCK_F])."""
+    dy = GRADIENT(phi, dphi, L, BLOCK_F)
+    dx = dy
+    if HAS_WEIGHT:
+        dx = dot(dy, tl.trans(map_weight(weight, h, D, F, BLOCK_D, BLOCK_F)), PRECISION)
     return dx, dy
 
 
@@ -233,23 +268,29 @@ def window_scores(
 
 
 @triton.jit
-def is_old(n, i, WINDOW: tl.constexpr, TERRACED: tl.constexpr):
+def is_older(n, i, WINDOW: tl.constexpr, TERRACED: tl.constexpr):
     """[L, L] bool: whether key i is older than the window of query n."""
     start = window_start(n, WINDOW, TERRACED)
     return (i[None, :] <= n[:, None]) & (i[None, :] < start[:, None])
 
 
 @triton.jit
-def key_weight(logits, first, count, L: tl.constexpr):
-    """The keys' weight in the linear term: [L]."""
-    return tl.exp(tl.minimum(tl.maximum(vector(logits, first, count, L), -KEY_BOUND), KEY_BOUND))
+def key_weight(logits):
+    """What phi_k has as a factor with "exp", of w . k."""
+    return tl.exp(tl.minimum(tl.maximum(logits, -KEY_BOUND), KEY_BOUND))
 
 
 @triton.jit
-def linear_weight(logits, top, EXP: tl.constexpr, HAS_WINDOW: tl.constexpr, L: tl.constexpr):
-    """The linear term's weight beside the window's largest: [L]."""
+def lambda_beside(logits, m):
+    """λ with "exp", of l + u . q and the window's largest score."""
+    return tl.exp(tl.minimum(logits - m, QUERY_BOUND))
+
+
+@triton.jit
+def lambda_of(query_logits, linear_weight, m, first, T, EXP: tl.constexpr, HAS_WINDOW: tl.constexpr, L: tl.constexpr):
+    """λ of each query: [L]. linear_weight: the head's constant; query_logits: the row's, read with "exp"."""
     if EXP and HAS_WINDOW:
-        weight = tl.exp(tl.minimum(logits - top, QUERY_BOUND))
+        weight = linear_weight * lambda_beside(vector(query_logits, first, T, L), m)
     else:
-        weight = tl.full([L], 1.0, tl.float32)
+        weight = tl.full([L], 1.0, tl.float32) * linear_weight
     return weight

@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 
 from lolcats_cli.commands import _options as o
-from lolcats_cli.progress import printable
 
 
 def inspect(
@@ -48,8 +47,7 @@ def _lines(value: dict, indent: str = "") -> list[str]:
     """A nested dict as indented text; lists of records as tables."""
     lines = []
     width = max(map(len, value), default=0)
-    for name, item in value.items():
-        key = printable(name)
+    for key, item in value.items():
         if isinstance(item, dict) and item:
             lines += [f"{indent}{key}", *_lines(item, indent + "  ")]
         elif isinstance(item, list) and item and isinstance(item[0], dict):
@@ -61,7 +59,7 @@ def _lines(value: dict, indent: str = "") -> list[str]:
 
 def _table(rows: list[dict], indent: str) -> list[str]:
     header = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [list(map(printable, header)), *([_cell(row.get(key)) for key in header] for row in rows)]
+    cells = [header, *([_cell(row.get(key)) for key in header] for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     return [
         indent + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -73,5 +71,5 @@ def _cell(item: object) -> str:
     if isinstance(item, float):
         return f"{item:.4g}"
     if isinstance(item, list):
-        return printable(", ".join(map(str, item))) or "-"
-    return "-" if item is None else printable(str(item))
+        return ", ".join(map(str, item)) or "-"
+    return "-" if item is None else str(item)

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 
 import torch
 from lolcats_kernels import HybridConfig, HybridMaps, hybrid_attention, hybrid_attention_weights
-from lolcats_kernels.reference import key_masks
+from lolcats_kernels.equation import key_masks
+from lolcats_kernels.softmax import softmax_attention, softmax_scores, softmax_weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -28,7 +29,6 @@ from lolcats_cli.errors import UsageError
 from lolcats_cli.progress import Advance
 from lolcats_cli.stages.activations import Batch, Source
 from lolcats_cli.stages.checkpoints import Checkpoints
-from lolcats_cli.teacher.attention import softmax_attention, softmax_scores, softmax_weights
 from lolcats_cli.teacher.record import LayerInfo
 
 # What a recipe means, where an option does not say otherwise. lolcats: the paper's, as in TransferOptions; best: what

@@ -30,10 +30,10 @@ from lolcats_cli.student.build import as_teacher, hybrid_modules
 from lolcats_cli.teacher.data import Rows
 
 if TYPE_CHECKING:
+    from lolcats_kernels.hf_attention import HybridAttention
     from peft import PeftModel
 
     from lolcats_cli.stages.lora import LoraOptions
-    from lolcats_cli.student.attention import HybridAttention
 
 IGNORED = -100  # the label of a token that is not predicted
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from lolcats_formats import GOLDEN, Artifact, ArtifactWriter, FormatError
 from lolcats_formats.writer import Resume
-from lolcats_kernels.maps import HybridConfig, HybridMaps
+from lolcats_kernels import HybridConfig, HybridMaps
 from safetensors import safe_open
 from torch import Tensor
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from lolcats_formats import TensorInfo
 from lolcats_formats.tensors import read_header
+from lolcats_kernels.hf_student import attention_modules
 from lolcats_kernels.maps import HybridConfig, HybridMaps
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
@@ -20,7 +21,6 @@ from lolcats_cli.errors import BadInput, is_out_of_memory
 from lolcats_cli.stages import golden
 from lolcats_cli.student import export
 from lolcats_cli.student.build import check_servable, model_heads, projections
-from lolcats_cli.student.mixin import attention_modules
 from lolcats_cli.teacher import identity
 from lolcats_cli.teacher.load import first_line
 

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 from lolcats_formats import Artifact
 from lolcats_kernels import HybridConfig
+from lolcats_kernels.softmax import AttentionSpec
 from torch import Tensor
 
 from lolcats_cli.errors import BadInput
 from lolcats_cli.student.build import linearize
 from lolcats_cli.student.fold import CONFIG_FILE, WEIGHTS_FILE, Adapter
 from lolcats_cli.teacher import identity
-from lolcats_cli.teacher.attention import AttentionSpec
 from lolcats_cli.teacher.load import LoadOptions, load_model, load_tokenizer, resolve_folder
 from lolcats_cli.teacher.record import LayerInfo
 

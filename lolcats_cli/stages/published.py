@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import torch
 from lolcats_formats import Artifact, ArtifactWriter
 from lolcats_formats.writer import Resume
-from lolcats_kernels.maps import HybridConfig, HybridMaps
+from lolcats_kernels import HybridConfig, HybridMaps
 from torch import Tensor
 
 from lolcats_cli import __version__

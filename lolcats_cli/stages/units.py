@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Self
 
 import torch
 from lolcats_formats import ArtifactWriter
+from lolcats_kernels.softmax import AttentionSpec
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -26,7 +27,6 @@ from lolcats_cli import stopping
 from lolcats_cli.progress import Advance
 from lolcats_cli.stages.checkpoints import Checkpoints
 from lolcats_cli.stages.layout import Layout, Unit, hidden_name
-from lolcats_cli.teacher.attention import AttentionSpec
 from lolcats_cli.teacher.blocks import Run, block
 from lolcats_cli.teacher.data import Rows
 from lolcats_cli.teacher.record import Sink, recording

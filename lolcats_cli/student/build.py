@@ -10,15 +10,15 @@ from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
-from lolcats_kernels.hybrid import TERMS
-from lolcats_kernels.maps import HybridConfig, HybridMaps
+from lolcats_kernels.hf_attention import HybridAttention
+from lolcats_kernels.hf_student import LENGTH_DEPENDENT_ROPE, LolcatsMixin, attach, attention_modules, layer_index
+from lolcats_kernels.maps import HybridMaps
+from lolcats_kernels.spec import TERMS, HybridConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lolcats_cli.errors import BadInput, IdentityMismatch
-from lolcats_cli.student.attention import HybridAttention
-from lolcats_cli.student.mixin import LENGTH_DEPENDENT_ROPE, LolcatsMixin, attach, attention_modules, layer_index
 
 if TYPE_CHECKING:
     from peft import PeftModel

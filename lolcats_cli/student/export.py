@@ -3,44 +3,38 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
-from lolcats_kernels.maps import HybridConfig
+from lolcats_kernels import HybridConfig
 
 from lolcats_cli.errors import BadInput
 
-MODEL_FILE = "modeling_lolcats.py"
 AUTO_MAP = {
     "AutoConfig": "configuration_lolcats.LolcatsConfig",
     "AutoModelForCausalLM": "modeling_lolcats.LolcatsForCausalLM",
 }
-_IMPORT = re.compile(r"^(\s*from )(?:lolcats_kernels)?(\.\w+ import )", re.MULTILINE)
-_OURS = re.compile(r"^\s*(?:from|import) +lolcats_", re.MULTILINE)
 
 
 def code_files(config_class: str, model_class: str, model_type: str) -> dict[str, str]:
-    """The code of a merged folder: file name -> text; `modeling_lolcats.py` and all it imports from us, laid flat.
+    """The code of a merged folder: file name -> text: all of `lolcats_kernels` as it is, but what it says of the
+    teacher.
 
     config_class, model_class: the teacher's classes, importable from transformers. model_type: the teacher's.
     """
-    files: dict[str, str] = {}
-    todo = [MODEL_FILE]
-    while todo:
-        name = todo.pop()
-        source = _read(name)
-        text = _IMPORT.sub(r"\1\2", source)
-        if _OURS.search(text):
-            raise AssertionError(f"{name} travels with merged models but imports what does not")
-        files[name] = text
-        imported = {f"{match[2].split()[0][1:]}.py" for match in _IMPORT.finditer(source)}
-        todo += sorted(imported - set(files) - set(todo))
-    _substitute(files, "configuration_lolcats.py", "LlamaConfig as TeacherConfig", f"{config_class} as TeacherConfig")
-    _substitute(files, "configuration_lolcats.py", '"lolcats_llama"', json.dumps(student_type(model_type)))
-    _substitute(files, MODEL_FILE, "LlamaForCausalLM as TeacherForCausalLM", f"{model_class} as TeacherForCausalLM")
-    return dict(sorted(files.items()))
+    teacher = [
+        '"""Whose student this is: its classes in transformers."""',
+        "",
+        f"CONFIG_CLASS = {json.dumps(config_class)}",
+        f"MODEL_CLASS = {json.dumps(model_class)}",
+        f"MODEL_TYPE = {json.dumps(model_type)}",
+        "",
+    ]
+    folder = resources.files("lolcats_kernels")
+    files = {file.name: file.read_text(encoding="utf-8") for file in folder.iterdir() if file.name.endswith(".py")}
+    del files["__init__.py"]  # transformers makes a package of the folder
+    return dict(sorted((files | {"teacher.py": "\n".join(teacher)}).items()))
 
 
 def student_type(model_type: str) -> str:
@@ -180,19 +174,6 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
-
-
-def _read(name: str) -> str:
-    for package in ("lolcats_cli.student", "lolcats_kernels"):
-        file = resources.files(package) / name
-        if file.is_file():
-            return file.read_text(encoding="utf-8")
-    raise AssertionError(f"{name} is imported by code that travels and does not exist")
-
-
-def _substitute(files: dict[str, str], name: str, old: str, new: str) -> None:
-    assert files[name].count(old) == 1, f"{name} has to hold {old!r} once"
-    files[name] = files[name].replace(old, new)
 
 
 def _metrics(lineage: list[Mapping[str, Any]]) -> list[str]:

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from lolcats_kernels.hf_student import MergedStudent, share_layout
 from transformers import PreTrainedModel
 
 from lolcats_cli.errors import BadInput
 from lolcats_cli.student.export import student_type, teacher_classes
-from lolcats_cli.student.mixin import MergedStudent, share_layout
 from lolcats_cli.teacher import identity
 from lolcats_cli.teacher.load import LoadOptions, load_model
 

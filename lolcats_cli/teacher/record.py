@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lolcats_kernels.softmax import AttentionSpec, softmax_attention
 from torch import Tensor, nn
 
 from lolcats_cli.errors import BadInput
-from lolcats_cli.teacher.attention import AttentionSpec, softmax_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

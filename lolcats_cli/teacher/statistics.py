@@ -9,9 +9,8 @@ Shapes: H query heads, K key heads, T time, D head, b queries of a block.
 from __future__ import annotations
 
 import torch
+from lolcats_kernels.softmax import AttentionSpec
 from torch import Tensor
-
-from lolcats_cli.teacher.attention import AttentionSpec
 
 BLOCK_SCORES = {"cpu": 2**18, "gpu": 2**25}  # at a time, over all heads: what the cache holds; few kernels
 UNSEEN = -1e30  # finite, so that its product with a weight of 0 is 0

@@ -1,6 +1,6 @@
 """Inputs for the tests of hybrid attention, from a seed.
 
-Shapes: B batch, H query heads, K key heads, T time, D head, Dv value head.
+Letters: see kernels/README.md.
 """
 
 from collections.abc import Callable, Sequence
@@ -74,7 +74,7 @@ class Case:
         time, state, outs = self.q.shape[2], None, []
         bounds = sorted({0, time, *(cut % time for cut in cuts)})
         for begin, end in pairwise(bounds):
-            out, state = self.part(begin, end).run(backend, state=state, return_state=True)
+            out, state = self.part(begin, end).run(backend, initial_state=state, return_state=True)
             outs.append(out)
         return torch.cat(outs, 2), state
 

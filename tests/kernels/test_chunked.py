@@ -1,16 +1,16 @@
 """The chunked path is the definition: outputs and gradients, over shapes and options."""
 
-from dataclasses import astuple, replace
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lolcats_kernels import FEATURE_MAPS, LAYOUTS, LINEAR_FACTORS, blocks, chunked
-from lolcats_kernels.blocks import block_attention
-from lolcats_kernels.features import parameters
-from lolcats_kernels.maps import repeat_heads
-from lolcats_kernels.tiles import Plan
+from lolcats_kernels import FEATURE_MAPS, LAYOUTS, LINEAR_FACTORS, torch_attention, torch_chunks
+from lolcats_kernels.equation import repeat_heads
+from lolcats_kernels.spec import CallSpec
+from lolcats_kernels.torch_chunks import Inputs, chunked_forward
+from lolcats_kernels.torch_tiles import Plan
 from torch.utils._pytree import tree_map_only
 
 
@@ -108,25 +108,24 @@ def test_tiling_changes_nothing(make_case, monkeypatch, terms, layout, factor, t
     maps = case.maps
 
     def run():
-        leaves = [x.detach().requires_grad_() for x in (case.q, repeat_heads(case.k, 2), repeat_heads(case.v, 2))]
-        gamma, share = (x.detach().repeat(3).requires_grad_() for x in maps.factors(torch.float64))
-        logits = maps.query_logits(case.q)
-        if logits is not None:
-            logits = logits.detach().flatten(0, 1).requires_grad_()
-        start = torch.rand(6, maps.num_features, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-        start.requires_grad_()
-        if terms == "linear":  # no window, nothing to weigh against
-            logits = None
-        tensors = *(x.flatten(0, 1) for x in leaves), gamma, share, logits, start, *parameters(maps, torch.float64)
-        options = *astuple(maps.config), maps.num_heads, 1, 0.4, None, terms, True
-        out, sums, norms, *_ = block_attention(*tensors, torch.tensor([100, 250, 7]), *options)
-        inputs = [*leaves, *(x for x in tensors[3:] if x is not None)]
-        grads = torch.autograd.grad(out.sin().sum(), inputs, allow_unused=True)
+        generator = torch.Generator().manual_seed(1)
+        start = [torch.rand(3, 2, maps.num_features, size, dtype=torch.float64, generator=generator) for size in (4, 1)]
+        of_q, of_k = maps.q_parameters(torch.float64), maps.k_parameters(torch.float64)
+        inputs = Inputs(
+            case.q, repeat_heads(case.k, 2), repeat_heads(case.v, 2), *maps.term_weights(torch.float64),
+            maps.query_logits(case.q) if terms == "both" else None,  # no window, nothing to weigh against
+            start[0], start[1][..., 0], *of_q[:2], *of_k,
+        )  # fmt: skip
+        inputs = Inputs(*(x if x is None else x.detach().clone().requires_grad_() for x in inputs))
+        spec = CallSpec(maps.config, 0.4, None, terms)
+        out, sums, norms, *_ = chunked_forward(*inputs, torch.tensor([100, 250, 7]), True, *spec.encode())
+        leaves = [x for x in inputs if x is not None]
+        grads = torch.autograd.grad(out.sin().sum(), leaves, allow_unused=True)
         return [out, sums, norms, *(g for g in grads if g is not None)]
 
     expected = run()
     monkeypatch.setattr(Plan, "tile_rows", tiles[0])
-    monkeypatch.setattr(Plan, "tile_blocks", tiles[1])
+    monkeypatch.setattr(Plan, "tile_chunks", tiles[1])
     for got, whole in zip(run(), expected, strict=True):
         torch.testing.assert_close(got, whole, rtol=1e-10, atol=1e-11)
 
@@ -136,16 +135,16 @@ def test_tiling_changes_nothing(make_case, monkeypatch, terms, layout, factor, t
 )
 def test_registered_ops(make_case, options, note_calls):
     """Schemas, fake kernels, autograd and compilation, as torch checks them."""
-    forward, backward = blocks.block_attention, blocks._backward
+    forward, backward = torch_chunks.chunked_forward, torch_chunks._chunked_backward
     case = make_case(batch=1, time=150, dtype=torch.float32, **options)
-    calls = note_calls((chunked, "block_attention"), (blocks, "_backward"))
+    calls = note_calls((torch_attention, "chunked_forward"), (torch_chunks, "_chunked_backward"))
     case.gradients("chunked")
     with torch.no_grad():
         case.run("chunked", return_state=True)
     assert [op for op, _ in calls] == [forward, backward, forward]
     for op, arguments in calls:
         # Leaves, as opcheck differentiates more than once. Backward has no derivative, nor what keeps nothing for it.
-        keep = op is forward and arguments[-1]
+        keep = op is forward and arguments[len(Inputs._fields) + 1]
         leaf = [lambda x: x.detach(), lambda x: x.detach().requires_grad_(x.requires_grad)][keep]
         torch.library.opcheck(op, tree_map_only(torch.Tensor, leaf, arguments))
 

@@ -25,7 +25,7 @@ def test_nan_in_padding_does_not_leak(make_case, backend, padding, window):
             x.masked_fill_(~case.valid[:, None, :, None], poison)
         grads = case.gradients(backend)
         out, state = case.run(backend, return_state=True)
-        more, _ = case.run(backend, state=state, return_state=True)
+        more, _ = case.run(backend, initial_state=state, return_state=True)
         weights = hybrid_attention_weights(case.q, case.k, case.maps, scaling=0.4, valid=case.valid)
         return case.valid, [out, more, weights, *grads]
 
@@ -89,16 +89,17 @@ def test_errors_say_what_is_wrong(make_case):
     fails("float dtypes", q.long(), k, v)
     fails("valid must be bool \\[2, 23\\]", q, k, v, valid=torch.ones(2, 23))
     fails("valid must be bool \\[2, 23\\]", q, k, v, valid=torch.ones(2, 22, dtype=torch.bool))
-    fails("state's sums .* another batch", q, k, v, state=KVState.empty(maps, 3, 2, dtype=torch.float64))
-    fails("state holds torch.float32", q, k, v, state=KVState.empty(maps, 2, 2))
+    fails("state's sums .* another batch", q, k, v, initial_state=KVState.empty(maps, 3, 2, dtype=torch.float64))
+    fails("state holds torch.float32", q, k, v, initial_state=KVState.empty(maps, 2, 2))
 
 
-def test_the_package_needs_torch_alone():
-    """Its files travel inside merged models: torch, the standard library, and each other by relative imports.
-
-    Triton is for the files that are called so, inside `try`: transformers asks for all that is imported elsewhere."""
-    allowed = set(sys.stdlib_module_names) | {"torch"}
-    for file in Path(lolcats_kernels.__file__).parent.glob("*.py"):
+def test_the_files_travel():
+    """They lie flat inside merged models, where each is found by relative imports alone. Triton is for the files that
+    are called so, inside `try`, and transformers for those that speak to it."""
+    files = sorted(Path(lolcats_kernels.__file__).parent.glob("*.py"))
+    speak = [file for file in files if file.name.startswith("hf_") or file.name.endswith("_lolcats.py")]
+    assert len(speak) == 5
+    for file in files:
         tree = ast.parse(file.read_text())
         guarded = {id(node) for block in ast.walk(tree) if isinstance(block, ast.Try) for node in ast.walk(block)}
         for node in ast.walk(tree):
@@ -107,8 +108,10 @@ def test_the_package_needs_torch_alone():
                 names = [name.name for name in node.names]
             elif isinstance(node, ast.ImportFrom) and node.level != 1:
                 names = [node.module or ""]
-            mine = allowed | {"triton"} if file.name.startswith("triton_") and id(node) in guarded else allowed
-            assert {name.split(".")[0] for name in names} <= mine, file.name
+            allowed = set(sys.stdlib_module_names) | {"torch"} | ({"transformers"} if file in speak else set())
+            if file.name.startswith("triton_") and id(node) in guarded:
+                allowed.add("triton")
+            assert {name.split(".")[0] for name in names} <= allowed, file.name
 
 
 WITHOUT_TRITON = """
@@ -124,11 +127,12 @@ try:
     hybrid_attention(x, x, x, maps, scaling=1.0, backend="triton")
 except ImportError as error:
     print(error)
+assert not [name for name in sys.modules if name.startswith("transformers")]
 """
 
 
 def test_without_triton():
-    """All else works, and what is asked for is not replaced."""
+    """All else works, and what is asked for is not replaced. Nor is transformers needed."""
     environment = {**os.environ, "PYTHONPATH": str(Path(lolcats_kernels.__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

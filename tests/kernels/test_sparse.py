@@ -5,16 +5,78 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from lolcats_kernels import HybridConfig, HybridMaps, hybrid_attention
-from lolcats_kernels.reference import sparse_reference
+from lolcats_kernels.equation import bounded_exp, cap_scores, repeat_heads, safe_divide, window_start
 from lolcats_kernels.sparse import sparse_attention
+from lolcats_kernels.spec import compute_dtype
+from torch import Tensor
 
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
+
+
+def sparse_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    maps: HybridMaps,
+    *,
+    size: int,
+    scaling: float,
+    softcap: float | None = None,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """Hybrid attention with LoLA's sparse cache (arXiv 2505.23666), by the definition, one query after the other.
+
+    A key that leaves the window stays as it is. When more than `size` have stayed, the one goes into S and z that these
+    recall best when asked for the key itself: of least | phi_q(k_j).S / phi_q(k_j).z - v_j |^2, summed over the query
+    heads. A key head chooses for all its query heads. Those that stay are weighed as the window's are, with
+    gamma exp(s_nj - c_n), where c_n is the largest score in the window still, so that the linear term keeps its weight
+    beside the window; the exponent is bounded. Arguments as for `hybrid_attention`; window > 0.
+    """
+    dtype, config, per_key_head = compute_dtype(q.dtype), maps.config, q.shape[1] // k.shape[1]
+    gamma, constant = maps.term_weights(dtype)
+    out = torch.zeros(*q.shape[:3], v.shape[3], dtype=dtype)
+    for b in range(q.shape[0]):
+        real = torch.arange(q.shape[2]) if valid is None else valid[b].nonzero()[:, 0]
+        qs, ks, vs = (x[b : b + 1, :, real].to(dtype) for x in (q, k, v))
+        phi_q, phi_k, asked = (
+            maps.q_features(qs)[0],
+            maps.k_features(ks)[0],
+            maps.q_features(repeat_heads(ks, q.shape[1])),
+        )
+        logits = maps.query_logits(qs)
+        for h in range(k.shape[1]):
+            heads = slice(h * per_key_head, (h + 1) * per_key_head)
+            s = torch.zeros(per_key_head, phi_k.shape[2], v.shape[3], dtype=dtype)
+            z = torch.zeros(per_key_head, phi_k.shape[2], dtype=dtype)
+            stayed: list[int] = []
+            for n in range(len(real)):
+                start, after = (int(window_start(torch.tensor(i), config)) for i in (n, n + 1))
+                window = list(range(start, n + 1))
+                scores = cap_scores(qs[0, heads, n] @ ks[0, h, window + stayed].T * scaling, softcap)
+                m = scores[:, : len(window)].amax(-1, keepdim=True)
+                exact = gamma[heads, None] * bounded_exp(scores - m)
+                linear_weight = constant[heads, None]
+                if logits is not None:
+                    linear_weight = bounded_exp(logits[0, heads, n, None] - m)
+                phi = linear_weight * phi_q[heads, n]
+                numerator = exact @ vs[0, h, window + stayed] + (phi[:, None] @ s)[:, 0]
+                denominator = exact.sum(-1, keepdim=True) + (phi * z).sum(-1, keepdim=True)
+                out[b, heads, real[n]] = numerator / denominator
+                for j in range(start, after):
+                    stayed.append(j)
+                    if len(stayed) > size:
+                        ask = asked[0, heads][:, stayed]
+                        recalled = safe_divide(ask @ s, ask @ z[..., None])
+                        i = stayed.pop(int((recalled - vs[0, h, stayed]).square().sum((0, 2)).argmin()))
+                        s = s + phi_k[heads, i, :, None] * vs[0, h, i]
+                        z = z + phi_k[heads, i]
+    return out.to(q.dtype)
 
 
 def run(case, size, state=None):
     options = {"scaling": 0.4, "softcap": case.softcap, "valid": case.valid}
     with torch.no_grad():
-        return sparse_attention(case.q, case.k, case.v, case.maps, size=size, state=state, **options)
+        return sparse_attention(case.q, case.k, case.v, case.maps, size=size, initial_state=state, **options)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
@@ -88,4 +150,4 @@ def test_what_is_refused():
     maps = HybridMaps(HybridConfig(window=2, feature_dim=8), 2, 8)
     _, state = sparse_attention(q, k, k, maps, size=2, scaling=1.0)
     with pytest.raises(ValueError, match="keeps 2 keys, and 3 are asked for"):
-        sparse_attention(q, k, k, maps, size=3, scaling=1.0, state=state)
+        sparse_attention(q, k, k, maps, size=3, scaling=1.0, initial_state=state)

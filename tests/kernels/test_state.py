@@ -107,7 +107,7 @@ def test_size_is_constant(make_case, layout, window):
 def test_dtypes(make_case):
     case = make_case(dtype=torch.bfloat16)
     _, state = case.run("chunked", return_state=True)
-    _, state = case.part(0, 1).run("chunked", state=state, return_state=True)
+    _, state = case.part(0, 1).run("chunked", initial_state=state, return_state=True)
     dtypes = {name: x.dtype for name, x in tensors(state).items()}
     assert dtypes == {
         "sums": torch.float32,
@@ -125,11 +125,11 @@ def test_select_batch(make_case, layout):
     with torch.no_grad():
         _, state = case.part(0, 20).run("chunked", return_state=True)
         after = case.part(20, 30)
-        expected = after.run("chunked", state=state)[index]
+        expected = after.run("chunked", initial_state=state)[index]
         after.q, after.k, after.v, after.valid = (x[index] for x in (after.q, after.k, after.v, after.valid))
         selected = state.select_batch(index)
         assert selected.batch_size == 4
-        torch.testing.assert_close(after.run("chunked", state=selected), expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(after.run("chunked", initial_state=selected), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_a_call_leaves_its_state_alone(make_case):
@@ -138,7 +138,7 @@ def test_a_call_leaves_its_state_alone(make_case):
         with torch.no_grad():
             _, state = case.part(0, 20).run("chunked", return_state=True)
             before = {name: x.clone() for name, x in tensors(state).items()}
-            case.part(20, 20 + time).run("chunked", state=state, return_state=True)
+            case.part(20, 20 + time).run("chunked", initial_state=state, return_state=True)
         for name, x in tensors(state).items():
             assert torch.equal(x, before[name])
 
@@ -150,13 +150,13 @@ def test_a_consumed_state_is_decoded_in_place(make_case, layout, window):
     _, state = case.part(0, 23).run("chunked", return_state=True)
     one = case.part(23, 24)
     # Not where autograd needs the old values, nor against inference mode's rules.
-    assert one.run("chunked", state=state, return_state=True, consume_state=True)[1].sums is not state.sums
+    assert one.run("chunked", initial_state=state, return_state=True, consume_state=True)[1].sums is not state.sums
     with torch.inference_mode():
         _, inferred = case.part(0, 23).run("chunked", return_state=True)
     with torch.no_grad():
-        expected, after = one.run("chunked", state=inferred, return_state=True, consume_state=True)
+        expected, after = one.run("chunked", initial_state=inferred, return_state=True, consume_state=True)
         assert after.sums is not inferred.sums
-        found, same = one.run("chunked", state=state, return_state=True, consume_state=True)
+        found, same = one.run("chunked", initial_state=state, return_state=True, consume_state=True)
     assert same.sums.data_ptr() == state.sums.data_ptr() and same.keys.data_ptr() == state.keys.data_ptr()
     torch.testing.assert_close(found, expected)
     for name, x in tensors(same).items():
@@ -167,4 +167,4 @@ def test_empty_state_is_the_start(make_case):
     case = make_case()
     state = KVState.empty(case.maps, 2, 2, dtype=torch.float64)
     for backend in ("reference", "chunked"):
-        torch.testing.assert_close(case.run(backend, state=state), case.run(backend), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(case.run(backend, initial_state=state), case.run(backend), rtol=1e-12, atol=1e-12)

@@ -26,7 +26,7 @@ PHASES = (Phase.explicit, Phase.generate)
 def small_tiles(monkeypatch):
     """Short rows are several blocks, and values several parts."""
     monkeypatch.setattr(triton_attention, "TILES", {90: {256: (32, 16, 4)}})
-    monkeypatch.setattr(triton_attention, "COLUMNS", 16)
+    monkeypatch.setattr(triton_attention, "PART_DV", 16)
 
 
 @settings(max_examples=15, deadline=None, derandomize=True, phases=PHASES)

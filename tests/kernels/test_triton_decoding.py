@@ -21,7 +21,7 @@ def steps(case, backend, begin, **options):
         _, state = case.part(0, begin).run("reference", return_state=True)
     outs = []
     for at in range(begin, case.q.shape[2]):
-        out, state = case.part(at, at + 1).run(backend, state=state, return_state=True, **options)
+        out, state = case.part(at, at + 1).run(backend, initial_state=state, return_state=True, **options)
         outs.append(out)
     return torch.cat(outs, 2), state
 
@@ -113,10 +113,10 @@ def test_in_place_where_the_state_is_consumed(make_case):
         _, state = steps(case, "triton", 10)  # its tensors are contiguous
         before = {name: getattr(state, name).clone() for name in NAMES}
         one = case.part(11, 12)
-        out, after = one.run("triton", state=state, return_state=True)
-        only = one.run("triton", state=state)
+        out, after = one.run("triton", initial_state=state, return_state=True)
+        only = one.run("triton", initial_state=state)
         assert all(torch.equal(getattr(state, name), before[name]) for name in NAMES)
-        again, same = one.run("triton", state=state, return_state=True, consume_state=True)
+        again, same = one.run("triton", initial_state=state, return_state=True, consume_state=True)
     assert torch.equal(out, again) and torch.equal(out, only)
     for name in NAMES:
         assert getattr(same, name).data_ptr() == getattr(state, name).data_ptr()
@@ -149,12 +149,12 @@ def test_registered(make_case, monkeypatch):
         one = case.part(6, 7)
         with monkeypatch.context() as patch:
             patch.setattr(triton_decoding, "_decode", note)
-            out, after = one.run("triton", state=state, return_state=True)
+            out, after = one.run("triton", initial_state=state, return_state=True)
         torch.library.opcheck(real, tuple(calls[0]))
 
         @torch.compile(backend="aot_eager", fullgraph=True)
         def step(state):
-            return one.run("triton", state=state, return_state=True, consume_state=True)
+            return one.run("triton", initial_state=state, return_state=True, consume_state=True)
 
         found, same = step(state)
     torch.testing.assert_close(found, out)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from lolcats_formats import Artifact, ConfigMismatch, Damaged, NotAnArtifact
+from lolcats_kernels.softmax import softmax_attention
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -20,7 +21,6 @@ from lolcats_cli.progress import Progress
 from lolcats_cli.stages import layout
 from lolcats_cli.stages.capture import capture
 from lolcats_cli.stages.units import UnitRecord
-from lolcats_cli.teacher.attention import softmax_attention
 from lolcats_cli.teacher.data import DataOptions
 from lolcats_cli.teacher.load import LoadOptions
 from lolcats_cli.teacher.record import LayerInfo

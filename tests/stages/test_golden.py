@@ -10,6 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lolcats_formats import GOLDEN, Artifact
+from lolcats_kernels.hf_attention import HybridAttention
+from lolcats_kernels.hf_student import LolcatsMixin
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.core_model_loading import Concatenate, WeightConverter
@@ -17,9 +19,7 @@ from transformers.core_model_loading import Concatenate, WeightConverter
 from lolcats_cli.errors import BadInput, NotEnoughSpace
 from lolcats_cli.main import run
 from lolcats_cli.stages import golden
-from lolcats_cli.student.attention import HybridAttention
 from lolcats_cli.student.build import set_terms
-from lolcats_cli.student.mixin import LolcatsMixin
 
 OLD = Path(__file__).parents[1] / "formats" / "fixtures" / "v1" / "student"  # merged before there were golden logits
 

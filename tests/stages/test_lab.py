@@ -11,10 +11,10 @@ import pytest
 import torch
 from lolcats_formats import Artifact
 from lolcats_kernels import HybridConfig, HybridMaps, hybrid_attention
+from lolcats_kernels.softmax import softmax_attention
 
 from lolcats_cli.stages.activations import StoredActivations
 from lolcats_cli.stages.layer_training import TransferOptions, train_layers
-from lolcats_cli.teacher.attention import softmax_attention
 
 CPU = torch.device("cpu")
 HYBRID = HybridConfig(window=8, feature_dim=16, linear_factor="exp")

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from lolcats_formats import Artifact, ArtifactWriter, ConfigMismatch, Damaged, WrongKind
-from lolcats_kernels.maps import HybridConfig, HybridMaps
+from lolcats_kernels import HybridConfig, HybridMaps
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -165,7 +165,7 @@ def test_it_is_an_artifact_with_everything_a_model_folder_has(merged, lora):
     artifact = Artifact.open(merged, "student")
     artifact.verify()
     assert artifact.parents[0]["id"] == Artifact.open(lora).id and artifact.summary["folded"] == 8
-    code = {"modeling_lolcats.py", "configuration_lolcats.py", "mixin.py", "attention.py", "cache.py", "maps.py"}
+    code = {"modeling_lolcats.py", "configuration_lolcats.py", "teacher.py", "hf_student.py", "hf_cache.py", "maps.py"}
     code |= {f"triton_{part}.py" for part in ("attention", "parts", "forward", "backward", "decoding")}
     rest = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     rest.add("golden.safetensors")
@@ -220,7 +220,13 @@ def test_it_loads_where_lolcats_is_not_installed(tmp_path, merged, teacher, adap
         student = load(tmp_path / "elsewhere")
         assert torch.equal(student(IDS).logits, load(merged)(IDS).logits)
         student.save_pretrained(tmp_path / again)
-        for name in ("modeling_lolcats.py", "configuration_lolcats.py", "mixin.py", "chunked.py"):
+        for name in (
+            "modeling_lolcats.py",
+            "configuration_lolcats.py",
+            "teacher.py",
+            "hf_student.py",
+            "torch_attention.py",
+        ):
             assert (tmp_path / again / name).read_bytes() == (merged / name).read_bytes()
 
 
@@ -442,3 +448,13 @@ def test_again_it_resumes_or_is_done(tmp_path, lora, merged, monkeypatch):
     assert merge(lora, tmp_path / "fresh", max_shard_bytes=50_000).id == done.id
     with pytest.raises(ConfigMismatch):
         merge(lora, output)
+
+
+def test_the_code_is_the_installed_folder_as_it_is(merged):
+    """But for what it says of the teacher."""
+    package = Path(importlib.import_module("lolcats_kernels").__file__).parent
+    brought = {file.name: file.read_text() for file in merged.glob("*.py")}
+    installed = {file.name: file.read_text() for file in package.glob("*.py") if file.name != "__init__.py"}
+    assert brought.keys() == installed.keys()
+    assert [name for name in brought if brought[name] != installed[name]] == ["teacher.py"]
+    assert 'MODEL_CLASS = "LlamaForCausalLM"' in brought["teacher.py"]

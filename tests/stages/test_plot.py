@@ -12,6 +12,7 @@ import pytest
 import torch
 from lolcats_formats import Artifact, artifact_id
 from lolcats_kernels import HybridConfig, HybridMaps
+from lolcats_kernels.softmax import softmax_attention
 
 from lolcats_cli.errors import BadInput, UsageError
 from lolcats_cli.stages.activations import StoredActivations
@@ -19,7 +20,6 @@ from lolcats_cli.stages.inspect import describe, describe_layer
 from lolcats_cli.stages.layer_training import _hybrid
 from lolcats_cli.stages.models import maps_file
 from lolcats_cli.stages.plot import plot
-from lolcats_cli.teacher.attention import softmax_attention
 
 
 def edited(artifact: Path, folder: Path, change) -> Artifact:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lolcats_formats import Artifact, artifact_id
+from lolcats_kernels.softmax import softmax_weights
 
 import lolcats_cli.stages.capture as module
 from lolcats_cli.errors import IdentityMismatch, Stopped, UsageError
@@ -19,7 +20,6 @@ from lolcats_cli.stages.join import join
 from lolcats_cli.stages.layer_training import TransferOptions
 from lolcats_cli.stages.layout import SPLITS, Layout
 from lolcats_cli.stages.transfer import transfer
-from lolcats_cli.teacher.attention import softmax_weights
 from lolcats_cli.teacher.data import DataOptions, split_numbers
 from lolcats_cli.teacher.record import LayerInfo
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from lolcats_formats import Artifact, ArtifactWriter, ConfigMismatch, NotAnArtifact, WrongKind
 from lolcats_kernels import HybridConfig, HybridMaps, hybrid_attention
+from lolcats_kernels.softmax import softmax_attention, softmax_weights
 
 import lolcats_cli.stages.transfer as module
 from lolcats_cli.errors import Stopped, UsageError
@@ -23,7 +24,6 @@ from lolcats_cli.stages.checkpoints import Checkpoints
 from lolcats_cli.stages.layer_training import Trained, TransferOptions, measure, train_layers
 from lolcats_cli.stages.models import maps_file
 from lolcats_cli.stages.transfer import transfer
-from lolcats_cli.teacher.attention import softmax_attention, softmax_weights
 from lolcats_cli.teacher.data import DataOptions
 
 CPU = torch.device("cpu")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 
 import pytest
 import torch
-from lolcats_kernels.maps import HybridConfig, HybridMaps
+from lolcats_kernels import HybridConfig, HybridMaps
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from lolcats_cli.student.build import linearize

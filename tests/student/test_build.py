@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lolcats_kernels import HybridConfig
+from lolcats_kernels.hf_student import LolcatsMixin
 from lolcats_kernels.hybrid import hybrid_attention
-from lolcats_kernels.maps import HybridConfig
 from peft import LoraConfig, get_peft_model
 
 from lolcats_cli.errors import BadInput, IdentityMismatch
 from lolcats_cli.student.build import attention_modules, hybrid_modules, linearize, set_terms
-from lolcats_cli.student.mixin import LolcatsMixin
 
 
 def test_the_student_computes_hybrid_attention_with_the_given_maps(make_teacher, make_maps, tokens):

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard
-from lolcats_kernels.maps import HybridConfig
+from lolcats_kernels import HybridConfig
+from lolcats_kernels.hf_cache import LolcatsCache
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import (
@@ -21,8 +22,6 @@ from transformers import (
     TextIteratorStreamer,
     TorchAoConfig,
 )
-
-from lolcats_cli.student.cache import LolcatsCache
 
 
 def load(folder: Path, **options: object) -> PreTrainedModel:
@@ -146,7 +145,13 @@ def test_saved_twice_it_is_the_same_to_the_byte(pipeline: SimpleNamespace, tmp_p
         source = tmp_path / name
     once, twice = ({p.name: p.read_bytes() for p in (tmp_path / n).iterdir() if p.is_file()} for n in ("once", "twice"))
     assert once == twice
-    assert set(once) >= {"config.json", "model.safetensors", "modeling_lolcats.py", "chunked.py", "tokenizer.json"}
+    assert set(once) >= {
+        "config.json",
+        "model.safetensors",
+        "modeling_lolcats.py",
+        "torch_attention.py",
+        "tokenizer.json",
+    }
     code = {name: text for name, text in once.items() if name.endswith(".py")}
     assert code == {name: (pipeline.student / name).read_bytes() for name in code}
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lolcats_kernels.maps import HybridConfig
+from lolcats_kernels import HybridConfig
+from lolcats_kernels.hf_attention import lolcats_mask
+from lolcats_kernels.hf_cache import LolcatsCache
 from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
 
-from lolcats_cli.student.attention import lolcats_mask
 from lolcats_cli.student.build import linearize
-from lolcats_cli.student.cache import LolcatsCache
 
 CONFIGS = [
     HybridConfig(window=6, feature_dim=8),

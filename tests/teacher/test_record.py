@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from lolcats_kernels.softmax import AttentionSpec, softmax_attention, softmax_scores
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from lolcats_cli.errors import BadInput
-from lolcats_cli.teacher.attention import AttentionSpec, softmax_attention, softmax_scores
 from lolcats_cli.teacher.record import LayerInfo, checking, probe, recording
 
 SMALL = {

@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lolcats_kernels.softmax import AttentionSpec, softmax_weights
 
 from lolcats_cli.teacher import statistics as module
-from lolcats_cli.teacher.attention import AttentionSpec, softmax_weights
 from lolcats_cli.teacher.statistics import attention_statistics
 
 

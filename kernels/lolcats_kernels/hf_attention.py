@@ -1,25 +1,23 @@
 """Hybrid attention as transformers calls it: registered once, served by each layer's own maps.
 
-Travels inside merged model folders: imports nothing of lolcats_cli outside the files that travel with it.
-
-Shapes: B batch, H query heads, K key heads, T time (new tokens), D head.
+Letters: see ../README.md; T new tokens.
 """
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 import torch
-from lolcats_kernels.hybrid import hybrid_attention
-from lolcats_kernels.maps import HybridConfig, HybridMaps, repeat_heads
-from lolcats_kernels.reference import cap_scores
-from lolcats_kernels.sparse import SparseState, sparse_attention
-from lolcats_kernels.state import KVState
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from .cache import LolcatsCacheLayer
+from .hf_cache import LolcatsCacheLayer
+from .hybrid import hybrid_attention
+from .maps import HybridMaps
+from .softmax import AttentionSpec, softmax_attention
+from .sparse import SparseState, sparse_attention
+from .spec import HybridConfig
+from .state import KVState
 
 NAME = "lolcats"
 
@@ -28,7 +26,7 @@ class HybridAttention(HybridMaps):
     """The maps of one attention layer, with what its calls need: lives at `self_attn.hybrid`.
 
     terms: which terms of eq. 7 (arXiv 2410.10254) are summed: both, window or linear; the last two are ablations.
-    sparse_cache_size: keys that stay exact after they have left the window (see `lolcats_kernels.sparse`), if both
+    sparse_cache_size: keys that stay exact after they have left the window (see `sparse`), if both
         terms are summed; 0 is off.
     cache_layer: this layer's cache during one call of the attention module, else None.
     """
@@ -55,7 +53,7 @@ class HybridAttention(HybridMaps):
                 scaling=scaling,
                 softcap=softcap,
                 valid=valid,
-                state=None if self.cache_layer is None else cast(SparseState | None, self.cache_layer.state),
+                initial_state=None if self.cache_layer is None else cast(SparseState | None, self.cache_layer.state),
             )
             if self.cache_layer is not None:
                 self.cache_layer.advance(sparse, query.shape[2])
@@ -72,7 +70,7 @@ class HybridAttention(HybridMaps):
                 scaling=scaling,
                 softcap=softcap,
                 valid=valid,
-                state=cast(KVState | None, self.cache_layer.state),
+                initial_state=cast(KVState | None, self.cache_layer.state),
                 return_state=True,
                 terms=self.terms,
                 consume_state=True,
@@ -113,47 +111,12 @@ def lolcats_attention(
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     if kept:
-        window = cast(int | None, kwargs.get("sliding_window"))
-        out = _softmax(query, key, value, attention_mask, scaling, softcap, window)
+        spec = AttentionSpec(scaling, cast(int | None, kwargs.get("sliding_window")), softcap)
+        out = softmax_attention(query, key, value, spec, attention_mask)
         return out.transpose(1, 2).contiguous(), None
     assert hybrid is not None
     valid = None if attention_mask is None else attention_mask[:, -query.shape[2] :]
     return hybrid(query, key, value, valid, scaling, softcap), None
-
-
-def _softmax(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scaling: float,
-    softcap: float | None,
-    window: int | None,
-) -> Tensor:
-    """Causal softmax attention of the last tokens, query [B, H, T, D], to all that the cache holds, key and value
-    [B, K, J, D]; mask [B, at least J] bool or None -> [B, H, T, D]. Outputs of padding are 0."""
-    new, seen = query.shape[2], key.shape[2]
-    options: dict[str, Any] = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
-    if mask is None and softcap is None and (window is None or seen <= window) and new in (1, seen):
-        return scaled_dot_product_attention(query, key, value, is_causal=new > 1, **options)
-    last = torch.arange(seen - new, seen, device=query.device)[:, None]
-    position = torch.arange(seen, device=query.device)
-    allowed = position <= last
-    if window is not None:
-        allowed &= position > last - window
-    real = None
-    if mask is not None:
-        mask = mask[:, -seen:]
-        real = mask[:, None, -new:, None]
-        # A query that sees no key gives NaN: one in padding may see all, and its output is put to 0.
-        allowed = (allowed & mask[:, None, None]) | ~real
-    if softcap is None:
-        out = scaled_dot_product_attention(query, key, value, attn_mask=allowed, **options)
-    else:
-        key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
-        scores = cap_scores(query.float() @ key.float().transpose(-1, -2) * scaling, softcap)
-        out = (scores.masked_fill(~allowed, -torch.inf).softmax(-1) @ value.float()).to(query.dtype)
-    return out if real is None else out * real
 
 
 def lolcats_mask(

@@ -1,9 +1,5 @@
 """The student's cache: one recurrent state per layer, of a size that does not grow with the context; and keys and
 values, as in the teacher, of layers that were kept softmax.
-
-Travels inside merged model folders.
-
-Shapes: B batch, H query heads, K key heads, T time, D head.
 """
 
 from __future__ import annotations
@@ -11,10 +7,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from lolcats_kernels.sparse import SparseState
-from lolcats_kernels.state import KVState
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+from .sparse import SparseState
+from .state import KVState
 
 
 class LolcatsCacheLayer(CacheLayerMixin):

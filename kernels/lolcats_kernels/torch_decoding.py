@@ -1,14 +1,17 @@
 """One token after a state: constant time and memory, a small constant number of operations.
 
-Shapes: B batch, H query heads, K key heads, G = H / K, C window slots, D head, Dv value head, F' features.
+Letters: see ../README.md.
 """
+
+from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from .maps import QUERY_BOUND, HybridMaps, compute_dtype
-from .reference import cap_scores, safe_divide
-from .state import KVState, window_start
+from .equation import bounded_exp, cap_scores, safe_divide, window_start
+from .maps import HybridMaps
+from .spec import CallSpec, compute_dtype
+from .state import KVState
 
 
 def decode_step(
@@ -16,29 +19,28 @@ def decode_step(
     k: Tensor,
     v: Tensor,
     maps: HybridMaps,
+    spec: CallSpec,
     *,
-    scaling: float,
-    softcap: float | None,
-    state: KVState,
+    initial_state: KVState,
     return_state: bool,
-    terms: str,
     consume_state: bool = False,
 ) -> tuple[Tensor, KVState | None]:
     """Hybrid attention for T = 1 without padding; q [B, H, 1, D], k [B, K, 1, D], v [B, K, 1, Dv].
 
     consume_state: the state returned may lie in the tensors of the one given.
     """
+    state = initial_state
     in_place = consume_state and return_state
     scatter = Tensor.scatter_ if in_place else Tensor.scatter
     config = maps.config
-    key_heads, slots = k.shape[1], state.keys.shape[2]
+    num_key_value_heads, slots = k.shape[1], state.keys.shape[2]
     dtype = compute_dtype(q.dtype)
     length = state.length + 1
     if not slots:  # pure linear: the query's own key is in the sums that it sees
         sums, norms = _fold(maps, state.sums, state.norms, k, v, in_place=in_place)
         after = KVState(sums, norms, state.keys, state.values, length)
         out = safe_divide(*_linear(maps, q, sums, norms, None)).to(q.dtype)
-        if terms == "window":
+        if not spec.has_linear:
             out = torch.zeros_like(out)
         return out, after if return_state else None
 
@@ -50,20 +52,20 @@ def decode_step(
     position = ring.slot_positions()
     numerator: Tensor | None = None
     denominator: Tensor | None = None
-    top: Tensor | None = None
-    if terms != "linear":
-        gamma = maps.factors(dtype)[0].view(key_heads, -1, 1)
-        query = q.to(dtype).unflatten(1, (key_heads, -1)).squeeze(3)  # [B, K, G, D]
-        scores = cap_scores(query @ keys.to(dtype).transpose(-1, -2) * scaling, softcap)  # [B, K, G, C]
+    m: Tensor | None = None
+    if spec.has_window:
+        gamma = maps.term_weights(dtype).gamma.view(num_key_value_heads, -1, 1)
+        query = q.to(dtype).unflatten(1, (num_key_value_heads, -1)).squeeze(3)  # [B, K, G, D]
+        scores = cap_scores(query @ keys.to(dtype).transpose(-1, -2) * spec.scaling, spec.softcap)  # [B, K, G, C]
         seen = position >= window_start(state.length, config)[:, None]
         scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
-        top = scores.amax(-1, keepdim=True)
-        weights = gamma * torch.exp(scores - top)
-        top = top.flatten(1, 2)[:, :, None]
+        m = scores.amax(-1, keepdim=True)
+        weights = gamma * torch.exp(scores - m)
+        m = m.flatten(1, 2)[:, :, None]
         numerator = (weights @ values.to(dtype)).flatten(1, 2)[:, :, None]
         denominator = weights.sum(-1).flatten(1, 2)[:, :, None, None]
-    if terms != "window":
-        linear, linear_norm = _linear(maps, q, state.sums, state.norms, top)
+    if spec.has_linear:
+        linear, linear_norm = _linear(maps, q, state.sums, state.norms, m)
         numerator = linear if numerator is None else numerator + linear
         denominator = linear_norm if denominator is None else denominator + linear_norm
     assert numerator is not None and denominator is not None
@@ -84,22 +86,22 @@ def decode_step(
         maps,
         state.sums,
         state.norms,
-        keys.gather(2, index.expand(-1, key_heads, -1, keys.shape[3])),
-        values.gather(2, index.expand(-1, key_heads, -1, values.shape[3])),
+        keys.gather(2, index.expand(-1, num_key_value_heads, -1, keys.shape[3])),
+        values.gather(2, index.expand(-1, num_key_value_heads, -1, values.shape[3])),
         (leaving < end[:, None])[:, None, :, None],
         in_place=in_place,
     )
     return out, KVState(sums, norms, keys, values, length)
 
 
-def _linear(maps: HybridMaps, q: Tensor, sums: Tensor, norms: Tensor, top: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Numerator [B, H, 1, Dv] and denominator [B, H, 1, 1] of the linear term; top: c_n [B, H, 1, 1], if any."""
+def _linear(maps: HybridMaps, q: Tensor, sums: Tensor, norms: Tensor, m: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Numerator [B, H, 1, Dv] and denominator [B, H, 1, 1] of the linear term; m: c_n [B, H, 1, 1], if any."""
     phi = maps.q_features(q)
     logits = maps.query_logits(q)
     if logits is None:
-        phi = phi * maps.factors(phi.dtype)[1][:, None, None]
-    elif top is not None:
-        phi = phi * (logits[..., None] - top).clamp(max=QUERY_BOUND).exp()
+        phi = phi * maps.term_weights(phi.dtype).linear_weight[:, None, None]
+    elif m is not None:
+        phi = phi * bounded_exp(logits[..., None] - m)
     return phi @ sums, phi @ norms[..., None]
 
 

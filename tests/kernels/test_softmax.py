@@ -6,9 +6,8 @@ import math
 
 import pytest
 import torch
+from lolcats_kernels.softmax import AttentionSpec, softmax_attention, softmax_weights
 from torch import Tensor
-
-from lolcats_cli.teacher.attention import AttentionSpec, softmax_attention, softmax_weights
 
 B, H, K, T, D = 2, 4, 2, 13, 8
 SPECS = {

@@ -1,11 +1,14 @@
-"""Configuration of a merged student: the teacher's, under a model type of its own.
-
-Travels inside merged model folders, where the teacher's class replaces the one imported here.
-"""
+"""Configuration of a merged student: the teacher's, under a model type of its own."""
 
 from __future__ import annotations
 
-from transformers import LlamaConfig as TeacherConfig
+from typing import Any
+
+import transformers
+
+from .teacher import CONFIG_CLASS, MODEL_TYPE
+
+TeacherConfig: Any = getattr(transformers, CONFIG_CLASS)
 
 
 class LolcatsConfig(TeacherConfig):
@@ -15,7 +18,7 @@ class LolcatsConfig(TeacherConfig):
     The type is never the teacher's: a student that loaded as a plain softmax model would give something else.
     """
 
-    model_type = "lolcats_llama"
+    model_type = f"lolcats_{MODEL_TYPE}"
     _auto_class = "AutoConfig"
 
     lolcats: dict | None = None

@@ -2,9 +2,8 @@
 
 Works over any model whose attentions go through transformers' attention interface, by hooks on two kinds of
 modules: each attention (which is handed its layer of the cache) and the base model (which makes the cache).
-Travels inside merged model folders.
 
-Shapes: B batch, T time.
+Letters: see ../README.md.
 """
 
 from __future__ import annotations
@@ -15,15 +14,15 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from lolcats_kernels.maps import HybridConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.utils import logging
 
-from .attention import NAME, HybridAttention, register
-from .cache import LolcatsCache, LolcatsCacheLayer
+from .hf_attention import NAME, HybridAttention, register
+from .hf_cache import LolcatsCache, LolcatsCacheLayer
+from .spec import HybridConfig
 
 logger = logging.get_logger(__name__)
 

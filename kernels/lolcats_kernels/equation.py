@@ -1,0 +1,57 @@
+"""Pieces of the equation that more than one implementation uses. Letters: see ../README.md."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .spec import QUERY_BOUND, HybridConfig
+
+
+class KeyMasks(NamedTuple):
+    """Which keys a query weighs by softmax, and which enter its linear term; bool [..., queries, keys]."""
+
+    window: Tensor
+    older: Tensor
+
+
+def window_start(position: Tensor, config: HybridConfig) -> Tensor:
+    """The first key position that a query at `position` sees by softmax; `position + 1` for window 0."""
+    if config.layout == "terraced" and config.window:
+        start = (position // config.window - 1) * config.window
+    else:
+        start = position + 1 - config.window
+    return start.clamp(min=0)
+
+
+def key_masks(query: Tensor, key: Tensor, config: HybridConfig) -> KeyMasks:
+    """For query positions [..., queries] and key positions [..., keys]."""
+    query, key = query[..., :, None], key[..., None, :]
+    start = window_start(query, config)
+    return KeyMasks((key >= start) & (key <= query), (key < start) & (key <= query))
+
+
+def cap_scores(scores: Tensor, softcap: float | None) -> Tensor:
+    """softcap tanh(scores / softcap), as in Gemma 2; the scores themselves without a cap."""
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
+def bounded_exp(exponent: Tensor) -> Tensor:
+    """exp(exponent), for weights beside the window's largest, which is 1."""
+    return exponent.clamp(max=QUERY_BOUND).exp()
+
+
+def safe_divide(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """numerator / denominator; 0, with zero gradients, where nothing was summed."""
+    return numerator / torch.where(denominator > 0, denominator, 1) * (denominator > 0)
+
+
+def repeat_heads(x: Tensor, num_heads: int) -> Tensor:
+    """[B, K, T, D] -> [B, H, T, D]: each key head serves H / K query heads that lie together."""
+    batch, key_heads, time, size = x.shape
+    if key_heads == num_heads:
+        return x
+    expanded = x[:, :, None].expand(batch, key_heads, num_heads // key_heads, time, size)
+    return expanded.reshape(batch, num_heads, time, size)

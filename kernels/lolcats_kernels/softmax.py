@@ -1,0 +1,74 @@
+"""Softmax attention: the teacher's, of which transfer learns, and that of a student's layers that were kept.
+
+Letters: see ../README.md; J keys, of which the queries' are the last.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .equation import cap_scores, repeat_heads
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """What besides q, k and v decides a layer's softmax attention, as the model passed it."""
+
+    scaling: float
+    sliding_window: int | None = None
+    softcap: float | None = None
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, valid: Tensor | None = None) -> Tensor:
+    """Causal softmax attention of the last T of J tokens.
+
+    q [B, H, T, D], after RoPE; k and v [B, K, J, D], not repeated to the query heads; valid [B, J or more, the last of
+    which count] bool, True for real tokens. -> [B, H, T, D] in q's dtype; the output of tokens that are not real is 0.
+    """
+    new, seen = q.shape[2], k.shape[2]
+    whole = spec.sliding_window is None or spec.sliding_window >= seen
+    if valid is None and spec.softcap is None and whole and new in (1, seen):
+        gqa = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, is_causal=new > 1, scale=spec.scaling, enable_gqa=gqa)
+    if spec.softcap is None:
+        allowed, gqa = _allowed(q, k, spec, valid), q.shape[1] != k.shape[1]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=spec.scaling, enable_gqa=gqa)
+    else:
+        weights = softmax_scores(q, k, spec, valid).softmax(-1)
+        out = (weights @ repeat_heads(v, q.shape[1]).float()).to(q.dtype)
+    return out if valid is None else out * valid[:, None, -new:, None]
+
+
+def softmax_scores(q: Tensor, k: Tensor, spec: AttentionSpec, valid: Tensor | None = None) -> Tensor:
+    """What `softmax_attention` takes the exponentials of, [B, H, T, J] in fp32: -inf for keys that are not seen.
+    A padded query sees every key."""
+    scores = q.float() @ repeat_heads(k, q.shape[1]).float().transpose(-1, -2) * spec.scaling
+    return cap_scores(scores, spec.softcap).masked_fill(~_allowed(q, k, spec, valid), -torch.inf)
+
+
+def softmax_weights(q: Tensor, k: Tensor, spec: AttentionSpec, valid: Tensor | None = None) -> Tensor:
+    """The attention weights [B, H, T, J] in fp32 behind `softmax_attention`; rows of padded queries are zero."""
+    weights = softmax_scores(q, k, spec, valid).softmax(-1)
+    return weights if valid is None else weights * valid[:, None, -q.shape[2] :, None]
+
+
+def _allowed(q: Tensor, k: Tensor, spec: AttentionSpec, valid: Tensor | None) -> Tensor:
+    """[T, J] or [B, 1, T, J] bool: which keys a query sees."""
+    new, seen = q.shape[2], k.shape[2]
+    position = torch.arange(seen, device=q.device)
+    age = position[seen - new :, None] - position
+    allowed = age >= 0
+    if spec.sliding_window is not None:
+        allowed &= age < spec.sliding_window
+    if valid is not None:
+        valid = valid[:, -seen:]
+        # A query that sees no key gives NaN: one in padding may see all, and its output is put to 0.
+        allowed = (allowed & valid[:, None, None]) | ~valid[:, None, -new:, None]
+    return allowed

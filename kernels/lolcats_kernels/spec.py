@@ -1,0 +1,145 @@
+"""What a call of hybrid attention can choose: its configuration, and the call's own options."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import astuple, dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .feature_map import FeatureMap
+from .map_elu import ELU
+from .map_hedgehog import HEDGEHOG
+from .map_t2r import T2R
+
+MAPS = {record.name: record for record in (HEDGEHOG, T2R, ELU)}
+FEATURE_MAPS = tuple(MAPS)
+LAYOUTS = ("sliding", "terraced")
+LINEAR_FACTORS = ("one", "affine", "exp")
+TERMS = ("both", "window", "linear")
+
+# Bounds of the exponents of "exp". A key's: sums over any context stay finite in fp32. The linear weight's, beside the
+# window's largest, e^0: it stays finite. Kept keys of the sparse cache have the second bound too.
+KEY_BOUND, QUERY_BOUND = 20.0, 60.0
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raises ValueError, naming the option, unless the value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}.")
+
+
+def check_count(name: str, value: object, least: int) -> None:
+    """Raises ValueError, naming the option, unless the value is a whole number of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {least}.")
+
+
+@dataclass(frozen=True)
+class HybridConfig:
+    """What kind of hybrid attention a model uses. Plain data: `asdict(config)`, and back `HybridConfig(**d)`.
+
+    feature_map: hedgehog, t2r or elu.
+    feature_dim: F, the size of Hedgehog's weights; it gives 2F features. t2r and elu ignore it: their F is D.
+    window: keys seen by softmax (see `layout`); 0 is pure linear attention.
+    layout: sliding (the last `window` keys, the query's own included) or terraced (blocks of `window` tokens
+        counted from the first: the query's block up to itself and the whole block before).
+    linear_factor: what the weight λ of the linear term is: one; affine (1 - gamma); or exp, learned on the softmax's
+        own scale, exp(l + u . q_n - c_n) for the query and exp(w . k_j) for each key. gamma is then 1.
+
+    Raises ValueError naming the field when a value is not possible.
+    """
+
+    feature_map: str = "hedgehog"
+    feature_dim: int = 64
+    window: int = 64
+    layout: str = "sliding"
+    linear_factor: str = "one"
+
+    def __post_init__(self) -> None:
+        check_choice("feature_map", self.feature_map, FEATURE_MAPS)
+        check_count("feature_dim", self.feature_dim, 1)
+        check_count("window", self.window, 0)
+        check_choice("layout", self.layout, LAYOUTS)
+        check_choice("linear_factor", self.linear_factor, LINEAR_FACTORS)
+
+    @property
+    def map(self) -> FeatureMap:
+        """The feature map's record."""
+        return MAPS[self.feature_map]
+
+    @property
+    def slots(self) -> int:
+        """C: how many keys and values a state keeps as they are."""
+        return self.window * (2 if self.layout == "terraced" else 1)
+
+
+@dataclass(frozen=True)
+class CallSpec:
+    """All that a call of hybrid attention is told besides tensors; as for `hybrid_attention`.
+
+    Operators that are registered with torch take numbers and strings only: they get `*spec.encode()`, which their
+    schema calls `CallSpec.SCHEMA`, and make a spec of it by `CallSpec.decode`.
+    """
+
+    config: HybridConfig
+    scaling: float
+    softcap: float | None = None
+    terms: str = "both"
+
+    SCHEMA: ClassVar[str] = (
+        "str feature_map, int feature_dim, int window, str layout, str linear_factor, "
+        "float scaling, float? softcap, str terms"
+    )
+
+    def __post_init__(self) -> None:
+        check_choice("terms", self.terms, TERMS)
+        if self.softcap is not None and self.softcap <= 0:
+            raise ValueError(f"softcap is {self.softcap!r}; it must be above 0, or None.")
+
+    def encode(self) -> tuple[Any, ...]:
+        """The values of SCHEMA."""
+        return *astuple(self.config), self.scaling, self.softcap, self.terms
+
+    @classmethod
+    def decode(
+        cls,
+        feature_map: str,
+        feature_dim: int,
+        window: int,
+        layout: str,
+        linear_factor: str,
+        scaling: float,
+        softcap: float | None,
+        terms: str,
+    ) -> CallSpec:
+        """What `encode` was called on."""
+        config = HybridConfig(feature_map, feature_dim, window, layout, linear_factor)
+        return cls(config, scaling, softcap, terms)
+
+    @property
+    def has_window(self) -> bool:
+        """Whether there is a softmax term."""
+        return self.config.window > 0 and self.terms != "linear"
+
+    @property
+    def has_linear(self) -> bool:
+        """Whether there is a linear term."""
+        return self.terms != "window"
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which scores, features, sums and states are held: fp32, or fp64 for fp64 inputs."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def common_dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
+    """With autocast, norms leave q and k wider than v; the widest is used for all."""
+    return torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+
+
+def op_name(module: str, op: str) -> str:
+    """Of a custom operator. One process may hold several versions of a file: merged models bring theirs."""
+    return f"lolcats::{re.sub(r'[^0-9A-Za-z_]', '_', module)}_{op}"
