@@ -1,3 +1,17 @@
-from lolcats_cli.main import main
+"""The process `lolcats`: signals are handled before anything that takes long is imported."""
 
-main()
+from __future__ import annotations
+
+from lolcats_cli import stopping
+
+
+def main() -> None:
+    stopping.install()
+
+    from lolcats_cli.main import main as run
+
+    run()
+
+
+if __name__ == "__main__":
+    main()

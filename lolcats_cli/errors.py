@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import re
+from collections.abc import Iterator
+
 
 class LolcatsError(Exception):
     """What went wrong, where, and what to do next, in one sentence."""
@@ -40,6 +45,47 @@ def is_out_of_memory(error: BaseException) -> bool:
         or type(error).__name__ == "OutOfMemoryError"
         or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
     )
+
+
+# What the machine may have run out of, and what the user can do.
+SHORTAGES = {
+    errno.ENOSPC: "Free some disk space",
+    errno.EDQUOT: "Free some of your disk quota",
+    errno.EFBIG: "Allow larger files (ulimit -f)",
+    errno.EMFILE: "Allow more open files (ulimit -n)",
+    errno.ENFILE: "Close other programs' files",
+    errno.ENOMEM: "Free some memory",
+}
+# torch.save tells of every write that fails in such words, but not why it failed.
+_TORCH_WRITE = re.compile(r"PytorchStreamWriter|inline_container.*(unexpected pos|write failed)", re.DOTALL)
+
+
+def shortage(error: BaseException) -> str | None:
+    """What helps against the lack of disk, memory or open files that the error, or one that it came of, tells of.
+
+    Also in the words of libraries that do not raise OSError: safetensors, torch.save. None for other errors.
+    """
+    for link in _chain(error):
+        if isinstance(link, OSError) and link.errno in SHORTAGES:
+            return SHORTAGES[link.errno]
+        if is_out_of_memory(link):
+            return "Free some memory, or give smaller sizes"
+        for number, advice in SHORTAGES.items():
+            if os.strerror(number) in str(link):
+                return advice
+        if isinstance(link, RuntimeError) and _TORCH_WRITE.search(str(link)):
+            return SHORTAGES[errno.ENOSPC]
+    return None
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """The error, and what it came of, as a traceback would show them."""
+    link: BaseException | None = error
+    seen: set[int] = set()
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        yield link
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
 
 
 class Stopped(BaseException):

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import errno
+import io
+import math
 import os
-import shlex
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from lolcats_cli import __version__, stopping
 from lolcats_cli.commands.capture import capture
@@ -25,11 +26,13 @@ from lolcats_cli.commands.merge import merge
 from lolcats_cli.commands.published import import_published
 from lolcats_cli.commands.transfer import transfer
 from lolcats_cli.commands.verify import verify
-from lolcats_cli.errors import LolcatsError, Stopped, is_out_of_memory
+from lolcats_cli.errors import LolcatsError, NotEnoughSpace, Stopped, shortage
+from lolcats_cli.progress import printable
 
 EXIT_CODES = """Exit codes: 0 done, 1 a bug, 2 wrong usage, 3 bad input, 4 things that do not belong together,
 5 not enough disk or memory, 75 stopped by a signal and resumable."""
 
+MAX_INTEGER, MAX_FLOAT = 2**32 - 1, 1e9  # of an option; the former is the largest seed
 BROKEN_PIPE = 128 + 13  # as if SIGPIPE had ended us
 
 app = typer.Typer(
@@ -54,8 +57,26 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "import": import_published,
     "demo": demo,
 }
+
+
+class Command(TyperCommand):
+    """A command whose numbers are finite and of sane size: Typer's ranges let NaN through, and few have an end."""
+
+    def invoke(self, ctx: Any) -> Any:
+        for param in self.params:
+            named: Any = param
+            value = ctx.params.get(param.name or "")
+            if not isinstance(value, int | float):
+                continue
+            if isinstance(value, float) and not math.isfinite(value):
+                raise typer.BadParameter(f"{value} is not a finite number.", ctx, named)
+            if abs(value) > (MAX_FLOAT if isinstance(value, float) else MAX_INTEGER):
+                raise typer.BadParameter(f"{str(value)[:40]} is too large a number.", ctx, named)
+        return super().invoke(ctx)
+
+
 for name, command in COMMANDS.items():
-    app.command(name)(command)
+    app.command(name, cls=Command)(command)
 
 
 def _print_version(wanted: bool) -> None:
@@ -111,12 +132,16 @@ def _key(name: str) -> str:
 
 def main() -> None:
     """Run the command line and exit with a documented code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # a path's bytes, whatever they are
     code = run(sys.argv[1:])
     try:
         sys.stdout.flush()
     except BrokenPipeError:  # who read us has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = BROKEN_PIPE
+    if code == Stopped.exit_code:
+        os._exit(code)  # at once: libraries that were stopped half-way may not come to an end
     sys.exit(code)
 
 
@@ -134,46 +159,38 @@ def run(args: list[str]) -> int:
             return BROKEN_PIPE
         return end.code if isinstance(end.code, int) else 0
     except Stopped as stop:
-        print(f"Stopped by {stop}. The same command resumes: {shlex.join(['lolcats', *args])}", file=sys.stderr)
+        print(printable(stopping.farewell(str(stop), args)), file=sys.stderr)
         return Stopped.exit_code
     except Exception as error:
         if debug:
             raise
         code = exit_code(error)
         hint = " This is a bug in lolcats: --debug before the command shows where." if code == 1 else ""
-        print(f"Error: {_message(error)}{hint}", file=sys.stderr)
+        print(printable(f"Error: {_message(error)}{hint}"), file=sys.stderr)
         return code
     return 0
 
 
 def _message(error: Exception) -> str:
+    text = str(error) or type(error).__name__
     if isinstance(error, OSError) and error.strerror:
-        where = f"{error.filename}: " if error.filename else ""
-        advice = " Free some, and run the same command again to resume." if exit_code(error) == 5 else ""
-        return f"{where}{error.strerror}.{advice}"
-    return str(error) or type(error).__name__
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        text += "."
+    advice = None if isinstance(error, NotEnoughSpace) else shortage(error)
+    return text if advice is None else f"{text.rstrip('. ')}. {advice}, and run the same command again to resume."
 
 
 def exit_code(error: Exception) -> int:
     """The documented exit code of an error."""
     from lolcats_formats import ConfigMismatch, FormatError
 
+    if shortage(error) is not None:
+        return NotEnoughSpace.exit_code
     if isinstance(error, LolcatsError):
         return error.exit_code
     if isinstance(error, ConfigMismatch):
         return 4
     if isinstance(error, FormatError):
         return 3
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return 5
-    if is_out_of_memory(error):
-        return 5
-    if isinstance(error, PermissionError | FileNotFoundError | NotADirectoryError) or (
-        isinstance(error, OSError) and error.errno == errno.EROFS
-    ):
-        return 3
-    return 1
-
-
-if __name__ == "__main__":
-    main()
+    # What the system says of a path: no permission, a folder for a file, a loop of links, a name too long …
+    return 3 if isinstance(error, OSError) and error.errno is not None else 1

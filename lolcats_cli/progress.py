@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
+
+# Control characters, also of the second set (C1), what turns the direction of text, and halves of characters.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str, keep: str = "") -> str:
+    """The text with control characters as escapes, for terminals; those in `keep` stay.
+
+    Names and settings in files that others made may hold what moves a cursor or hides an error.
+    """
+    return _CONTROL.sub(lambda m: m[0] if m[0] in keep else m[0].encode("unicode_escape").decode(), text)
 
 
 class Advance(Protocol):
@@ -32,7 +44,7 @@ class StderrProgress(Progress):
         self.interval = interval
 
     def note(self, message: str) -> None:
-        print(message, file=sys.stderr, flush=True)
+        print(printable(message), file=sys.stderr, flush=True)
 
     @contextmanager
     def task(self, name: str, total: int, unit: str = "it") -> Iterator[Advance]:

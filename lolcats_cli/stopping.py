@@ -5,37 +5,88 @@ A process has one set of signal handlers, so this is a module's state and not an
 
 from __future__ import annotations
 
+import os
+import shlex
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 from lolcats_cli.errors import Stopped
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+REMINDER = 1.0  # seconds after which `Stopped` is raised again, if somebody has kept it
+
 _requested: str | None = None  # the signal's name
+_raised = False
+_handling = False
 _deferring = 0
+
+
+def install() -> None:
+    """Handle signals from now on: the first thing that a process does. Outside of `handled` they end it at once."""
+    for number in SIGNALS:
+        signal.signal(number, _handle)
 
 
 @contextmanager
 def handled() -> Iterator[None]:
-    """In this block SIGINT and SIGTERM raise `Stopped`. A third signal ends the process as the system does."""
-    global _requested
-    before = {number: signal.signal(number, _handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    """In this block SIGINT and SIGTERM raise `Stopped`, until it leaves the block. A third signal ends the process as
+    the system does. Any other error that comes of it is `Stopped` too."""
+    global _requested, _raised, _handling
+    before = {number: signal.signal(number, _handle) for number in SIGNALS}
+    before[signal.SIGALRM] = signal.signal(signal.SIGALRM, _remind)
+    _handling = True
     try:
         yield
+    except Exception as error:
+        if _raised and _requested is not None:  # a library has made an error of its own of it
+            raise Stopped(_requested) from error
+        raise
     finally:
-        _requested = None
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        _requested, _raised, _handling = None, False, False
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _handle(number: int, frame: object) -> None:
+def _handle(number: int, frame: FrameType | None) -> None:
     global _requested
     again = _requested is not None
     _requested = signal.Signals(number).name
     if again:
         signal.signal(number, signal.SIG_DFL)
     if again or not _deferring:
-        raise Stopped(_requested)
+        _stop(frame)
+
+
+def _remind(number: int, frame: FrameType | None) -> None:
+    if _requested is not None:
+        _stop(frame)
+
+
+def _stop(frame: FrameType | None) -> None:
+    """Raise `Stopped`; end the process where an exception would not come far: before a command has begun, after it has
+    ended, and in an import, which libraries wrap in handlers of all sorts. What is on the disk is always resumable."""
+    assert _requested is not None
+    if not _handling or _is_importing(frame):
+        os.write(2, f"{farewell(_requested, sys.argv[1:])}\n".encode(errors="replace"))
+        os._exit(Stopped.exit_code)
+    check()
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib."):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def farewell(name: str, args: list[str]) -> str:
+    """What a stopped process says."""
+    return f"Stopped by {name}. The same command resumes: {shlex.join(['lolcats', *args])}"
 
 
 @contextmanager
@@ -62,5 +113,9 @@ def request(by: str) -> None:
 
 def check() -> None:
     """Raise `Stopped` if a signal is waiting."""
+    global _raised
     if _requested is not None:
+        _raised = True
+        if _handling:
+            signal.setitimer(signal.ITIMER_REAL, REMINDER, REMINDER)
         raise Stopped(_requested)

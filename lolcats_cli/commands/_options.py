@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -13,12 +14,19 @@ from typing import Annotated, Any, Literal
 import typer
 
 from lolcats_cli.errors import UsageError
+from lolcats_cli.progress import printable
+
+MAX_LAYERS = 65536
+MAX_PATH = 65536  # bytes of the line on stdin
 
 ArtifactIn = Annotated[str, typer.Argument(help="The artifact's directory, or - to read its path from stdin.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="The directory to write. The same command resumes it.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything random; the same seed gives the same bytes on a CPU.")]
+Seed = Annotated[
+    int,
+    typer.Option(min=0, help="Seed of everything random; the same seed gives the same bytes on a CPU."),
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …; auto takes CUDA where there is one.")]
-Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's own), float32, bfloat16 or float16.")]
+Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="auto is the checkpoint's own.")]
 Teacher = Annotated[str | None, typer.Option(help="The teacher's folder, if it is not where it was captured.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the teacher brings along.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
@@ -62,13 +70,18 @@ def artifact_path(given: str, data: Sequence[str] | None = None) -> str:
         return given
     if "-" in (data or ()):
         raise UsageError("The artifact's path and --data cannot both come from stdin.")
-    try:
-        path = "" if sys.stdin is None else sys.stdin.readline().strip()
-    except UnicodeDecodeError as error:
-        raise UsageError("Expected an artifact's path on stdin and got something that is not text.") from error
+    path = _line_of_stdin()
     if not path:
         raise UsageError("Expected an artifact's path on stdin and got nothing: did the command before this one fail?")
     return path
+
+
+def _line_of_stdin() -> str:
+    """The first line, also if its bytes are not text: a path may be any. Empty if there is no stdin."""
+    line = sys.stdin.buffer.readline(MAX_PATH) if sys.stdin is not None else b""
+    if b"\0" in line:
+        raise UsageError("Expected an artifact's path on stdin and got a line with a zero byte.")
+    return os.fsdecode(line).strip()
 
 
 def parse_layers(text: str | None, option: str = "--layers") -> list[int] | None:
@@ -79,6 +92,8 @@ def parse_layers(text: str | None, option: str = "--layers") -> list[int] | None
     try:
         for part in text.split(","):
             first, _, last = part.partition("-")
+            if int(last or first) >= MAX_LAYERS:
+                raise ValueError(f"no model has layer {last or first}")
             layers.update(range(int(first), int(last or first) + 1))
     except ValueError as error:
         raise UsageError(f"{option} {text} is not a list like 0-3,7.") from error
@@ -112,7 +127,8 @@ def parse_samples(text: str | None) -> tuple[int, int | None]:
 
 def print_result(path: Path, summary: dict[str, Any], as_json: bool) -> None:
     """The result on stdout: the path alone, or one JSON document."""
-    print(json.dumps({"path": str(path), **summary}) if as_json else path, flush=True)
+    shown = printable(str(path)) if sys.stdout.isatty() else path
+    print(json.dumps({"path": str(path), **summary}) if as_json else shown, flush=True)
 
 
 def progress():

@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from lolcats_cli.commands import _options as o
+from lolcats_cli.errors import UsageError
+from lolcats_cli.progress import printable
 
 
 def generate(
@@ -27,6 +29,8 @@ def generate(
     seed: o.Seed = 0,
 ) -> None:
     """Continue a prompt; the text streams to stdout."""
+    if 0 < temperature < 1e-3:
+        raise UsageError(f"--temperature {temperature} divides by next to nothing; give 0, or at least 0.001.")
     given = o.artifact_path(model)
 
     from lolcats_cli.stages.generate import generate as run
@@ -34,7 +38,7 @@ def generate(
     from lolcats_cli.teacher.load import LoadOptions
 
     def write(text: str) -> None:
-        sys.stdout.write(text)
+        sys.stdout.write(printable(text, keep="\n\t") if sys.stdout.isatty() else text)
         sys.stdout.flush()
 
     loaded = load_any(given, LoadOptions(dtype, device, trust_remote_code), teacher=teacher)

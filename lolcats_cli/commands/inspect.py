@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from lolcats_cli.commands import _options as o
+from lolcats_cli.progress import printable
 
 
 def inspect(
@@ -47,7 +48,8 @@ def _lines(value: dict, indent: str = "") -> list[str]:
     """A nested dict as indented text; lists of records as tables."""
     lines = []
     width = max(map(len, value), default=0)
-    for key, item in value.items():
+    for name, item in value.items():
+        key = printable(name)
         if isinstance(item, dict) and item:
             lines += [f"{indent}{key}", *_lines(item, indent + "  ")]
         elif isinstance(item, list) and item and isinstance(item[0], dict):
@@ -59,7 +61,7 @@ def _lines(value: dict, indent: str = "") -> list[str]:
 
 def _table(rows: list[dict], indent: str) -> list[str]:
     header = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [header, *([_cell(row.get(key)) for key in header] for row in rows)]
+    cells = [list(map(printable, header)), *([_cell(row.get(key)) for key in header] for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     return [
         indent + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -71,5 +73,5 @@ def _cell(item: object) -> str:
     if isinstance(item, float):
         return f"{item:.4g}"
     if isinstance(item, list):
-        return ", ".join(map(str, item)) or "-"
-    return "-" if item is None else str(item)
+        return printable(", ".join(map(str, item))) or "-"
+    return "-" if item is None else printable(str(item))

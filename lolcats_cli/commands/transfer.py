@@ -53,7 +53,8 @@ def transfer(
         int | None, typer.Option(min=0, help="Optimizer steps, instead of --epochs; 0 trains nothing.")
     ] = None,
     lr: Annotated[
-        float | None, typer.Option(min=0, help="AdamW's learning rate, reduced on plateau: 0.02, or 0.01 (lolcats).")
+        float | None,
+        typer.Option(min=0, max=1e6, help="AdamW's learning rate, reduced on plateau: 0.02, or 0.01 (lolcats)."),
     ] = None,
     eval_steps: Annotated[
         int | None, typer.Option(min=1, help="Optimizer steps between validations: 400, or 100 (lolcats).")

@@ -21,7 +21,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 from transformers.utils.logging import disable_progress_bar
 
-from lolcats_cli.errors import BadInput, LolcatsError, is_out_of_memory
+from lolcats_cli.errors import BadInput, LolcatsError
 from lolcats_cli.stages.disk import check_space
 from lolcats_cli.student.merged import student_class
 from lolcats_cli.teacher import identity
@@ -79,8 +79,6 @@ def try_one_block(folder: Path, scratch: Path) -> None:
     try:
         logits, _ = _logits(FirstBlock, folder, torch.ones(1, length, dtype=torch.int64), scratch)
     except Exception as error:
-        if is_out_of_memory(error):
-            raise
         raise BadInput(f"A student of this teacher cannot be run: {first_line(error)}") from error
     if not logits.isfinite().all():
         raise BadInput("A student of this teacher gives logits that are NaN or infinite after its first layers.")
@@ -98,7 +96,7 @@ def check(artifact: Artifact) -> float:
         with tempfile.TemporaryDirectory() as scratch:
             logits, dtype = _logits(student_class(artifact.path), artifact.path, input_ids, Path(scratch))
     except Exception as problem:
-        if isinstance(problem, LolcatsError) or is_out_of_memory(problem):
+        if isinstance(problem, LolcatsError):
             raise
         raise BadInput(f"The student in {artifact.path} cannot be run here: {first_line(problem)}") from problem
     if logits.shape != expected.shape:

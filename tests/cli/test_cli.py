@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from lolcats_formats import Artifact, ArtifactWriter, ConfigMismatch, Damaged, FormatError, NotAnArtifact
+from safetensors import SafetensorError
 
 from lolcats_cli import __version__, errors, stopping
 from lolcats_cli.main import EXIT_CODES, exit_code
@@ -320,8 +321,21 @@ def test_disk_or_memory_is_full_on_the_way(
         (OSError(errno.ENOSPC, "x"), 5),
         (OSError(errno.EDQUOT, "x"), 5),
         (MemoryError(), 5),
-        (FileNotFoundError("x"), 3),
-        (PermissionError("x"), 3),
+        (FileNotFoundError(errno.ENOENT, "x"), 3),
+        (PermissionError(errno.EACCES, "x"), 3),
+        (OSError(errno.ENAMETOOLONG, "x"), 3),
+        (OSError(errno.ELOOP, "x"), 3),
+        (OSError("no number: a library's own"), 1),
+        (OSError(errno.EFBIG, "x"), 5),
+        (OSError(errno.EMFILE, "x"), 5),
+        (OSError(errno.ENOMEM, "x"), 5),
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), 5),
+        (SafetensorError("Error while serializing: I/O error: File too large (os error 27)"), 5),
+        (SafetensorError("Error while deserializing header: invalid"), 1),
+        (RuntimeError("[enforce fail at inline_container.cc:783] . PytorchStreamWriter failed writing file data/0"), 5),
+        (RuntimeError("[enforce fail at inline_container.cc:668] . unexpected pos 64 vs 0"), 5),
+        (RuntimeError("PytorchStreamReader failed reading zip archive: failed finding central directory"), 1),
+        (ImportError("libtorch.so: cannot open shared object file: Too many open files"), 5),
         (KeyError("x"), 1),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else str(value),
@@ -329,6 +343,20 @@ def test_disk_or_memory_is_full_on_the_way(
 def test_exit_code(error: Exception, code: int) -> None:
     assert exit_code(error) == code
     assert f"{code} " in EXIT_CODES
+
+
+def test_what_an_error_came_of_counts() -> None:
+    """Libraries, and we, make errors of errors."""
+    for lack in (OSError(errno.ENOSPC, "x"), MemoryError(), SafetensorError("No space left on device")):
+        with pytest.raises(errors.BadInput) as caught:
+            try:
+                raise lack
+            except Exception as error:
+                raise errors.BadInput("The model cannot be loaded.") from error
+        assert exit_code(caught.value) == 5
+    error = errors.BadInput("x")
+    error.__cause__ = error
+    assert exit_code(error) == 3
 
 
 def test_memory_of_torch_is_memory() -> None:
