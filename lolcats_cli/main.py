@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from lolcats_cli import __version__, stopping
+from lolcats_cli import __version__, ranks, stopping
 from lolcats_cli.commands.capture import capture
 from lolcats_cli.commands.demo import demo
 from lolcats_cli.commands.eval import evaluate
@@ -157,18 +157,25 @@ def run(args: list[str]) -> int:
     except SystemExit as end:  # how Typer ends: 0, or 2 for wrong usage
         if isinstance(end.__context__, BrokenPipeError):
             return BROKEN_PIPE
+        ranks.leave()
         return end.code if isinstance(end.code, int) else 0
     except Stopped as stop:
-        print(printable(stopping.farewell(str(stop), args)), file=sys.stderr)
-        return Stopped.exit_code
+        return _fail(Stopped.exit_code, stopping.farewell(str(stop), args))
     except Exception as error:
         if debug:
             raise
         code = exit_code(error)
         hint = " This is a bug in lolcats: --debug before the command shows where." if code == 1 else ""
-        print(printable(f"Error: {_message(error)}{hint}"), file=sys.stderr)
-        return code
+        return _fail(code, f"Error: {_message(error)}{hint}")
     return 0
+
+
+def _fail(code: int, message: str) -> int:
+    """Say why on stderr, and return the code; of several ranks the one that failed first speaks, and sets the code."""
+    first = ranks.first_failure(code)
+    if first is None:
+        print(printable(f"{f'Rank {ranks.rank()}: ' if ranks.rank() else ''}{message}"), file=sys.stderr)
+    return code if first is None else first
 
 
 def _message(error: Exception) -> str:

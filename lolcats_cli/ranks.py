@@ -44,7 +44,8 @@ def local_rank() -> int:
 def joined(device: str) -> Iterator[None]:
     """In this block the ranks are connected; they leave it together. `device` is "cpu" or "cuda".
 
-    Raises Stopped when another rank is gone, which the messages between them show.
+    Raises Stopped when another rank is gone, which the messages between them show. They stay connected afterwards, for
+    the next block, for `first_failure`, and until `leave`.
     """
     global _store
     if size() == 1:
@@ -55,9 +56,10 @@ def joined(device: str) -> Iterator[None]:
 
     if device == "cuda":
         torch.cuda.set_device(local_rank())
-    _store, number, count = next(dist.rendezvous("env://", timeout=PATIENCE))
-    backend = "cuda:nccl,cpu:gloo" if device == "cuda" else "gloo"
-    dist.init_process_group(backend, store=_store, rank=number, world_size=count, timeout=PATIENCE)
+    if not dist.is_initialized():
+        _store, number, count = next(dist.rendezvous("env://", timeout=PATIENCE))
+        backend = "cuda:nccl,cpu:gloo" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, store=_store, rank=number, world_size=count, timeout=PATIENCE)
     try:
         yield
         barrier()
@@ -65,8 +67,16 @@ def joined(device: str) -> Iterator[None]:
         if isinstance(error, dist.DistError) or "gloo" in str(error):  # gloo has no error of its own
             raise Stopped("the loss of another rank") from error
         raise
-    dist.destroy_process_group()
-    _store = None
+
+
+def leave() -> None:
+    """Take the connection down, after success: while another rank is in trouble it could wait for ever."""
+    global _store
+    if _store is not None:
+        import torch.distributed as dist
+
+        dist.destroy_process_group()
+        _store = None
 
 
 def first_failure(code: int) -> int | None:

@@ -53,7 +53,7 @@ def handled() -> Iterator[None]:
 
 def _handle(number: int, frame: FrameType | None) -> None:
     global _requested
-    again = _requested is not None
+    again = _requested in signal.Signals.__members__  # a `request` does not count
     _requested = signal.Signals(number).name
     if again:
         signal.signal(number, signal.SIG_DFL)
@@ -106,7 +106,7 @@ def requested() -> bool:
 
 
 def request(by: str) -> None:
-    """As a first signal would: wait for `check`, which names `by`. Nothing happens if one is waiting."""
+    """Let `check` stop this process too, and name `by`, unless a signal is waiting already."""
     global _requested
     _requested = _requested or by
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from lolcats_cli import ranks
 from lolcats_cli.errors import UsageError
 from lolcats_cli.progress import printable
 
@@ -68,6 +69,8 @@ def artifact_path(given: str, data: Sequence[str] | None = None) -> str:
     """The artifact's path: `given`, or the line on stdin if it is "-", where `data` cannot come from too."""
     if given != "-":
         return given
+    if ranks.size() > 1:
+        raise UsageError("Several processes cannot all read an artifact's path from stdin. Name the artifact.")
     if "-" in (data or ()):
         raise UsageError("The artifact's path and --data cannot both come from stdin.")
     path = _line_of_stdin()
@@ -126,13 +129,14 @@ def parse_samples(text: str | None) -> tuple[int, int | None]:
 
 
 def print_result(path: Path, summary: dict[str, Any], as_json: bool) -> None:
-    """The result on stdout: the path alone, or one JSON document."""
+    """The result on stdout, once if there are several ranks: the path alone, or one JSON document."""
     shown = printable(str(path)) if sys.stdout.isatty() else path
-    print(json.dumps({"path": str(path), **summary}) if as_json else shown, flush=True)
+    if ranks.rank() == 0:
+        print(json.dumps({"path": str(path), **summary}) if as_json else shown, flush=True)
 
 
 def progress():
-    """Progress on stderr."""
-    from lolcats_cli.progress import StderrProgress
+    """Progress on stderr, told once if there are several ranks."""
+    from lolcats_cli.progress import Progress, StderrProgress
 
-    return StderrProgress()
+    return StderrProgress() if ranks.rank() == 0 else Progress()

@@ -72,6 +72,9 @@ def lora(
     trust_remote_code: o.TrustRemoteCode = False,
     dtype: o.Dtype = "auto",
     device: o.Device = "auto",
+    shard: Annotated[
+        bool, typer.Option("--shard", help="Spread the teacher's weights over the processes of torchrun (FSDP2).")
+    ] = False,
     seed: o.Seed = 0,
     resume: o.Resume = "auto",
     force: o.Force = False,
@@ -117,7 +120,7 @@ def lora(
             on_bad_row=on_bad_row,
         ),
         teacher=teacher,
-        load=LoadOptions(dtype, device, trust_remote_code),
+        load=LoadOptions(dtype, device, trust_remote_code, shard),
         resume=resume,
         force=force,
         progress=o.progress(),

@@ -118,6 +118,8 @@ def lora(
         FormatError, BadInput, IdentityMismatch, UsageError: what cannot be used, before any training.
     """
     options.share(ranks.size())
+    if ranks.size() > 1 and "-" in (data or ()):
+        raise UsageError("Several processes cannot all read --data from stdin. Name a file.")
     device = load.resolved_device()
     parent = Artifact.open(transfer, "transfer")
     with ranks.joined(device.type), ExitStack() as stack:
@@ -266,11 +268,14 @@ def _with_adapter(student: PreTrainedModel, options: LoraOptions, parent: Artifa
 
 def _save_adapter(model: PeftModel, writer: ArtifactWriter) -> None:
     """Write PEFT's own folder. The maps are in ours, so the adapter is LoRA alone."""
+    from lolcats_cli.stages.lora_training import save_adapter
+
     adapter = writer.path / "adapter"
-    model.save_pretrained(str(adapter), save_embedding_layers=False)
-    (adapter / "README.md").unlink(missing_ok=True)  # PEFT's template of a model card says nothing
+    save_adapter(model, adapter)
     config = adapter / "adapter_config.json"
-    # Not the teacher's path here: the id would depend on it, and the adapter is the student's, not the teacher's.
-    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": None}, indent=2) + "\n")
+    written = json.loads(config.read_text())
+    # The id would depend on the teacher's path, whose adapter this is not, and on the order that a Python set has.
+    written |= {"base_model_name_or_path": None, "target_modules": sorted(written["target_modules"])}
+    config.write_text(json.dumps(written, indent=2) + "\n")
     for file in sorted(adapter.iterdir()):
         writer.adopt(f"adapter/{file.name}")

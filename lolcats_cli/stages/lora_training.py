@@ -96,6 +96,13 @@ def diverged(what: str, step: int, options: LoraOptions) -> BadInput:
     )
 
 
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """Write PEFT's own folder: LoRA's weights, which are whole on every rank. The maps, trained or not, are no part."""
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters() if "lora_" in name}
+    model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's template of a model card says nothing
+
+
 @dataclass
 class Arguments(TrainingArguments):
     """Trainer's settings with one device: it would take every GPU that it sees, and multiply the batch by them.
@@ -135,6 +142,8 @@ def arguments(options: LoraOptions, device: torch.device, scratch: str) -> Argum
         logging_steps=1,  # Trainer's own mean over more steps would not survive a resume
         logging_nan_inf_filter=False,  # it would hide that the training diverges
         save_strategy="no",  # the reporter says when
+        ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,
         report_to="none",
         disable_tqdm=True,
         seed=options.seed,
@@ -219,6 +228,11 @@ class StudentTrainer(Trainer):
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Order:
         return Order(len(eval_dataset), self.args.eval_batch_size, None)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Trainer's own would gather a teacher that is spread over the ranks, and adds a pickle that nobody reads."""
+        if self.args.should_save:
+            save_adapter(cast("PeftModel", self.model), Path(output_dir or str(self.args.output_dir)))
 
     def evaluation_loop(
         self,
@@ -340,8 +354,6 @@ class Reporter(TrainerCallback):
         stopping.check()
 
     def _record(self, folder: Path, checkpoints: Checkpoints) -> None:
-        for name in ("training_args.bin", "README.md"):  # a pickle that nobody reads; a template
-            (folder / name).unlink(missing_ok=True)
         numbers = {name: getattr(self, name) for name in ("initial", "loss", "evaluated", "losses")}
         (folder / "reporter.json").write_text(json.dumps(numbers))
         for hybrid in self.maps:

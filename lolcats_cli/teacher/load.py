@@ -22,11 +22,18 @@ HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py")
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How to load a model: `dtype` is a name of `DTYPES` or "auto" (the checkpoint's own)."""
+    """How to load a model.
+
+    Attributes:
+        dtype: a name of `DTYPES`, or "auto" (the checkpoint's own).
+        device: where all of it goes, unless one of the next two spreads it.
+        shard: each of several ranks holds its part of the weights, and fetches a layer's others when it runs (FSDP2).
+    """
 
     dtype: str = "auto"
     device: str = "auto"
     trust_remote_code: bool = False
+    shard: bool = False
 
     def resolved_device(self) -> torch.device:
         """The device; "auto" is CUDA where there is one, and each of several ranks has its own.
@@ -103,12 +110,20 @@ def load_model(folder: Path, options: LoadOptions, loader: Any = None) -> PreTra
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     disable_progress_bar()
     source: Any = loader or AutoModelForCausalLM
+    placement: dict[str, Any] = {}
+    if options.shard:
+        if ranks.size() == 1:
+            raise UsageError("--shard spreads the weights over several processes, and there is one. Start torchrun.")
+        from transformers.distributed import DistributedConfig
+
+        placement = {"distributed_config": DistributedConfig(fsdp_size=ranks.size())}
     try:
         model, report = source.from_pretrained(
             folder,
             dtype=DTYPES.get(options.dtype, "auto"),
             trust_remote_code=runs_own_code(folder, options.trust_remote_code),
             output_loading_info=True,
+            **placement,
         )
     except Exception as error:
         if is_out_of_memory(error):
@@ -118,7 +133,7 @@ def load_model(folder: Path, options: LoadOptions, loader: Any = None) -> PreTra
         raise BadInput(
             f"The weights in {folder} lack {sorted(report['missing_keys'])[:3]} …: download or save it again."
         )
-    return model.to(device).eval()
+    return (model if placement else model.to(device)).eval()
 
 
 def model_limit(config) -> int | None:

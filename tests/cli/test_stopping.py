@@ -127,3 +127,11 @@ def test_a_signal_after_the_end(pipeline: SimpleNamespace) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], env=ENV, capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stdout) == (75, f"{pipeline.transfer}\n"), done.stderr
+
+
+def test_a_signal_after_a_request_is_a_first_one() -> None:
+    with pytest.raises(Stopped, match="SIGTERM"), stopping.handled(), stopping.deferred():
+        stopping.request("a signal to another rank")
+        signal.raise_signal(signal.SIGTERM)
+        stopping.request("a signal to another rank")
+        stopping.check()
