@@ -23,6 +23,7 @@ from lolcats_cli.commands.inspect import inspect
 from lolcats_cli.commands.join import join
 from lolcats_cli.commands.lora import lora
 from lolcats_cli.commands.merge import merge
+from lolcats_cli.commands.plan import plan
 from lolcats_cli.commands.published import import_published
 from lolcats_cli.commands.transfer import transfer
 from lolcats_cli.commands.verify import verify
@@ -45,6 +46,7 @@ app = typer.Typer(
     help=f"Turn a softmax-attention LLM into a linear-attention one: capture, transfer, lora, merge.\n\n{EXIT_CODES}",
 )
 COMMANDS: dict[str, Callable[..., None]] = {
+    "plan": plan,
     "capture": capture,
     "transfer": transfer,
     "lora": lora,

@@ -139,11 +139,24 @@ def at_import(source: str) -> set[str]:
     return found
 
 
+LIGHT_MODULES = {
+    "lolcats_cli",
+    "lolcats_cli.errors",
+    "lolcats_cli.progress",
+    "lolcats_cli.stages.disk",
+    "lolcats_cli.stages.inspect",
+    "lolcats_cli.stages.machine",
+    "lolcats_cli.stages.plan",
+    "lolcats_cli.stages.stores",
+    "lolcats_cli.teacher.hub",
+    "lolcats_cli.teacher.identity",
+    "lolcats_cli.teacher.shape",
+}
 LIGHT = [
     file
     for file in FILES
     if module_name(file).startswith(("lolcats_formats", "lolcats_cli.commands", "lolcats_cli.main"))
-    or module_name(file) in ("lolcats_cli", "lolcats_cli.errors", "lolcats_cli.progress", "lolcats_cli.stages.inspect")
+    or module_name(file) in LIGHT_MODULES
 ]
 
 

@@ -20,6 +20,7 @@ from lolcats_cli.progress import printable
 MAX_LAYERS = 65536
 MAX_PATH = 65536  # bytes of the line on stdin
 
+
 ArtifactIn = Annotated[str, typer.Argument(help="The artifact's directory, or - to read its path from stdin.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="The directory to write. The same command resumes it.")]
 Seed = Annotated[
@@ -55,6 +56,8 @@ Pack = Annotated[bool, typer.Option(help="Fill rows with documents one after the
 TextField = Annotated[str, typer.Option(help="The column that holds the text.")]
 Subset = Annotated[str | None, typer.Option(help="The subset (configuration) of a hub dataset.")]
 Split = Annotated[str, typer.Option(help="The split of a hub dataset.")]
+Disk = Annotated[str | None, typer.Option(help="What may be written, such as 500GB; what is free otherwise.")]
+Memory = Annotated[str | None, typer.Option(help="What a device has of memory, such as 80GB.")]
 SeqLen = Annotated[int, typer.Option(min=2, help="Tokens per row.")]
 
 
@@ -85,6 +88,20 @@ def _line_of_stdin() -> str:
     if b"\0" in line:
         raise UsageError("Expected an artifact's path on stdin and got a line with a zero byte.")
     return os.fsdecode(line).strip()
+
+
+def parse_size(text: str | None, option: str) -> float | None:
+    """ "500GB", "2TB" or "1.5 GiB" as bytes, and "20M" as a number. Raises `UsageError` on anything else."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?|\d{1,18}) ?(?:([kKMGTP])(i?))?B?", text.strip())
+    size = 0.0
+    if found:
+        number, prefix, binary = found.groups()
+        size = float(number) * (1024 if binary else 1000) ** " KMGTP".index((prefix or " ").upper())
+    if not size:
+        raise UsageError(f"{option} {text} is not a size such as 500GB, 1.5TB or 20M.")
+    return size
 
 
 def parse_layers(text: str | None, option: str = "--layers") -> list[int] | None:

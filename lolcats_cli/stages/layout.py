@@ -25,14 +25,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lolcats_cli.stages.stores import GROUP_BYTES, SHARD_BYTES, blocks, group_rows
 from lolcats_cli.teacher.data import Rows, split_numbers
 from lolcats_cli.teacher.record import LayerInfo
 
-SHARD_BYTES = 256 * 2**20  # of a file
-GROUP_BYTES = 2 * 2**30  # of the q, k and v of one group of rows in all layers: what is held in memory
 SPLITS = ("train", "validation")
 SAMPLE = 16  # of so many rows one is measured, unless all are
-STORES = ("attention", "block", "tokens")
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ class Layout:
     """The files of one capture.
 
     Attributes:
-        store: one of `STORES`.
+        store: one of `stores.STORES`.
         block_size: the layers of a block, for the store "block".
         layers: the teacher's layers.
         hidden_size: E.
@@ -110,9 +108,7 @@ class Layout:
     @property
     def blocks(self) -> list[range]:
         """The layers of every block: all in one where no hidden states are stored."""
-        count = len(self.layers)
-        size = self.block_size or count
-        return [range(first, min(first + size, count)) for first in range(0, count, size)]
+        return blocks(len(self.layers), self.block_size)
 
     @property
     def row_bytes(self) -> int:
@@ -129,7 +125,7 @@ class Layout:
     def groups(self, split: str) -> list[range]:
         """The rows of the split, group by group."""
         per_layer = [self.seq_len * layer.bytes_per_token(self.dtype) for layer in self.layers]
-        size, count = max(1, min(SHARD_BYTES // max(per_layer), GROUP_BYTES // sum(per_layer))), len(self.rows[split])
+        size, count = group_rows(per_layer, SHARD_BYTES, GROUP_BYTES), len(self.rows[split])
         return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
     def units(self, block: int) -> Iterator[Unit]:

@@ -12,6 +12,7 @@ import torch
 from lolcats_cli import ranks
 from lolcats_cli.errors import BadInput, UsageError, is_out_of_memory
 from lolcats_cli.teacher import identity
+from lolcats_cli.teacher.hub import fetch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -63,20 +64,15 @@ def resolve_folder(teacher: str, revision: str | None = None) -> Path:
         identity.read_config(folder)
         identity.weight_files(folder)
         return folder.resolve()
-    if teacher.startswith((".", "/", "~")) or teacher.count("/") > 1 or folder.exists():
-        raise BadInput(f"The teacher {teacher} is not a folder. Pass a model folder, or a hub id such as org/name.")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    try:
-        snapshot = snapshot_download(teacher, revision=revision, allow_patterns=list(HUB_FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise BadInput(
-            f"The teacher {teacher} is neither a local folder nor could it be fetched from the hub "
-            f"({type(error).__name__}). Check the name, --revision, your access, and the network."
-        ) from error
-    identity.weight_files(Path(snapshot))
-    return Path(snapshot)
+    def download() -> str:
+        from huggingface_hub import snapshot_download
+
+        return snapshot_download(teacher, revision=revision, allow_patterns=list(HUB_FILES))
+
+    snapshot = fetch(teacher, download)
+    identity.weight_files(snapshot)
+    return snapshot
 
 
 def runs_own_code(folder: Path, allowed: bool) -> bool:

@@ -10,6 +10,7 @@ import pytest
 FROZEN = Path(__file__).with_name("help.txt")
 COMMANDS = (
     "",
+    "plan",
     "capture",
     "transfer",
     "lora",

@@ -1,0 +1,117 @@
+"""lolcats plan"""
+
+from __future__ import annotations
+
+import json as json_module
+import textwrap
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lolcats_cli.commands import _options as o
+
+if TYPE_CHECKING:
+    from lolcats_cli.stages.plan import Plan
+
+WIDTH = 110  # columns of sentences
+
+
+def plan(
+    teacher: Annotated[str, typer.Argument(help="A model folder, or a hub id, of which config.json alone is read.")],
+    tokens: Annotated[str, typer.Option(help="Tokens of the data, such as 20M.")],
+    seq_len: o.SeqLen = 1024,
+    gpus: Annotated[str | None, typer.Option(help="Number and kind, such as 8xH100-80GB; 1xH100-80GB without.")] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Measure this computer's rates instead, for up to a minute.")
+    ] = False,
+    disk: o.Disk = None,
+    memory: o.Memory = None,
+    revision: Annotated[str | None, typer.Option(help="The hub revision of the teacher.")] = None,
+    json: o.Json = False,
+) -> None:
+    """Say what converting a teacher takes: disk, memory, time, and the commands, for every store. Reads no weights.
+
+    Without --disk it goes by what is free where it runs.
+    """
+    number, space = o.parse_size(tokens, "--tokens"), o.parse_size(disk, "--disk")
+    given = o.parse_size(memory, "--memory")
+
+    import shutil
+
+    from lolcats_cli.errors import NotEnoughSpace, UsageError
+    from lolcats_cli.stages.machine import of_gpus
+    from lolcats_cli.stages.plan import plan as run
+    from lolcats_cli.stages.plan import to_dict
+
+    if gpus is not None and calibrate:
+        raise UsageError("--gpus and --calibrate are two sources of the same figures: choose one.")
+    if calibrate:
+        o.progress().note("measuring this computer: matrix products, a layer's attention, the disk")
+    free = space or float(shutil.disk_usage(Path.cwd()).free)
+    machine = None if calibrate else of_gpus(gpus or "1xH100-80GB")
+    found = run(
+        teacher,
+        tokens=int(number or 0),
+        disk=free,
+        machine=machine,
+        memory=given,
+        seq_len=seq_len,
+        revision=revision,
+    )
+    print(json_module.dumps(to_dict(found)) if json else "\n".join(_lines(teacher, found, free)))
+    if found.refusal is not None:
+        raise NotEnoughSpace(found.refusal)
+
+
+def _lines(teacher: str, found: Plan, disk: float) -> list[str]:
+    """The plan for people: what it is of, the table, what does not fit, and the commands."""
+    from lolcats_cli.stages.disk import human
+
+    shape, machine = found.shape, found.machine
+    size = human(shape.weights * shape.itemsize)
+    lines = [
+        f"{teacher}: {shape.weights / 1e9:.3g} B parameters, {size} in {shape.dtype}; {len(shape.layers)} layers.",
+        f"{found.rows:,} rows of {found.seq_len:,} tokens; transfer and lora take them twice (--epochs 2).",
+        f"{machine.count} x {machine.name} of {human(machine.memory)}, at {machine.rate / 1e12:.3g} TFLOP/s "
+        f"({machine.source}). {human(disk)} of disk, at {machine.disk[0] / 1e9:.2g} GB/s to write and "
+        f"{machine.disk[1] / 1e9:.2g} to read.",
+        "",
+    ]
+    rows = [("stage", "store", "disk", "device", "host", "operations", "time", "fits")]
+    rows += [
+        (
+            step.stage,
+            step.name,
+            human(step.disk),
+            human(step.memory.device),
+            human(step.memory.host),
+            f"{step.operations:.1e}" if step.operations else "-",
+            _time(step.seconds),
+            "no" if step.problems else "yes",
+        )
+        for step in found.steps
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    lines.append("")
+    problems: dict[str, list[str]] = {}
+    for step in found.steps:
+        name = f"--store {step.name.replace(' ', ' --block-size ')}" if step.store else step.stage
+        problems.setdefault(name, []).extend(step.problems)
+    sentences = [f"{name} does not fit: {'; '.join(why)}." for name, why in problems.items() if why]
+    if found.choice:
+        sentences.append(f"Take --store {found.choice.store}: {found.choice.reason}")
+    state, cache = human(found.state), human(found.cache * 1024)
+    sentences.append(f"A student keeps {state} of a sequence, however long; the teacher {cache} of every 1,024 tokens.")
+    for sentence in sentences:
+        lines += textwrap.wrap(sentence, WIDTH, break_on_hyphens=False)
+    return lines + (["", *found.commands] if found.commands else [])
+
+
+def _time(seconds: float) -> str:
+    """Seconds for people: 40 s, 12 min, 5.3 h, 3.1 days."""
+    for unit, length, most in (("s", 1, 90), ("min", 60, 90), ("h", 3600, 48)):
+        if seconds < most * length:
+            return f"{seconds / length:.2g} {unit}"
+    return f"{seconds / 86400:.3g} days"
