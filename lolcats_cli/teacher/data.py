@@ -205,8 +205,10 @@ def _padded(documents: Iterable[Document], filler: int, options: DataOptions) ->
 UNTOLD = -1  # a token of a document that does not tell whether it is a completion's
 
 
-def _marks(document: Document) -> list[int]:
-    return [UNTOLD] * len(document.ids) if document.completion is None else list(map(int, document.completion))
+def _marks(document: Document) -> array[int]:
+    if document.completion is None:
+        return array("b", [UNTOLD]) * len(document.ids)
+    return array("b", document.completion)
 
 
 def _completion(marks: Tensor) -> Tensor | None:

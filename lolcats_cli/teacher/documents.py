@@ -108,19 +108,18 @@ def _string(record: dict[str, Any], column: str) -> str:
 
 def _text(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> Document:
     """The tokens of `prompt` and `completion` as one text, and the end token. Without a prompt all is plain text."""
-    found = _encode(prompt + completion, [(len(prompt), len(prompt + completion))], tokenizer, special=True)
+    text = prompt + completion
+    found = _encode(text, [(len(prompt), len(text))] if prompt else None, tokenizer, special=True)
     end, ids = tokenizer.eos_token_id, found.ids
-    added = [] if end is None or ids[-1:] == [end] else [end]
-    if not prompt:
-        return Document([*ids, *added], untold="plain text has no prompt and completion")
-    marks = None if found.completion is None else [*found.completion, *(True for _ in added)]
-    return Document([*ids, *added], marks, found.untold)
+    if end is None or ids[-1:] == [end]:
+        return found
+    return Document([*ids, end], None if found.completion is None else [*found.completion, True], found.untold)
 
 
 def _encode(
-    text: str, spans: Sequence[tuple[int, int]], tokenizer: PreTrainedTokenizerBase, special: bool = False
+    text: str, spans: Sequence[tuple[int, int]] | None, tokenizer: PreTrainedTokenizerBase, special: bool = False
 ) -> Document:
-    """The text's tokens, those that end within one of the spans of characters marked as the completion's."""
+    """The text's tokens; if there are `spans` of characters, those that end within one are the completion's."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -128,15 +127,16 @@ def _encode(
             f"The text is not valid Unicode at character {error.start}: half a surrogate pair, or a byte that is not "
             "UTF-8."
         ) from error
+    told = spans is not None and tokenizer.is_fast
     # verbose: packing cuts what is longer than the model's limit
-    encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=tokenizer.is_fast, verbose=False)
-    if not tokenizer.is_fast:
-        return Document(
-            list(encoded["input_ids"]), untold="the tokenizer does not tell where its tokens stand in the text"
-        )
+    encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=told, verbose=False)
+    ids = list(encoded["input_ids"])
+    if spans is None:
+        return Document(ids, untold="plain text has no prompt and completion")
+    if not told:
+        return Document(ids, untold="the tokenizer does not tell where its tokens stand in the text")
     ends = [end if end > start else 0 for start, end in encoded["offset_mapping"]]  # 0: a token that is not in the text
-    marks = [any(first < end <= last for first, last in spans) for end in ends]
-    return Document(list(encoded["input_ids"]), marks)
+    return Document(ids, [any(first < end <= last for first, last in spans) for end in ends])
 
 
 def _messages(value: Any, column: str) -> list[Message]:
@@ -188,11 +188,11 @@ def _chat(messages: list[Message], prompt: int | None, tools: Any, tokenizer: Pr
         raise RowFault("The conversation has tools, which the chat template does not show. Remove that column.")
     if prompt is None and tokenizer.is_fast and re.search(r"\{%-?\s*generation\s*-?%\}", template):
         found = render(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-        return Document(_encode(text, [], tokenizer).ids, [bool(mark) for mark in found["assistant_masks"]])
+        return Document(_encode(text, None, tokenizer).ids, [bool(mark) for mark in found["assistant_masks"]])
     try:
         spans = _answers(render, messages, text, prompt)
     except RowFault as fault:
-        return Document(_encode(text, [], tokenizer).ids, untold=str(fault))
+        return Document(_encode(text, None, tokenizer).ids, untold=str(fault))
     return _encode(text, spans, tokenizer)
 
 

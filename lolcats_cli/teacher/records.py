@@ -32,6 +32,7 @@ SUFFIXES = {
 }
 COMPRESSED = (".gz", ".zst")
 MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}  # the first bytes tell, whatever the name says
+LOOK = 4096  # bytes of a first line that show what it is
 BOM = b"\xef\xbb\xbf"
 # The columns that some template takes (see `documents`). Those of Parquet that are not among them are not read.
 COLUMNS = {
@@ -223,16 +224,17 @@ def _seems(line: bytes, options: DataOptions) -> str | None:
     """The format that the first line of something without a known suffix seems to have, if not text."""
     if line.startswith(b"PAR1"):
         return "parquet"
-    text = line.removeprefix(BOM).decode("utf-8", errors="replace").strip()
-    if re.match(r'\{\s*(["}]|$)|\[\s*([{"]|$)', text):
+    line = line.removeprefix(BOM).strip()
+    start = line[:LOOK].decode("utf-8", errors="replace")
+    if re.match(r'\{\s*(["}]|$)|\[\s*([{"]|$)', start):
         return "json"
     try:
-        if isinstance(json.loads(text), dict | list):
+        if line[:1] in (b"[", b"{") and json.loads(line) is not None:
             return "json"
     except (ValueError, RecursionError):
         pass
     for delimiter, kind in (("\t", "tsv"), (",", "csv")):
-        fields = [field.strip().strip('"') for field in text.split(delimiter)]
+        fields = [field.strip().strip('"') for field in start.split(delimiter)]
         names = all(re.fullmatch(r"[\w.-]{1,40}", field) for field in fields)
         if len(fields) > 1 and names and not {*COLUMNS, options.text_field}.isdisjoint(fields):
             return kind
