@@ -22,6 +22,8 @@ ARROWS: dict[str, set[str]] = {
     "lolcats_cli.commands": {
         "lolcats_cli.stages",
         "lolcats_cli.teacher.data",  # options that the command line fills in
+        "lolcats_cli.teacher.identity",  # for mistakes that are told at once
+        "lolcats_cli.teacher.records",
         "lolcats_cli.teacher.load",
         "lolcats_kernels",
         "lolcats_formats",
@@ -150,6 +152,7 @@ LIGHT_MODULES = {
     "lolcats_cli.stages.stores",
     "lolcats_cli.teacher.hub",
     "lolcats_cli.teacher.identity",
+    "lolcats_cli.teacher.records",
     "lolcats_cli.teacher.shape",
 }
 LIGHT = [

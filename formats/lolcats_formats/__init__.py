@@ -17,7 +17,7 @@ from .errors import (
 )
 from .limits import GOLDEN, KINDS, VERSION
 from .tensors import TensorInfo
-from .writer import ArtifactWriter
+from .writer import ArtifactWriter, check_place
 
 __all__ = [
     "GOLDEN",
@@ -36,5 +36,6 @@ __all__ = [
     "WrongKind",
     "artifact_id",
     "canonical",
+    "check_place",
     "differences",
 ]

@@ -59,7 +59,9 @@ def write(path: Path, chunks: Iterable[Any]) -> Written:
                     hashed.result()
             fsync(descriptor)
         rename(beside, path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = os.fspath(path)  # a failed write does not say where
         with contextlib.suppress(OSError):
             os.unlink(beside)
         raise

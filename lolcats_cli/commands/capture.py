@@ -6,7 +6,9 @@ from typing import Annotated, Literal
 
 import typer
 
+from lolcats_cli.commands import _checks as checks
 from lolcats_cli.commands import _options as o
+from lolcats_cli.errors import UsageError
 
 
 def capture(
@@ -55,14 +57,16 @@ def capture(
 ) -> None:
     """Keep what the teacher's attentions see: queries, keys and values of every layer, or less that gives the same."""
     first, count = o.parse_samples(samples)
+    if (select is None) != (keep is None):
+        raise UsageError("--select and --keep go together: --select top-esl --keep 1000.")
+    checks.local_folder(teacher)
+    checks.data(data)
+    checks.output(output, resume, force)
 
-    from lolcats_cli.errors import UsageError
     from lolcats_cli.stages.capture import capture as run
     from lolcats_cli.teacher.data import DataOptions
     from lolcats_cli.teacher.load import LoadOptions
 
-    if (select is None) != (keep is None):
-        raise UsageError("--select and --keep go together: --select top-esl --keep 1000.")
     artifact = run(
         teacher,
         data,

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from lolcats_cli.commands import _checks as checks
 from lolcats_cli.commands import _options as o
 from lolcats_cli.errors import UsageError
 
@@ -48,6 +49,8 @@ def evaluate(
     if (data is None) == (tasks is None):
         raise UsageError("Give --data, or --tasks.")
     given = o.artifact_path(model, data)
+    checks.model(given, teacher)
+    checks.data(data)
 
     from lolcats_cli.stages.models import load_any
     from lolcats_cli.teacher.load import LoadOptions

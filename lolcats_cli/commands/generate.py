@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from lolcats_cli.commands import _checks as checks
 from lolcats_cli.commands import _options as o
 from lolcats_cli.errors import UsageError
 from lolcats_cli.progress import printable
@@ -32,6 +33,7 @@ def generate(
     if 0 < temperature < 1e-3:
         raise UsageError(f"--temperature {temperature} divides by next to nothing; give 0, or at least 0.001.")
     given = o.artifact_path(model)
+    checks.model(given, teacher)
 
     from lolcats_cli.stages.generate import generate as run
     from lolcats_cli.stages.models import load_any

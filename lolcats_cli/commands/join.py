@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+from lolcats_formats import Artifact
 
+from lolcats_cli.commands import _checks as checks
 from lolcats_cli.commands import _options as o
 
 
@@ -17,6 +19,10 @@ def join(
     json: o.Json = False,
 ) -> None:
     """Join what several machines made into what one would have made: captures by rows, transfers by layers."""
+    for part in parts:
+        Artifact.open(part, ("capture", "transfer"))
+    checks.output(output, resume, force)
+
     from lolcats_cli.stages.join import join as run
 
     artifact = run(parts, output, resume=resume, force=force, progress=o.progress())

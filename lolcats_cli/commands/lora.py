@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from lolcats_cli.commands import _checks as checks
 from lolcats_cli.commands import _options as o
 
 
@@ -82,6 +83,9 @@ def lora(
 ) -> None:
     """Train a LoRA adapter end to end on next-token loss, with the transferred attentions in place."""
     given = o.artifact_path(transfer, data)
+    checks.artifact(given, "transfer", teacher)
+    checks.data(data, captures=True)
+    checks.output(output, resume, force)
 
     from lolcats_cli.stages.lora import RECIPES, LoraOptions
     from lolcats_cli.stages.lora import lora as run

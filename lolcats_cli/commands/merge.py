@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from lolcats_cli.commands import _checks as checks
 from lolcats_cli.commands import _options as o
 
 
@@ -20,6 +21,8 @@ def merge(
 ) -> None:
     """Fold a LoRA (or a bare transfer) into the weights: a Hugging Face model folder that loads anywhere."""
     given = o.artifact_path(source)
+    checks.artifact(given, ("lora", "transfer"), teacher)
+    checks.output(output, resume, force)
 
     from lolcats_cli.stages.merge import merge as run
 

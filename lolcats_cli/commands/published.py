@@ -7,7 +7,9 @@ from typing import Annotated, Literal
 
 import typer
 
+from lolcats_cli.commands import _checks as checks
 from lolcats_cli.commands import _options as o
+from lolcats_cli.errors import BadInput, UsageError
 
 
 def import_published(
@@ -32,9 +34,18 @@ def import_published(
     json: o.Json = False,
 ) -> None:
     """Take over a checkpoint of the LoLCATs authors' code: a transfer (with --teacher), or a LoRA (with --transfer)."""
+    if teacher is None and transfer is None:
+        raise UsageError("Give --teacher MODEL for feature maps, or --transfer MAPS for a LoRA adapter.")
+    if not checkpoint.is_file():
+        raise BadInput(f"The checkpoint {checkpoint} is not a file.")
+    if transfer is not None:
+        checks.artifact(transfer, "transfer", teacher)
+    elif teacher is not None:
+        checks.local_folder(teacher)
+    checks.output(output, resume, force)
+
     from lolcats_kernels import HybridConfig
 
-    from lolcats_cli.errors import UsageError
     from lolcats_cli.stages.published import holds_adapter, import_adapter, import_maps
     from lolcats_cli.teacher.load import LoadOptions
 

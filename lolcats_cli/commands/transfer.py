@@ -6,7 +6,9 @@ from typing import Annotated, Literal
 
 import typer
 
+from lolcats_cli.commands import _checks as checks
 from lolcats_cli.commands import _options as o
+from lolcats_cli.errors import UsageError
 
 
 def transfer(
@@ -78,18 +80,21 @@ def transfer(
     The teacher is needed if the capture holds hidden states or tokens.
     """
     given, parts, (kept, keep_auto) = o.artifact_path(capture), o.parse_layers(layers), o.parse_kept(keep_softmax)
-
-    from lolcats_kernels import HybridConfig
-
-    from lolcats_cli.errors import UsageError
-    from lolcats_cli.stages.layer_training import RECIPES, TransferOptions
-    from lolcats_cli.stages.transfer import transfer as run
-    from lolcats_cli.teacher.load import LoadOptions
-
     if not 0 < gamma < 1:
         raise UsageError(f"--gamma {gamma} must lie between 0 and 1.")
     if not mse_factor and not xent_factor:
         raise UsageError("--mse-factor and --xent-factor are both 0: there is nothing to train on.")
+    opened = checks.artifact(given, "capture", teacher)
+    checks.layers("--layers", parts, opened)
+    checks.layers("--keep-softmax", kept, opened)
+    checks.output(output, resume, force)
+
+    from lolcats_kernels import HybridConfig
+
+    from lolcats_cli.stages.layer_training import RECIPES, TransferOptions
+    from lolcats_cli.stages.transfer import transfer as run
+    from lolcats_cli.teacher.load import LoadOptions
+
     given_here = {"linear_factor": linear_factor, "grad_accum": grad_accum, "lr": lr, "eval_steps": eval_steps}
     chosen = RECIPES[recipe] | {name: value for name, value in given_here.items() if value is not None}
     artifact = run(

@@ -45,10 +45,7 @@ def teacher_folder(artifact: Artifact, override: str | None = None) -> Path:
 
     Raises `BadInput` if it is not there, `IdentityMismatch` if it holds another model.
     """
-    recorded = artifact.teacher["path"]
-    if override is None and not Path(recorded).is_dir():
-        raise BadInput(f"The teacher of {artifact.path} is no longer at {recorded}. Pass its folder with --teacher.")
-    folder = resolve_folder(override or recorded)
+    folder = resolve_folder(override or str(identity.recorded_folder(artifact.teacher, artifact.path)))
     identity.check(artifact.teacher, folder)
     return folder
 

@@ -39,6 +39,7 @@ SIZE_NAMES = (
     "hidden_size", "n_embd", "num_attention_heads", "n_head", "n_heads", "num_key_value_heads", "head_dim",
     "vocab_size",
 )  # fmt: skip
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _SHARD = re.compile(r"[^/\\\x00-\x1f]+\.safetensors")
 
 
@@ -79,6 +80,28 @@ def check(expected: dict, folder: Path | str) -> None:
             f"{'differs' if len(differing) == 1 else 'differ'}. Pass the original model with --teacher, "
             "or capture this one anew."
         )
+
+
+def local_folder(teacher: str) -> Path | None:
+    """The folder that `teacher` is, with its configuration and weights in place; None for the id of a hub model.
+
+    Raises `BadInput` if it is neither.
+    """
+    folder = Path(os.path.expanduser(teacher))
+    if folder.is_dir():
+        weight_files(folder)
+        return folder.resolve()
+    if folder.exists() or not _HUB_ID.fullmatch(teacher):
+        raise BadInput(f"The teacher {teacher} is not a folder. Pass a model folder, or a hub id such as org/name.")
+    return None
+
+
+def recorded_folder(expected: dict, artifact: Path) -> Path:
+    """Where the teacher of an artifact lay, if it still does. Raises `BadInput` otherwise."""
+    folder = Path(expected["path"])
+    if not folder.is_dir():
+        raise BadInput(f"The teacher of {artifact} is no longer at {folder}. Pass its folder with --teacher.")
+    return folder
 
 
 def read_config(folder: Path) -> dict:

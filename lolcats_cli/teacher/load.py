@@ -59,11 +59,9 @@ def resolve_folder(teacher: str, revision: str | None = None) -> Path:
 
     Raises `BadInput` if it is neither a folder with weights nor to be had from the hub.
     """
-    folder = Path(teacher).expanduser()
-    if folder.is_dir():
-        identity.read_config(folder)
-        identity.weight_files(folder)
-        return folder.resolve()
+    folder = identity.local_folder(teacher)
+    if folder is not None:
+        return folder
 
     def download() -> str:
         from huggingface_hub import snapshot_download

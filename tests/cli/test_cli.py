@@ -214,7 +214,11 @@ BAD: dict[str, tuple[Case, int, str]] = {
     "gamma": (lambda m, t: ("transfer", m.capture, "-o", t / "OUT", "--gamma", "1"), 2, "--gamma 1.0 must lie between"),
     "no loss": (lambda m, t: ("transfer", m.capture, "-o", t / "OUT", "--mse-factor", "0"), 2, "nothing to train on"),
     "layers": (lambda m, t: ("transfer", m.capture, "-o", t / "OUT", "--layers", "1-x"), 2, "is not a list like 0-3,7"),
-    "layers that are not there": (lambda m, t: ("transfer", m.capture, "-o", t / "OUT", "--layers", "2"), 2, "0 and 1"),
+    "layers that are not there": (
+        lambda m, t: ("transfer", m.capture, "-o", t / "OUT", "--layers", "2"),
+        2,
+        "the layers are 0 to 1",
+    ),
     "a layer that is not there": (lambda m, t: ("inspect", m.capture, "--layer", "2"), 2, "has no layer 2"),
     "nothing on stdin": (lambda m, t: ("transfer", "-", "-o", t / "OUT"), 2, "did the command before this one fail"),
     "targets": (

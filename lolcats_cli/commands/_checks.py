@@ -1,0 +1,59 @@
+"""What a command is given, looked at before torch and transformers are imported, so that a mistake is told at once.
+
+The stages check again what they use; nothing here is needed for safety.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+from lolcats_formats import Artifact, check_place
+
+from lolcats_cli.errors import UsageError
+from lolcats_cli.teacher.identity import local_folder, recorded_folder
+from lolcats_cli.teacher.records import find_files
+
+
+def artifact(path: str | Path, kind: str | tuple[str, ...], teacher: str | None = None) -> Artifact:
+    """The artifact of a kind in `path`. Raises if it is not there, or its teacher not where it was or `teacher` says.
+
+    Students, and captures of queries, keys and values, are used without their teacher.
+    """
+    opened = Artifact.open(path, kind)
+    if teacher is not None:
+        local_folder(teacher)
+    elif opened.kind in ("transfer", "lora") or opened.config.get("store", "attention") != "attention":
+        recorded_folder(opened.teacher, opened.path)
+    return opened
+
+
+def model(path: str, teacher: str | None = None) -> None:
+    """What `load_any` takes. Raises if it is not there."""
+    if any((Path(path) / name).is_file() for name in ("manifest.json", "progress.json")):
+        artifact(path, ("transfer", "lora", "student"), teacher)
+    else:
+        local_folder(path)
+
+
+def data(sources: Iterable[str] | None, captures: bool = False) -> None:
+    """Raises if a source of data is neither here nor a hub dataset's id, nor, with `captures`, a capture."""
+    for source in sources or ():
+        if captures and (Path(source) / "manifest.json").is_file():
+            Artifact.open(source, "capture")
+        else:
+            find_files(source)
+
+
+def output(path: Path, resume: Literal["auto", "required", "never"], force: bool) -> None:
+    """Raises if nothing can be written there."""
+    check_place(path, resume, force)
+
+
+def layers(option: str, chosen: Iterable[int | str] | None, opened: Artifact) -> None:
+    """Raises UsageError for a layer that the artifact's teacher has not."""
+    count = len(opened.teacher["layers"])
+    for layer in chosen or ():
+        if isinstance(layer, int) and not 0 <= layer < count:
+            raise UsageError(f"{option} {layer}: the layers are 0 to {count - 1}.")

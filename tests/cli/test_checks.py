@@ -1,0 +1,115 @@
+"""A wrong path or option is told before torch and transformers are imported, in every command."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ENV = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(ROOT / "formats")])}
+# {…} are the artifacts of the fixture `pipeline`. What is said ends with the sentence, or holds the words.
+MISTAKES = [
+    ("capture nowhere {text} -o new", 3, "The teacher nowhere is not a folder"),
+    ("capture {text} {text} -o new", 3, "is not a folder"),
+    ("capture . {text} -o new", 3, ". is not a model folder: it has no config.json"),
+    ("capture ~nobody-of-that-name/x {text} -o new", 3, "is not a folder"),
+    ("capture {teacher} nowhere.jsonl -o new", 3, "The data nowhere.jsonl is not a file"),
+    ("capture {teacher} *.jsonl -o new", 3, "No file matches the pattern"),
+    ("capture {teacher} {text} -o {text}", 3, "is a file; give a directory"),
+    ("capture {teacher} {text} -o {teacher}", 3, "holds other files and no artifact"),
+    ("capture {teacher} {text} -o {text}/below", 3, "Not a directory"),
+    ("capture {teacher} {text} -o new --resume required", 3, "nothing to resume"),
+    ("capture {teacher} {text} -o new --keep 3", 2, "--select and --keep go together"),
+    ("capture {teacher} {text} -o new --dtype int8", 2, "--dtype"),
+    ("transfer nowhere -o new", 3, "nowhere does not exist"),
+    ("transfer {teacher} -o new", 3, "is a model folder but no artifact"),
+    ("transfer {lora} -o new", 3, "a capture artifact is needed here"),
+    ("transfer {capture} -o {teacher}", 3, "holds other files"),
+    ("transfer {capture} -o new --layers 0-7", 2, "--layers 2: the layers are 0 to 1"),
+    ("transfer {capture} -o new --keep-softmax 7", 2, "--keep-softmax 7: the layers are 0 to 1"),
+    ("transfer {capture} -o new --gamma 1", 2, "--gamma 1.0 must lie between"),
+    ("transfer {capture} -o new --teacher nowhere", 3, "The teacher nowhere is not a folder"),
+    ("lora {capture} -o new", 3, "a transfer artifact is needed here"),
+    ("lora {transfer} -o new --data nowhere.txt", 3, "The data nowhere.txt is not a file"),
+    ("lora {transfer} -o new --data {lora}", 3, "a capture artifact is needed here"),
+    ("lora {transfer} -o new --teacher nowhere", 3, "The teacher nowhere is not a folder"),
+    ("lora {transfer} -o {text}", 3, "is a file; give a directory"),
+    ("merge {capture} -o new", 3, "a lora or transfer artifact is needed here"),
+    ("merge {lora} -o {text}", 3, "is a file; give a directory"),
+    ("merge {lora} -o new --teacher .", 3, "is not a model folder"),
+    ("join {capture} {lora} -o new", 3, "a capture or transfer artifact is needed here"),
+    ("join {capture} nowhere -o new", 3, "nowhere does not exist"),
+    ("join {capture} {capture} -o {text}", 3, "is a file; give a directory"),
+    ("eval nowhere --data {text}", 3, "The teacher nowhere is not a folder"),
+    ("eval {capture} --data {text}", 3, "a transfer or lora or student artifact is needed here"),
+    ("eval {student} --data nowhere.txt", 3, "The data nowhere.txt is not a file"),
+    ("eval {student}", 2, "Give --data, or --tasks"),
+    ("generate nowhere --prompt x", 3, "The teacher nowhere is not a folder"),
+    ("generate {lora} --prompt x --teacher nowhere", 3, "The teacher nowhere is not a folder"),
+    ("import nowhere.pt --teacher {teacher} -o new", 3, "nowhere.pt is not a file"),
+    ("import {text} -o new", 2, "Give --teacher MODEL for feature maps, or --transfer MAPS"),
+    ("import {text} --teacher nowhere -o new", 3, "The teacher nowhere is not a folder"),
+    ("import {text} --transfer {lora} -o new", 3, "a transfer artifact is needed here"),
+    ("verify nowhere", 3, "nowhere does not exist"),
+    ("inspect nowhere", 3, "nowhere does not exist"),
+    ("inspect {lora} --layer 7", 2, "has no layer 7"),
+]
+CHILD = """
+import contextlib, io, json, sys
+from lolcats_cli.main import run
+results = []
+for args in json.load(sys.stdin):
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        code = run(args)
+    heavy = sorted({"torch", "transformers", "peft", "datasets", "numpy"} & set(sys.modules))
+    results.append([code, said.getvalue(), heavy])
+print(json.dumps(results))
+"""
+
+
+def test_mistakes_are_told_before_anything_heavy_is_imported(pipeline: SimpleNamespace, tmp_path: Path) -> None:
+    """All in one process: what the first ones imported would be seen in the last ones too."""
+    commands = [[part.format(**vars(pipeline)) for part in text.split()] for text, _, _ in MISTAKES]
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD],
+        input=json.dumps(commands),
+        cwd=tmp_path,
+        env=ENV,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    for (text, code, message), (found, said, heavy) in zip(MISTAKES, json.loads(done.stdout), strict=True):
+        assert (found, heavy) == (code, []), (text, said)
+        assert message in said.splitlines()[-1], (text, said)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_place_that_cannot_be_written_to(pipeline: SimpleNamespace, invoke, tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    result = invoke("transfer", pipeline.capture, "-o", tmp_path / "maps")
+    tmp_path.chmod(0o700)
+    assert (result.code, result.err) == (3, f"Error: {tmp_path}: Permission denied.\n")
+
+
+def test_a_teacher_that_is_gone_is_told_at_once(pipeline: SimpleNamespace, invoke, tmp_path: Path) -> None:
+
+    folder = shutil.copytree(pipeline.transfer, tmp_path / "maps")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["teacher"]["path"] = str(tmp_path / "gone")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    for command in ("lora {} -o x", "merge {} -o x", "eval {} --data {text}", "generate {} --prompt x"):
+        args = command.format(folder, text=pipeline.text).split()
+        result = invoke(*args)
+        assert (result.code, result.out) == (3, "")
+        assert f"is no longer at {tmp_path / 'gone'}. Pass its folder with --teacher." in result.err
