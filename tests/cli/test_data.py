@@ -166,10 +166,9 @@ def test_surrogates_and_closed_stdin(capture: Capture) -> None:
 
 
 def test_closed_stdin_where_a_path_is_expected(invoke, tmp_path: Path) -> None:
-    for stdin in (None, b"\xff\xfe\n"):
-        result = invoke("transfer", "-", "-o", tmp_path / "t", stdin=stdin)
-        assert result.code == 2
-        assert "Expected an artifact's path on stdin and got" in result.err
+    result = invoke("transfer", "-", "-o", tmp_path / "t", stdin=None)
+    assert result.code == 2
+    assert "Expected an artifact's path on stdin and got nothing" in result.err
 
 
 def test_tool_calls_of_parquet(capture: Capture, with_template, tmp_path: Path) -> None:
