@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint install benchmarks-gpu clean
+.PHONY: demo test test-gpu lint install benchmarks-gpu clean
 
 demo: install
 	$(BIN)/lolcats demo $(DEMO)
@@ -23,6 +23,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
+
+# On a GPU, with a Python that has torch for it, triton, hypothesis, pytest, pytest-timeout: make test-gpu PYTHON=python
+test-gpu: export PYTHONPATH := .:kernels:formats
+test-gpu:
+	LOLCATS_TEST_DEVICE=cuda $(PYTHON) -m pytest -q -m gpu tests/kernels
 
 # On a GPU, with a Python that has torch for it, triton, transformers, matplotlib: make benchmarks-gpu PYTHON=python
 RESULTS := benchmarks/results

@@ -11,9 +11,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ["TRITON_INTERPRET"] = "1"  # read once, when Triton is imported
+# What the tests marked `gpu` run on: nothing, and they are skipped; cuda (`make test-gpu`); or cpu, under Triton's
+# interpreter. All other tests see no GPU.
+TEST_DEVICE = os.environ.get("LOLCATS_TEST_DEVICE", "")
+if TEST_DEVICE != "cuda":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.environ["TRITON_INTERPRET"] = "1"  # read once, when Triton is imported
 # Libraries' caches go to a temporary folder; they look there once, when they are imported.
 CACHES = tempfile.mkdtemp(prefix="lolcats-tests-")
 atexit.register(shutil.rmtree, CACHES, ignore_errors=True)
@@ -61,6 +65,22 @@ def make_teacher(folder: Path, *, seed: int = 0, **overrides: object) -> Path:
     LlamaForCausalLM(LlamaConfig(**(config | overrides))).save_pretrained(folder)
     make_tokenizer(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def gpu() -> torch.device:
+    """What a test marked `gpu` runs on; skips it where there is nothing."""
+    if not TEST_DEVICE:
+        pytest.skip("needs a GPU: make test-gpu")
+    return torch.device(TEST_DEVICE)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where GPUs are seen, tests that are not for them are skipped: they would use them."""
+    if TEST_DEVICE == "cuda":
+        for item in items:
+            if not item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="sees no GPU: run it without LOLCATS_TEST_DEVICE"))
 
 
 @pytest.fixture(scope="session")

@@ -100,7 +100,7 @@ def _room(plan: Plan, inputs: Inputs, with_sums: bool) -> Results:
     summed = (q.shape[0] if with_sums else 0), plan.num_heads, features
     kept = Kept(
         phi_q=q.new_empty(held, total, width),
-        phi_k=q.new_empty(held, total + (plan.reach - 1) * plan.chunk, width),
+        phi_k=q.new_empty(held, total + plan.front, width),
         sums=q.new_empty(held, plan.chunks if plan.has_sums else 0, width, size),
         norms=q.new_empty(held, plan.chunks if plan.has_sums else 0, width),
         linear_weight=q.new_empty(0 if inputs.query_logits is None else held, total, 1),
@@ -122,16 +122,14 @@ def chunked_forward(*arguments: Any) -> tuple[Tensor, ...]:
     plan = _plan(inputs, spec, keep)
     out, *sums, kept = _room(plan, inputs, num_summed is not None)
     counts = None if num_summed is None else num_summed.tolist()
-    q = pad_chunks(_rows(inputs.q), plan)
-    k, v = (pad_chunks(_rows(x), plan, plan.reach - 1) for x in (inputs.k, inputs.v))
-    front = k.shape[1] - q.shape[1]
-    kept.phi_k[:, :front] = 0
-    for part in plan.row_slices(len(q)):
+    rows = _in_rows(inputs, plan)
+    kept.phi_k[:, : plan.front] = 0
+    for part in plan.row_slices(len(out)):
         mine = Kept(*(x[part.rows] for x in kept)) if keep else kept
-        _attend(plan, part, inputs, q[part.rows], k[part.keys], v[part.keys], out[part.rows], mine)
+        _attend(plan, part, rows, out[part.rows], mine)
         if counts is not None:
-            first = slice(front, front + counts[part.rows.start // plan.num_heads])
-            summed, values = mine.phi_k[:, first], v[part.keys, first]
+            first = slice(plan.front, plan.front + counts[part.rows.start // plan.num_heads])
+            summed, values = mine.phi_k[:, first], rows.v[part.keys, first]
             torch.matmul(summed.transpose(-1, -2), values, out=_rows(sums[0])[part.rows])
             torch.sum(summed, 1, out=_rows(sums[1])[part.rows])
     out = out[:, : inputs.q.shape[2]].contiguous().unflatten(0, inputs.q.shape[:2])
@@ -151,14 +149,26 @@ def _decoded(arguments: Sequence[Any]) -> tuple[Inputs, Tensor | None, bool, Cal
     return Inputs(*inputs), num_summed, keep, CallSpec.decode(*spec)
 
 
-def _attend(
-    plan: Plan, part: RowSlice, inputs: Inputs, q: Tensor, k: Tensor, v: Tensor, out: Tensor, kept: Kept
-) -> None:
-    """Fills a slice's out and kept; k and v with the zeros in front."""
+def _in_rows(inputs: Inputs, plan: Plan) -> Inputs:
+    """With rows [R, ...], of whole chunks: q [R, M L, D], k and v with the zeros in front, query_logits [R, M L, 1]."""
+    logits, sums, norms = inputs.query_logits, inputs.initial_sums, inputs.initial_norms
+    return inputs._replace(
+        q=pad_chunks(_rows(inputs.q), plan),
+        k=pad_chunks(_rows(inputs.k), plan, plan.front),
+        v=pad_chunks(_rows(inputs.v), plan, plan.front),
+        query_logits=None if logits is None else pad_chunks(_rows(logits)[..., None], plan),
+        initial_sums=None if sums is None else _rows(sums),
+        initial_norms=None if norms is None else _rows(norms),
+    )
+
+
+def _attend(plan: Plan, part: RowSlice, inputs: Inputs, out: Tensor, kept: Kept) -> None:
+    """Fills a slice's out and kept; inputs in rows."""
     spec, gamma = plan.spec, inputs.gamma[part.heads]
+    q, k, v = inputs.q[part.rows], inputs.k[part.keys], inputs.v[part.keys]
     of_q, of_k = _of_heads(inputs.of_q, part.heads), _of_heads(inputs.of_k, part.heads)
     if inputs.query_logits is not None:
-        kept.linear_weight.copy_(pad_chunks(_rows(inputs.query_logits)[part.rows, :, None], plan))
+        kept.linear_weight.copy_(inputs.query_logits[part.rows])
     for tile in plan.tiles():
         at, own = tile.tokens, tile.own
         if spec.has_linear:
@@ -223,22 +233,22 @@ def _chunked_backward(
     """Gradients of `Inputs`, empty where they are not needed; grad and out [B, H, T, Dv]."""
     given = Inputs(*inputs)  # type: ignore[arg-type]
     plan = _plan(given, CallSpec.decode(*spec), keep=True)
-    q, out, grad = (pad_chunks(_rows(x), plan) for x in (given.q, out, grad))
-    k, v = (pad_chunks(_rows(x), plan, plan.reach - 1) for x in (given.k, given.v))
-    padded = given._replace(q=q, k=k, v=v)
-    zeros = [x.new_zeros(x.shape) if need and x is not None else None for x, need in zip(padded, needs, strict=True)]
+    rows, out, grad = _in_rows(given, plan), *(pad_chunks(_rows(x), plan) for x in (out, grad))
+    zeros = [x.new_zeros(x.shape) if need and x is not None else None for x, need in zip(rows, needs, strict=True)]
     totals = Inputs(*zeros)  # type: ignore[arg-type]
-    for part in plan.row_slices(len(q)):
+    for part in plan.row_slices(len(out)):
         mine = Kept(*(x[part.rows] for x in kept))
-        _add_gradients(plan, part, padded, mine, out[part.rows], grad[part.rows], totals)
-    front, time = k.shape[1] - q.shape[1], given.q.shape[2]
-    dq, dk, dv = totals.q, totals.k, totals.v
-    totals = totals._replace(
-        q=None if dq is None else dq[:, :time].unflatten(0, given.q.shape[:2]),
-        k=None if dk is None else dk[:, front : front + time].unflatten(0, given.k.shape[:2]),
-        v=None if dv is None else dv[:, front : front + time].unflatten(0, given.v.shape[:2]),
-    )
-    return [q.new_empty(0) if x is None else x.contiguous() for x in totals]
+        _add_gradients(plan, part, rows, mine, out[part.rows], grad[part.rows], totals)
+    starts = {"q": 0, "k": plan.front, "v": plan.front, "query_logits": 0}  # of the tokens
+    found = []
+    for (name, total), x in zip(totals._asdict().items(), given, strict=True):
+        if total is None or x is None:
+            found.append(grad.new_empty(0))
+            continue
+        if name in starts:
+            total = total[:, starts[name] : starts[name] + plan.time]
+        found.append(total.reshape(x.shape).contiguous())
+    return found
 
 
 @_chunked_backward.register_fake
@@ -249,7 +259,7 @@ def _(grad: Tensor, out: Tensor, kept: Any, inputs: Any, needs: Any, *spec: Any)
 def _add_gradients(
     plan: Plan, part: RowSlice, inputs: Inputs, kept: Kept, out: Tensor, grad: Tensor, totals: Inputs
 ) -> None:
-    """Adds a slice's gradients to totals, where these are not None; q, k, v of inputs and totals in whole chunks."""
+    """Adds a slice's gradients to totals, where these are not None; inputs and totals in rows."""
     spec, record = plan.spec, plan.spec.config.map
     q, k = inputs.q[part.rows], inputs.k[part.keys]
     dq, dk, dv = _some(totals.q, part.rows), _some(totals.k, part.keys), _some(totals.v, part.keys)
@@ -280,8 +290,8 @@ def _add_gradients(
                 each = torch.linalg.vecdot(dweighted_q, weighted_q).view(len(q), -1)
                 dlog_weight += each.sum(-1)
                 if totals.query_logits is not None:  # the bound passes no gradient
-                    bounded = kept.linear_weight[:, at, 0] >= math.exp(QUERY_BOUND)
-                    _add_tokens(_rows(totals.query_logits)[part.rows], at, each.masked_fill_(bounded, 0))
+                    bounded = kept.linear_weight[:, at] >= math.exp(QUERY_BOUND)
+                    totals.query_logits[part.rows, at] = each[..., None].masked_fill_(bounded, 0)
             if linear_weight is not None:
                 dweighted_q *= linear_weight
             dphi_q = dweighted_q.view(len(q), -1, dweighted_q.shape[-1])
@@ -296,9 +306,9 @@ def _add_gradients(
     if totals.linear_weight is not None and inputs.linear_weight is not None:
         totals.linear_weight[part.heads] += dlog_weight / inputs.linear_weight[part.heads]
     if totals.initial_sums is not None:
-        _rows(totals.initial_sums)[part.rows] = backward.dsums[:, 0]
+        totals.initial_sums[part.rows] = backward.dsums[:, 0]
     if totals.initial_norms is not None:
-        _rows(totals.initial_norms)[part.rows] = backward.dnorms[:, 0]
+        totals.initial_norms[part.rows] = backward.dnorms[:, 0]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -342,17 +352,11 @@ def _any(parameters: MapParameters) -> bool:
     return any(x is not None for x in parameters)
 
 
-def _add_tokens(total: Tensor, tokens: slice, part: Tensor) -> None:
-    """total [r, T] += part [r, tokens], of which the last may lie after T."""
-    total = total[:, tokens]
-    total += part[:, : total.shape[1]]
-
-
 def _initial(inputs: Inputs, part: RowSlice) -> KeySums | None:
     """S and z of the initial state, of a slice's rows."""
     if inputs.initial_sums is None or inputs.initial_norms is None:
         return None
-    return KeySums(_rows(inputs.initial_sums)[part.rows], _rows(inputs.initial_norms)[part.rows])
+    return KeySums(inputs.initial_sums[part.rows], inputs.initial_norms[part.rows])
 
 
 def _linear_weight(tile: Tile, inputs: Inputs, part: RowSlice, kept: Kept) -> Tensor | None:

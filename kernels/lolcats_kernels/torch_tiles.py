@@ -25,7 +25,6 @@ _MIN_CHUNK = 64  # smaller chunks mean more sums, larger ones more masked work
 # exp is several times slower where it underflows, and always on -inf. e^-80 is nothing beside the window's e^0.
 _LEAST_EXPONENT = -80.0
 _TILE_SCORES = 2**18  # scores held at a time on CPU: 1 MB in fp32
-_ROUND = 16  # a product over some of a band's keys takes a multiple of so many: vectors of a CPU
 
 
 @dataclass(frozen=True)
@@ -61,6 +60,11 @@ class Plan:
         return 2 if self.spec.config.window and self.chunks > 1 else 1
 
     @property
+    def front(self) -> int:
+        """Zeros in front of the keys, so that the first chunk has a band too."""
+        return (self.reach - 1) * self.chunk
+
+    @property
     def has_sums(self) -> bool:
         """Whether any query has keys before its band."""
         return self.spec.has_linear and (self.has_initial_state or self.chunks > self.reach)
@@ -91,7 +95,7 @@ class Plan:
         """[L, first keys of the band]: 1 where a key of the band enters the linear term; no later one does."""
         older = self._masks.older
         keys = older.any(0).nonzero()
-        count = -(-(int(keys[-1]) + 1) // _ROUND) * _ROUND if self.spec.has_linear and len(keys) else 0
+        count = int(keys[-1]) + 1 if self.spec.has_linear and len(keys) else 0
         return older[:, :count].to(self.dtype)
 
     def row_slices(self, rows: int) -> Iterator[RowSlice]:
@@ -137,13 +141,13 @@ class Tile:
 
     @property
     def seen(self) -> slice:
-        """The bands, among the keys with P - 1 chunks of zeros in front."""
-        return slice(self.first * self.plan.chunk, (self.last + self.plan.reach - 1) * self.plan.chunk)
+        """The bands, among the keys with the zeros in front."""
+        return slice(self.tokens.start, self.tokens.stop + self.plan.front)
 
     @property
     def own(self) -> slice:
         """The tile's tokens among those keys."""
-        return slice(self.seen.start + (self.plan.reach - 1) * self.plan.chunk, self.seen.stop)
+        return slice(self.seen.start + self.plan.front, self.seen.stop)
 
     def of(self, x: Tensor) -> Tensor:
         """The tile's part of x [r, M L, N], as a view [r, c, L, N]."""
@@ -207,6 +211,6 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def pad_chunks(x: Tensor, plan: Plan, front: int = 0) -> Tensor:
-    """[., T, N] -> [., (front + M) L, N], zeros before and after."""
+    """[., T, N] -> [., front + M L, N], zeros before and after."""
     missing = plan.chunks * plan.chunk - x.shape[1]
-    return pad(x, (0, 0, front * plan.chunk, missing)) if front or missing else x.contiguous()
+    return pad(x, (0, 0, front, missing)) if front or missing else x.contiguous()

@@ -4,6 +4,7 @@ Letters: see kernels/README.md.
 """
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -64,6 +65,12 @@ class Case:
         self.maps.to(torch.promote_types(dtype, torch.float32))
         return replace(self, q=self.q.to(dtype), k=self.k.to(dtype), v=self.v.to(dtype))
 
+    def on(self, device: torch.device, dtype: torch.dtype) -> "Case":
+        """The same values elsewhere and in another dtype, with maps of its own."""
+        q, k, v = (x.detach().to(device, dtype) for x in (self.q, self.k, self.v))
+        maps = deepcopy(self.maps).to(device, torch.promote_types(dtype, torch.float32))
+        return replace(self, q=q, k=k, v=v, maps=maps, valid=None if self.valid is None else self.valid.to(device))
+
     def part(self, begin: int, end: int) -> "Case":
         valid = None if self.valid is None else self.valid[:, begin:end]
         q, k, v = (x[:, :, begin:end] for x in (self.q, self.k, self.v))
@@ -85,7 +92,7 @@ class Case:
             out = self.run(backend)
         if not out.requires_grad:  # nothing was summed
             return [torch.zeros_like(leaf) for leaf in self.leaves]
-        weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape).cos()
+        weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape).cos().to(out)
         return list(torch.autograd.grad((out * weight).sum(), self.leaves, allow_unused=True, materialize_grads=True))
 
 
@@ -169,6 +176,19 @@ _SMALL = {
 }
 
 
+# For GPUs, where every other size compiles kernels of its own.
+_GRID = {
+    "batch": st.sampled_from((1, 2)),
+    "group": st.sampled_from((1, 4)),
+    "time": st.sampled_from((1, 64, 129, 256)),
+    "head_dim": st.sampled_from((16, 64, 80, 128, 256)),
+    "value_dim": st.sampled_from((16, 64, 80, 128, 256)),
+    "feature_dim": st.sampled_from((1, 16, 64, 128, 256)),
+    "cuts": st.sampled_from(((40,), (100, 101))),
+    "window": st.sampled_from((0, 1, 16, 64, 70, 300)),
+}
+
+
 @pytest.fixture(scope="session")
 def make_case() -> Callable[..., Case]:
     return build_case
@@ -184,6 +204,12 @@ def cases() -> st.SearchStrategy[Case]:
 def small_cases() -> st.SearchStrategy[Case]:
     """The same, shorter."""
     return st.builds(build_case, **(_OPTIONS | _SMALL))
+
+
+@pytest.fixture(scope="session")
+def grid_cases() -> st.SearchStrategy[Case]:
+    """The same, with sizes up to 256 that repeat."""
+    return st.builds(build_case, **(_OPTIONS | _GRID))
 
 
 @pytest.fixture
