@@ -16,8 +16,9 @@ from .errors import (
     WrongKind,
 )
 from .limits import GOLDEN, KINDS, VERSION
+from .place import check_place
 from .tensors import TensorInfo
-from .writer import ArtifactWriter, check_place
+from .writer import ArtifactWriter
 
 __all__ = [
     "GOLDEN",

@@ -121,6 +121,15 @@ def fsync(descriptor: int) -> None:
     os.fsync(descriptor)
 
 
+def fsync_file(path: Path) -> None:
+    """The bytes of a file that is closed reach the disk before this returns."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def fsync_directory(path: Path) -> None:
     """The directory's entries reach the disk before this returns."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -26,6 +26,7 @@ README = "README.md"
 SCRATCH = "scratch"
 LOCK = ".lock"
 TEMPORARY_SUFFIX = ".lolcats-tmp"
+PART_PREFIX = ".part-"  # of the directory of a part that another process writes
 REPLACEMENT_SUFFIX = ".lolcats-new"
 
 MAX_JSON_BYTES = 32 * 2**20  # manifest.json, progress.json

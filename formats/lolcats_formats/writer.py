@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from . import atomic, schema
 from .artifact import Artifact, check_names, hash_file, lineage, read_small, unlisted, walk
@@ -28,6 +27,7 @@ from .limits import (
     MAX_JSON_BYTES,
     MAX_METRICS_LINE,
     METRICS,
+    PART_PREFIX,
     PROGRESS,
     README,
     REPLACEMENT_SUFFIX,
@@ -37,12 +37,11 @@ from .limits import (
     check_name,
 )
 from .lock import DirectoryLock
+from .place import Resume, check_place
 from .tensors import CHUNK, serialize
 
 if TYPE_CHECKING:
     import torch
-
-Resume = Literal["auto", "required", "never"]
 
 _IDENTITY = (
     "kind",
@@ -125,6 +124,11 @@ class ArtifactWriter:
         """True when the file is complete: written in this run or in the one that is continued."""
         return name in (self.finished.files if self.finished else self._record["files"])
 
+    @property
+    def files(self) -> list[str]:
+        """The names of the files that are complete."""
+        return list(self.finished.files if self.finished else self._record["files"])
+
     def restart(self) -> Path | None:
         """Goes back to the checkpoint, for a stage whose files all come after it: forgets the files so far and the
         events since. Returns `checkpointed`."""
@@ -147,8 +151,8 @@ class ArtifactWriter:
         self._assert_open()
         files = {}
         for name in sorted(walk(folder)):
-            _make_durable(folder / name)
-            files[name] = _entry(atomic.Written(*hash_file(folder / name)))
+            atomic.fsync_file(folder / name)
+            files[name] = _entry(_hashed(folder / name))
         atomic.fsync_directory(folder)
         atomic.fsync_directory(folder.parent)
         self._mark_metrics()
@@ -163,11 +167,7 @@ class ArtifactWriter:
         if state is None:
             return None
         folder = self.path / SCRATCH / state["folder"]
-        found = (
-            {}
-            if not folder.is_dir()
-            else {name: _entry(atomic.Written(*hash_file(folder / name))) for name in walk(folder)}
-        )
+        found = {} if not folder.is_dir() else {name: _entry(_hashed(folder / name)) for name in walk(folder)}
         if found != state["files"]:
             raise Damaged(f"{folder} is not as it was saved, so {self.path} cannot be resumed; begin anew with --force")
         return folder
@@ -215,6 +215,51 @@ class ArtifactWriter:
         else:
             self._write(name, _chunks(source))
 
+    def parts(self) -> list[Path]:
+        """The directories `.part-*` that lie here, in which other processes write parts of this artifact."""
+        return sorted(path for path in self.path.glob(f"{PART_PREFIX}*") if path.is_dir())
+
+    def absorb(self, part: Path) -> None:
+        """Takes in the completed files of a part: an unfinished artifact of the same settings in one of `parts`, whose
+        writer is closed. The files are renamed, their events appended, and what is left of the part is removed.
+
+        A part of other settings, which `force` left behind, is removed.
+        """
+        self._assert_open()
+        with DirectoryLock(part):
+            found: dict[str, Any] = {"files": {}, "metrics": 0}
+            if (part / PROGRESS).exists():
+                with contextlib.suppress(ConfigMismatch):
+                    found = self._read_progress(part)
+            new = [name for name in found["files"] if not self.has(name)]
+            for name, entry in ((name, found["files"][name]) for name in new):
+                self._check_new(name)
+                if (part / name).exists():
+                    atomic.make_directory((self.path / name).parent)
+                    atomic.rename(part / name, self.path / name)
+                elif not (self.path / name).is_file() or _entry(_hashed(self.path / name)) != entry:
+                    raise Damaged(f"{part / name} is missing; remove {part}, and run the same command again")
+                self._record["files"][name] = entry  # recorded below: a crash before that finds it renamed
+                self._by_lower[name.lower()] = name
+            if new and found["metrics"]:
+                atomic.append(self._open_log(), (part / METRICS).read_bytes()[: found["metrics"]])
+                self._mark_metrics()
+            self._write_progress()
+            shutil.rmtree(part)
+
+    def order_metrics(self, key: Callable[[dict[str, Any]], Any]) -> None:
+        """Sorts the events by `key`; those that are equal stay in their order."""
+        self._assert_open()
+        path = self.path / METRICS
+        if not path.exists():
+            return
+        self._mark_metrics()
+        if self._log is not None:
+            os.close(self._log)
+            self._log = None
+        lines = sorted(path.read_bytes().splitlines(keepends=True), key=lambda line: key(json.loads(line)))
+        atomic.write(path, lines)  # as long as before: what progress.json says of it stays true
+
     def adopt(self, name: str) -> None:
         """Records a file that a library wrote into the directory: durable, hashed, permissions by umask.
 
@@ -229,10 +274,10 @@ class ArtifactWriter:
             raise FormatError(f"{path} cannot be added to the artifact: it is not a regular file")
         # Libraries leave other modes behind (safetensors 0600); progress.json got the umask's.
         os.chmod(path, os.stat(self.path / PROGRESS).st_mode & 0o777)
-        _make_durable(path)
+        atomic.fsync_file(path)
         for folder in path.relative_to(self.path).parents:
             atomic.fsync_directory(self.path / folder)
-        self._add(name, atomic.Written(*hash_file(path)))
+        self._add(name, _hashed(path))
 
     def log(self, **event: Any) -> None:
         """Appends one event to metrics.jsonl. It belongs to the file that is completed next.
@@ -244,10 +289,7 @@ class ArtifactWriter:
         line = canonical(plain_metrics(event, "a metrics event")) + b"\n"
         if len(line) > MAX_METRICS_LINE:
             raise FormatError(f"a metrics event of {len(line)} bytes is longer than {MAX_METRICS_LINE}")
-        if self._log is None:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-            self._log = os.open(self.path / METRICS, flags, 0o666)
-        atomic.append(self._log, line)
+        atomic.append(self._open_log(), line)
 
     def finish(self, summary: Mapping[str, Any]) -> Artifact:
         """Publishes manifest.json, the artifact's one act of completion, and returns the artifact.
@@ -261,7 +303,7 @@ class ArtifactWriter:
         summary = plain_metrics(summary, "summary")
         if self._log is not None or (self.path / METRICS).exists():
             self._mark_metrics()
-            self._record["files"][METRICS] = _entry(atomic.Written(*hash_file(self.path / METRICS)))
+            self._record["files"][METRICS] = _entry(_hashed(self.path / METRICS))
         files = self._record["files"]
         extra = unlisted(self.path, files)
         if extra:
@@ -361,7 +403,7 @@ class ArtifactWriter:
 
     def _can_continue(self) -> bool:
         try:
-            self._read_progress()
+            self._read_progress(self.path)
         except FormatError:
             return False
         return True
@@ -395,7 +437,7 @@ class ArtifactWriter:
     def _continue(self) -> None:
         """Takes over what an earlier writer completed, removes what it had half done."""
         if (self.path / PROGRESS).exists():
-            found = self._read_progress()
+            found = self._read_progress(self.path)
             for name, entry in found["files"].items():
                 file = self.path / name
                 if not file.is_file() or file.stat().st_size != entry["size"]:
@@ -413,9 +455,9 @@ class ArtifactWriter:
         self._cut_metrics()
         self._write_progress()
 
-    def _read_progress(self) -> dict[str, Any]:
-        where = str(self.path / PROGRESS)
-        found = parse(read_small(self.path / PROGRESS), where)
+    def _read_progress(self, folder: Path) -> dict[str, Any]:
+        where = str(folder / PROGRESS)
+        found = parse(read_small(folder / PROGRESS), where)
         schema.check_version(found, where)
         schema.check(found, "progress", where)
         check_names(found["files"], where)
@@ -485,6 +527,12 @@ class ArtifactWriter:
             self._mark_metrics()
             self._write_progress()
 
+    def _open_log(self) -> int:
+        if self._log is None:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+            self._log = os.open(self.path / METRICS, flags, 0o666)
+        return self._log
+
     def _mark_metrics(self) -> None:
         if self._log is not None:
             atomic.fsync(self._log)
@@ -514,37 +562,8 @@ class ArtifactWriter:
         assert self._lock is not None, "the writer is closed"
 
 
-def check_place(path: Path, resume: Resume, force: bool) -> None:
-    """Raises, before any work, what `ArtifactWriter.create` would raise of this directory whatever the settings.
-
-    Raises NotAnArtifact, FormatError, or PermissionError where nothing can be written.
-    """
-    if path.exists() and not path.is_dir():
-        raise NotAnArtifact(f"{path} is a file; give a directory to write the artifact into")
-    if os.path.lexists(path / MANIFEST):
-        return  # finished, or of something else: `create` looks into it
-    unfinished = (path / PROGRESS).exists()
-    if not unfinished and path.is_dir() and any(not n.startswith(".") for n in os.listdir(path)):
-        raise NotAnArtifact(f"{path} holds other files and no artifact; choose another output directory")
-    if not unfinished and resume == "required" and not force:
-        raise NotAnArtifact(f"{path} holds no artifact, so there is nothing to resume; leave --resume away to begin")
-    if unfinished and resume == "never" and not force:
-        raise FormatError(f"{path} is unfinished; leave --resume away to continue it, or begin anew with --force")
-    place = path.absolute()
-    while not place.exists():
-        place = place.parent
-    if not place.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(place))
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
-
-
-def _make_durable(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        atomic.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _hashed(path: Path) -> atomic.Written:
+    return atomic.Written(*hash_file(path))
 
 
 def _entry(written: atomic.Written) -> dict[str, Any]:

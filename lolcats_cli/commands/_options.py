@@ -29,6 +29,10 @@ Seed = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …; auto takes CUDA where there is one.")]
 Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="auto is the checkpoint's own.")]
+Devices = Annotated[
+    str | None,
+    typer.Option(help="GPUs to use at once, such as 0-7, by one process each. With --device cpu: CPU processes."),
+]
 Teacher = Annotated[str | None, typer.Option(help="The teacher's folder, if it is not where it was captured.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the teacher brings along.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
@@ -120,6 +124,19 @@ def parse_layers(text: str | None, option: str = "--layers") -> list[int] | None
     return sorted(layers)
 
 
+def launch_on(devices: str | None, artifact: str | None = None) -> None:
+    """Run this very command by one process for each of the devices, and end with their exit code.
+
+    artifact: the path that was read from stdin, if the command line has a "-" for it.
+    """
+    if devices is None or ranks.size() > 1:
+        return
+    from lolcats_cli.launch import launch
+
+    numbers = parse_layers(devices, "--devices") or []
+    raise typer.Exit(launch(numbers, [artifact if artifact and part == "-" else part for part in sys.argv[1:]]))
+
+
 def parse_kept(text: str | None) -> tuple[list[int | str], int]:
     """ "0,sliding,auto:2" as ([0, "sliding"], 2). Raises `UsageError` on anything but layers and these words."""
     parts = [] if text is None else text.split(",")
@@ -147,8 +164,8 @@ def parse_samples(text: str | None) -> tuple[int, int | None]:
 
 def print_result(path: Path, summary: dict[str, Any], as_json: bool) -> None:
     """The result on stdout, once if there are several ranks: the path alone, or one JSON document."""
-    shown = printable(str(path)) if sys.stdout.isatty() else path
     if ranks.rank() == 0:
+        shown = printable(str(path)) if sys.stdout.isatty() else path
         print(json.dumps({"path": str(path), **summary}) if as_json else shown, flush=True)
 
 

@@ -50,6 +50,7 @@ def capture(
     revision: Annotated[str | None, typer.Option(help="The hub revision of the teacher.")] = None,
     trust_remote_code: o.TrustRemoteCode = False,
     device: o.Device = "auto",
+    devices: o.Devices = None,
     seed: o.Seed = 0,
     resume: o.Resume = "auto",
     force: o.Force = False,
@@ -62,6 +63,7 @@ def capture(
     checks.local_folder(teacher)
     checks.data(data)
     checks.output(output, resume, force)
+    o.launch_on(devices)
 
     from lolcats_cli.stages.capture import capture as run
     from lolcats_cli.teacher.data import DataOptions

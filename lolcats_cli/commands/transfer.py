@@ -70,6 +70,7 @@ def transfer(
     teacher: o.Teacher = None,
     trust_remote_code: o.TrustRemoteCode = False,
     device: o.Device = "auto",
+    devices: o.Devices = None,
     seed: o.Seed = 0,
     resume: o.Resume = "auto",
     force: o.Force = False,
@@ -88,6 +89,7 @@ def transfer(
     checks.layers("--layers", parts, opened)
     checks.layers("--keep-softmax", kept, opened)
     checks.output(output, resume, force)
+    o.launch_on(devices, given)
 
     from lolcats_kernels import HybridConfig
 

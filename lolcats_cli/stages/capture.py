@@ -10,22 +10,24 @@ The teacher's layers run block by block: all rows pass through a block before th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lolcats_formats import Artifact, ArtifactWriter
-from lolcats_formats.writer import Resume
+from lolcats_formats.place import Resume
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lolcats_cli import __version__, stopping
+from lolcats_cli import __version__, ranks, stopping
 from lolcats_cli.errors import BadInput, UsageError
 from lolcats_cli.progress import Progress
 from lolcats_cli.stages.disk import check_space
-from lolcats_cli.stages.layout import SPLITS, Layout, summarize, tokens_name
+from lolcats_cli.stages.layout import SPLITS, Layout, candidates_name, summarize, tokens_name
 from lolcats_cli.stages.mergeable import check_mergeable
+from lolcats_cli.stages.shared import absorb_parts, part_writer
 from lolcats_cli.stages.units import Statistics, record_units
 from lolcats_cli.teacher import identity
 from lolcats_cli.teacher.blocks import Run, block
@@ -91,58 +93,45 @@ def capture(
     check_mergeable(folder)
     config = _auto_config(folder, load)
     _check_length(config, options.seq_len, teacher)
-    tokenizer = load_tokenizer(folder, load.trust_remote_code)
-    vocab_size = config.get_text_config().vocab_size
-    found = read_rows(data, tokenizer, options, vocab_size=vocab_size, progress=progress)
-    if keep is not None and keep > len(found):
-        raise UsageError(f"--keep {keep} is more than the {len(found)} rows that the data gives. Keep fewer.")
     device = load.resolved_device()
-    model = load_model(folder, replace(load, device="cpu"))  # blocks of it are moved when they are run
-    whole = range(model.config.get_text_config().num_hidden_layers)
-    with block(model, whole, _probe_device(model, device)):
-        layers = probe(model)
-    progress.note(f"{teacher}: {len(layers)} attention layers, every one recorded and reproduced")
-    fields: dict[str, Any] = {
-        "config": {
-            "data": options.to_config(),
-            "samples": [options.first, options.first + len(found) - 1],
-            **({} if keep is None else {"select": "top-esl", "keep": keep}),
-            **({} if store == "attention" else {"store": store, "batch_size": batch_size}),
-            **({"block_size": block_size} if store == "block" else {}),
-            **({"statistics": statistics} if statistics == "sample" else {}),
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "val_fraction": val_fraction,
-            "seed": seed,
-        },
-        "teacher": describe_teacher(model, folder, revision, layers),
-        "data": _describe_data(found, data, keep, val_fraction, seed),
-    }
-    layout = Layout.of(fields)
-    size = sum(fields["data"]["rows"].values()) * layout.row_bytes
-    if not any((Path(output) / name).exists() for name in ("manifest.json", "progress.json")):
-        check_space(size, output, ADVICE)  # before the directory is bound to these options
-
-    with ArtifactWriter.create(
-        output, "capture", **fields, tool=f"lolcats {__version__}", resume=resume, force=force
-    ) as writer:
-        if writer.finished:
+    with ranks.joined(device.type), ExitStack() as stack:
+        found = ranks.share(lambda: _read(data, folder, options, config, load, progress))
+        if keep is not None and keep > len(found):
+            raise UsageError(f"--keep {keep} is more than the {len(found)} rows that the data gives. Keep fewer.")
+        model = load_model(folder, replace(load, device="cpu"))  # blocks of it are moved when they are run
+        layers = _check_teacher(model, device)
+        progress.note(f"{teacher}: {len(layers)} attention layers, every one recorded and reproduced")
+        with ranks.one_first():  # it hashes the teacher, and the others find its hashes
+            described = describe_teacher(model, folder, revision, layers)
+        fields: dict[str, Any] = {
+            "config": {
+                "data": options.to_config(),
+                "samples": [options.first, options.first + len(found) - 1],
+                **({} if keep is None else {"select": "top-esl", "keep": keep}),
+                **({} if store == "attention" else {"store": store, "batch_size": batch_size}),
+                **({"block_size": block_size} if store == "block" else {}),
+                **({"statistics": statistics} if statistics == "sample" else {}),
+                "dtype": str(model.dtype).removeprefix("torch."),
+                "val_fraction": val_fraction,
+                "seed": seed,
+            },
+            "teacher": described,
+            "data": _describe_data(found, data, keep, val_fraction, seed),
+            "tool": f"lolcats {__version__}",
+        }
+        writer = None
+        if ranks.rank() == 0:
+            layout = Layout.of(fields)
+            if not any((Path(output) / name).exists() for name in ("manifest.json", "progress.json")):
+                check_space(layout.bytes, output, ADVICE)  # before the directory is bound to these options
+            create = ArtifactWriter.create(output, "capture", **fields, resume=resume, force=force)
+            writer = stack.enter_context(create)
+        if ranks.share(lambda: writer is not None and writer.finished is not None):
             progress.note(f"{output} is finished already")
-            return writer.finished
-        if keep is not None:
-            with block(model, whole, device) as run:
-                found = found.select(_longest(model, run, found, keep, batch_size, writer, progress))
-        rows = dict(zip(SPLITS, split_rows(found, val_fraction, seed), strict=True))
-        units = [unit for unit in layout.all_units() if not all(map(writer.has, unit.files))]
-        needed = sum(len(unit.rows) * layout.row_file_bytes(layer) for unit in units for layer in unit.activations)
-        progress.note(f"capture will write {check_space(needed, output, ADVICE)}")
-        for split in SPLITS:
-            if not writer.has(tokens_name(split)):
-                writer.save(tokens_name(split), rows[split].to_tensors())
-        everything = sum(len(unit.rows) for unit in layout.all_units())
-        with progress.task("capture", everything, "rows") as advance, stopping.deferred():
-            advance(everything - sum(len(unit.rows) for unit in units))
-            record_units(model, layout, units, rows, device, batch_size, writer, advance)
-        return writer.finish({"bytes": size, "layers": summarize(writer.path, layout, rows)})
+        else:
+            run = _Run(model, device, batch_size, writer, fields, progress)
+            run.capture(found if keep is None else run.select(found, keep))
+    return Artifact.open(output)
 
 
 def _check_length(config, seq_len: int, teacher: str) -> None:
@@ -164,6 +153,13 @@ def _auto_config(folder: Path, load: LoadOptions):
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise BadInput(f"transformers cannot read the configuration in {folder}: {reason}") from error
+
+
+def _read(
+    data: str | Sequence[str], folder: Path, options: DataOptions, config: Any, load: LoadOptions, progress: Progress
+) -> Rows:
+    tokenizer, vocab_size = load_tokenizer(folder, load.trust_remote_code), config.get_text_config().vocab_size
+    return read_rows(data, tokenizer, options, vocab_size=vocab_size, progress=progress)
 
 
 def _probe_device(model: PreTrainedModel, device: torch.device) -> torch.device:
@@ -202,28 +198,78 @@ def _describe_data(
     return {**describe_rows({"candidates": found}, path), "rows": kept}
 
 
-def _longest(
-    model: PreTrainedModel,
-    run: Run,
-    rows: Rows,
-    keep: int,
-    batch_size: int,
-    writer: ArtifactWriter,
-    progress: Progress,
-) -> Tensor:
-    """The numbers of the rows with the largest ESL, in order; of equals the earlier ones."""
-    esl = []
-    with progress.task("select", len(rows), "rows") as advance:
-        for number, index in enumerate(torch.arange(len(rows)).split(CANDIDATES)):
-            name = f"candidates/{number:05d}.safetensors"
-            if not writer.has(name):
-                figures = Statistics()
-                for batch in map(rows.select, index.split(batch_size)):
-                    with recording(model, figures.sink(batch.valid, list(range(len(batch))))):
-                        run(batch.input_ids, batch.valid, None)
-                # The heads of a layer are averaged before the layers are, as layers may differ in heads.
-                layers = [found.double().mean(1) for key, found in figures.tensors().items() if key.startswith("esl.")]
-                writer.save(name, {"esl": torch.stack(layers).mean(0)})
-            esl.append(load_file(writer.path / name)["esl"])
-            advance(len(index))
-    return torch.cat(esl).argsort(descending=True, stable=True)[:keep].sort().values
+def _check_teacher(model: PreTrainedModel, device: torch.device) -> list[LayerInfo]:
+    """The teacher's layers, all of which can be recorded."""
+    with block(model, range(model.config.get_text_config().num_hidden_layers), _probe_device(model, device)):
+        return probe(model)
+
+
+@dataclass
+class _Run:
+    """What a capture computes and writes, on one rank. Rank 0 has the artifact's writer."""
+
+    model: PreTrainedModel
+    device: torch.device
+    batch_size: int
+    writer: ArtifactWriter | None
+    fields: dict[str, Any]
+    progress: Progress
+
+    def __post_init__(self) -> None:
+        if self.writer:
+            absorb_parts(self.writer)  # of an earlier run
+
+    def _written(self) -> set[str]:
+        """The files that all ranks' earlier runs completed."""
+        return ranks.share(lambda: set(self.writer.files) if self.writer else set())
+
+    def select(self, rows: Rows, keep: int) -> Rows:
+        """The rows with the largest ESL, in order; of equals the earlier ones."""
+        written, everything = self._written(), range(self.model.config.get_text_config().num_hidden_layers)
+        parts = list(enumerate(torch.arange(len(rows)).split(CANDIDATES)))[ranks.rank() :: ranks.size()]
+        with (
+            part_writer(self.writer, "capture", self.fields) as (writer, whole),
+            block(self.model, everything, self.device) as run,
+            self.progress.task("select", sum(len(index) for _, index in parts), "rows") as advance,
+        ):
+            for number, index in parts:
+                if candidates_name(number) not in written:
+                    writer.save(candidates_name(number), {"esl": self._esl(run, rows.select(index))})
+                advance(len(index))
+        files = [whole / candidates_name(number) for number in range(-(-len(rows) // CANDIDATES))]
+        esl = torch.cat([load_file(file)["esl"] for file in files])
+        return rows.select(esl.argsort(descending=True, stable=True)[:keep].sort().values)
+
+    def _esl(self, run: Run, rows: Rows) -> Tensor:
+        """The rows' effective sequence length [N], averaged over heads and layers."""
+        figures = Statistics()
+        for batch in map(rows.select, torch.arange(len(rows)).split(self.batch_size)):
+            with recording(self.model, figures.sink(batch.valid, list(range(len(batch))))):
+                run(batch.input_ids, batch.valid, None)
+        # The heads of a layer are averaged before the layers are, as layers may differ in heads.
+        layers = [found.double().mean(1) for key, found in figures.tensors().items() if key.startswith("esl.")]
+        return torch.stack(layers).mean(0)
+
+    def capture(self, found: Rows) -> None:
+        """Compute and write what is stored of the rows, and finish the artifact."""
+        layout, config = Layout.of(self.fields), self.fields["config"]
+        rows = dict(zip(SPLITS, split_rows(found, config["val_fraction"], config["seed"]), strict=True))
+        written = self._written()
+        mine = [unit for unit in layout.all_units() if unit.number % ranks.size() == ranks.rank()]
+        todo = [unit for unit in mine if not written.issuperset(unit.files)]
+        if self.writer:
+            missing = (unit for unit in layout.all_units() if not written.issuperset(unit.files))
+            needed = sum(len(u.rows) * layout.row_file_bytes(layer) for u in missing for layer in u.activations)
+            self.progress.note(f"capture will write {check_space(needed, self.writer.path, ADVICE)}")
+            for split in SPLITS:
+                if not self.writer.has(tokens_name(split)):
+                    self.writer.save(tokens_name(split), rows[split].to_tensors())
+        with (
+            part_writer(self.writer, "capture", self.fields) as (writer, whole),
+            self.progress.task("capture", sum(len(unit.rows) for unit in mine), "rows") as advance,
+            stopping.deferred(),
+        ):
+            advance(sum(len(unit.rows) for unit in mine) - sum(len(unit.rows) for unit in todo))
+            record_units(self.model, layout, todo, rows, self.device, self.batch_size, writer, whole, advance)
+        if self.writer:
+            self.writer.finish({"bytes": layout.bytes, "layers": summarize(whole, layout, rows)})

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from lolcats_formats import Artifact, ArtifactWriter, differences
-from lolcats_formats.writer import Resume
+from lolcats_formats.place import Resume
 from torch import Tensor
 
 from lolcats_cli import __version__

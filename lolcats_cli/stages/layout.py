@@ -111,6 +111,11 @@ class Layout:
         return blocks(len(self.layers), self.block_size)
 
     @property
+    def bytes(self) -> int:
+        """Bytes of all activations on disk."""
+        return self.row_bytes * sum(map(len, self.rows.values()))
+
+    @property
     def row_bytes(self) -> int:
         """Bytes of a row's activations on disk."""
         if self.store == "attention":
@@ -184,6 +189,10 @@ def shard_name(layer: int, split: str, number: int) -> str:
 
 def hidden_name(block: int, split: str, number: int) -> str:
     return f"hidden/{block:03d}/{split}-{number:05d}.safetensors"
+
+
+def candidates_name(number: int) -> str:
+    return f"candidates/{number:05d}.safetensors"
 
 
 def tokens_name(split: str) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lolcats_formats import Artifact, ArtifactWriter
-from lolcats_formats.writer import Resume
+from lolcats_formats.place import Resume
 
 from lolcats_cli import __version__, ranks
 from lolcats_cli.errors import BadInput, IdentityMismatch, UsageError

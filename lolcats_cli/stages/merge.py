@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lolcats_formats import GOLDEN, Artifact, ArtifactWriter, FormatError
-from lolcats_formats.writer import Resume
+from lolcats_formats.place import Resume
 from lolcats_kernels import HybridConfig, HybridMaps
 from safetensors import safe_open
 from torch import Tensor

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 import torch
 from lolcats_formats import Artifact, ArtifactWriter
-from lolcats_formats.writer import Resume
+from lolcats_formats.place import Resume
 from lolcats_kernels import HybridConfig, HybridMaps
 from torch import Tensor
 

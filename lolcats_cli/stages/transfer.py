@@ -9,24 +9,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
+from contextlib import ExitStack
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from lolcats_formats import Artifact, ArtifactWriter
-from lolcats_formats.writer import Resume
+from lolcats_formats.place import Resume
 from safetensors import safe_open
 
-from lolcats_cli import __version__, stopping
+from lolcats_cli import __version__, ranks, stopping
 from lolcats_cli.errors import UsageError
 from lolcats_cli.progress import Progress
 from lolcats_cli.stages.activations import ComputedActivations, Source, StoredActivations
 from lolcats_cli.stages.checkpoints import Checkpoints
 from lolcats_cli.stages.layer_training import Trained, TransferOptions, train_layers, window_errors
 from lolcats_cli.stages.models import maps_file, teacher_folder
+from lolcats_cli.stages.shared import absorb_parts, part_writer
 from lolcats_cli.teacher.load import LoadOptions, load_model
 
 CARRIED = ("entropy", "head_entropy", "esl")  # of a layer's figures in the capture: shown without it too
+T = TypeVar("T")
 MAX_SIZE = 256  # of heads and feature maps, in the kernels
 
 
@@ -60,21 +65,94 @@ def transfer(
         UsageError: options that this capture cannot serve.
     """
     parent = Artifact.open(capture, "capture")
-    target = load.resolved_device()
-    source = _source(parent, teacher, load, target)
+    device = load.resolved_device()
+    with ranks.joined(device.type), ExitStack() as stack:
+        source = _source(parent, teacher, load, device)
+        chosen, kept = _choose(source, options, layers, _kept(source, keep_softmax, keep_auto), keep_auto)
+        if keep_auto:
+            missed = ranks.share(lambda: _missed(source, chosen, options, device))
+            chosen = sorted(sorted(missed, key=lambda layer: missed[layer])[:-keep_auto])
+            kept = set(range(len(source.layers))) - set(chosen)
+            shown = ", ".join(f"{layer} ({error:.1%})" for layer, error in missed.items())
+            kept_shown = ", ".join(map(str, sorted(kept)))
+            progress.note(f"layers {kept_shown} stay softmax; missed by the window alone: {shown}")
+        config = {key: value for key, value in asdict(options).items() if value is not None}
+        if not options.window_dropout:
+            del config["window_dropout"]  # as in transfers that were begun before there was such an option
+        fields: dict[str, Any] = {
+            "config": {**config, "layers": chosen, **({"keep_softmax": sorted(kept)} if kept else {})},
+            "teacher": parent.teacher,
+            "data": parent.data,
+            "parents": [parent],
+            "tool": f"lolcats {__version__}",
+        }
+        writer = None
+        if ranks.rank() == 0:
+            create = ArtifactWriter.create(output, "transfer", **fields, resume=resume, force=force)
+            writer = stack.enter_context(create)
+        if ranks.share(lambda: writer is not None and writer.finished is not None):
+            progress.note(f"{output} is finished already")
+        else:
+            _train(source, chosen, options, device, writer, fields, progress)
+            if writer:
+                writer.order_metrics(lambda event: event["layer"])
+                writer.finish({"layers": {str(layer): _figures(writer, parent, layer) for layer in chosen}})
+    return Artifact.open(output)
+
+
+def _train(
+    source: Source,
+    chosen: list[int],
+    options: TransferOptions,
+    device: torch.device,
+    main: ArtifactWriter | None,
+    fields: dict[str, Any],
+    progress: Progress,
+) -> None:
+    """Train this rank's share of the layers. Rank 0 passes the artifact's writer."""
+    if main:
+        absorb_parts(main)  # of an earlier run
+    written = ranks.share(lambda: set(main.files) if main else set())
+    steps, mine = options.total_steps(source.rows["train"]), _share(_together(source, chosen))
+    with (
+        part_writer(main, "transfer", fields) as (writer, _),
+        progress.task("transfer", sum(map(len, mine)) * steps, "steps") as advance,
+        stopping.deferred(),
+    ):
+        checkpoints = Checkpoints(writer)
+        for together in mine:
+            missing = [layer for layer in together if maps_file(layer) not in written.union(writer.files)]
+            if not missing:
+                advance(len(together) * steps)
+                continue
+            stopping.check()
+            with source.running(together):
+                trained = train_layers(
+                    source, together, options, device=device, advance=advance, checkpoints=checkpoints
+                )
+            for layer in missing:
+                _save(writer, layer, trained[layer], progress)
+
+
+def _choose(
+    source: Source, options: TransferOptions, layers: list[int] | None, kept: set[int], keep_auto: int
+) -> tuple[list[int], set[int]]:
+    """The layers to train and those to keep. Raises UsageError for what this capture cannot serve."""
     if keep_auto and layers is not None:
         raise UsageError("--keep-softmax auto:N looks at all layers. With --layers, name those to keep.")
     if keep_auto and not options.hybrid.window:
         raise UsageError("--keep-softmax auto:N goes by what the window misses, and --window is 0. Name the layers.")
-    if options.window_dropout and not 0 < options.hybrid.slots < parent.data["seq_len"]:
+    seq_len = source.capture.data["seq_len"]
+    if options.window_dropout and not 0 < options.hybrid.slots < seq_len:
         raise UsageError(
             "--window-dropout trains on the keys before the window: it takes a --window, and rows that are longer than "
-            f"what it may see ({options.hybrid.slots} of {parent.data['seq_len']} tokens)."
+            f"what it may see ({options.hybrid.slots} of {seq_len} tokens)."
         )
-    kept = _kept(source, keep_softmax, keep_auto)
     chosen = sorted(set(range(len(source.layers))) - kept if layers is None else set(layers))
     if not chosen or chosen[0] < 0 or chosen[-1] >= len(source.layers):
-        raise UsageError(f"--layers must be between 0 and {len(source.layers) - 1}, the layers of {capture}.")
+        raise UsageError(
+            f"--layers must be between 0 and {len(source.layers) - 1}, the layers of {source.capture.path}."
+        )
     if kept.intersection(chosen):
         raise UsageError(f"Layer {min(kept.intersection(chosen))} is in --layers and in --keep-softmax: choose one.")
     head_dim = max(info.head_dim for info in source.layers)
@@ -83,54 +161,30 @@ def transfer(
             f"Heads of {head_dim} with --feature-dim {options.hybrid.feature_dim} cannot be served: "
             f"head and feature sizes go up to {MAX_SIZE}."
         )
-    if keep_auto:
-        missed: dict[int, float] = {}
-        for layers_together in _together(source, chosen):
-            with source.running(layers_together):
-                missed |= window_errors(source, layers_together, options, target)
-        chosen = sorted(sorted(missed, key=lambda layer: missed[layer])[:-keep_auto])
-        kept = set(range(len(source.layers))) - set(chosen)
-        shown = ", ".join(f"{layer} ({error:.1%})" for layer, error in missed.items())
-        progress.note(f"layers {', '.join(map(str, sorted(kept)))} stay softmax; missed by the window alone: {shown}")
+    return chosen, kept
 
-    config = {key: value for key, value in asdict(options).items() if value is not None}
-    if not options.window_dropout:
-        del config["window_dropout"]  # as in transfers that were begun before there was such an option
-    with ArtifactWriter.create(
-        output,
-        "transfer",
-        config={**config, "layers": chosen, **({"keep_softmax": sorted(kept)} if kept else {})},
-        teacher=parent.teacher,
-        data=parent.data,
-        parents=[parent],
-        tool=f"lolcats {__version__}",
-        resume=resume,
-        force=force,
-    ) as writer:
-        if writer.finished:
-            progress.note(f"{output} is finished already")
-            return writer.finished
-        steps = options.total_steps(source.rows["train"])
-        checkpoints = Checkpoints(writer)
-        with progress.task("transfer", len(chosen) * steps, "steps") as advance, stopping.deferred():
-            for together in _together(source, chosen):
-                if all(writer.has(maps_file(layer)) for layer in together):
-                    advance(len(together) * steps)
-                    continue
-                stopping.check()
-                with source.running(together):
-                    trained = train_layers(
-                        source,
-                        together,
-                        options,
-                        device=target,
-                        advance=advance,
-                        checkpoints=checkpoints,
-                    )
-                for layer, found in trained.items():
-                    if not writer.has(maps_file(layer)):
-                        _save(writer, layer, found, progress)
-        return writer.finish({"layers": {str(layer): _figures(writer, parent, layer) for layer in chosen}})
+
+def _missed(source: Source, layers: list[int], options: TransferOptions, device: torch.device) -> dict[int, float]:
+    """What the window alone misses of each layer's softmax output."""
+    missed: dict[int, float] = {}
+    for together in _together(source, layers):
+        with source.running(together):
+            missed |= window_errors(source, together, options, device)
+    return missed
+
+
+def _share(groups: list[list[int]]) -> list[list[int]]:
+    """This rank's neighbouring groups of layers; where there are more ranks than groups, pieces of groups."""
+    if len(groups) < ranks.size():
+        pieces = -(-ranks.size() // len(groups))
+        groups = [part for layers in groups for part in _pieces(layers, pieces) if part]
+    return _pieces(groups, ranks.size())[ranks.rank()]
+
+
+def _pieces(items: list[T], count: int) -> list[list[T]]:
+    """The items in order, cut into so many pieces of nearly equal length, of which some may be empty."""
+    ends = [len(items) * number // count for number in range(count + 1)]
+    return [items[start:stop] for start, stop in pairwise(ends)]
 
 
 def _source(capture: Artifact, teacher: str | None, load: LoadOptions, device: torch.device) -> Source:

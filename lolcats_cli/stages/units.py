@@ -175,9 +175,13 @@ def record_units(
     device: torch.device,
     batch_size: int,
     writer: ArtifactWriter,
+    whole: Path,
     advance: Advance,
 ) -> None:
-    """Compute and write the units, in order. Stops at a signal after the batch it is in, and keeps what it has."""
+    """Compute and write the units, in order. Stops at a signal after the batch it is in, and keeps what it has.
+
+    whole: where an earlier run's files of the blocks before may be, beside the writer's own directory.
+    """
     checkpoints = Checkpoints(writer)
     saved = checkpoints.folder("unit-")
     for number, chosen in groupby(units, key=lambda unit: unit.block):
@@ -191,7 +195,7 @@ def record_units(
                     if record.done and checkpoints.due():
                         files.wait()
                         checkpoints.save(f"{record.name}{record.done:07d}", record.save)
-                    record.add(model, run, batch, rows[unit.split], _hidden(writer, unit, batch))
+                    record.add(model, run, batch, rows[unit.split], _hidden((writer.path, whole), unit, batch))
                     advance(len(batch))
                 files.put({name: tensors for name, tensors in record.files().items() if not writer.has(name)})
                 if stopping.requested():
@@ -199,10 +203,11 @@ def record_units(
                     stopping.check()
 
 
-def _hidden(writer: ArtifactWriter, unit: Unit, batch: list[int]) -> Tensor | None:
+def _hidden(folders: tuple[Path, ...], unit: Unit, batch: list[int]) -> Tensor | None:
     """The stored hidden states [B, T, E] of these rows in front of the unit's block; None in front of the first."""
     if unit.block == 0:
         return None
-    with safe_open(writer.path / hidden_name(unit.block, unit.split, unit.number), framework="pt") as file:
+    name = hidden_name(unit.block, unit.split, unit.number)
+    with safe_open(next(folder / name for folder in folders if (folder / name).exists()), framework="pt") as file:
         stored = file.get_slice("hidden")
         return torch.cat([stored[row - unit.rows.start : row - unit.rows.start + 1] for row in batch])
