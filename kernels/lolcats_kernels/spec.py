@@ -59,7 +59,7 @@ class HybridConfig:
     linear_factor: str = "one"
 
     def __post_init__(self) -> None:
-        check_choice("feature_map", self.feature_map, FEATURE_MAPS)
+        check_choice("feature_map", self.feature_map, tuple(MAPS))
         check_count("feature_dim", self.feature_dim, 1)
         check_count("window", self.window, 0)
         check_choice("layout", self.layout, LAYOUTS)

@@ -42,7 +42,7 @@ class SliceGradients:
         self.dnorms = torch.zeros_like(self.norms[:, : self.plan.reach])
 
     def tile(self, tile: Tile, weighted_q: Tensor, dn: Tensor, dd: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of weighted_q (phi_q times the linear weight) [r c, L, F'] and of phi_k [r, m L, F'], where needed.
+        """Gradients of weighted_q (phi_q times the linear weight) [r c, L, F'] and of phi_k [r, c L, F'], where needed.
 
         dn [r c, L, Dv] and dd [r c, L, 1] are those of the numerators and denominators.
         """
@@ -100,7 +100,7 @@ class SliceGradients:
         scored = self.plan.spec.has_window and (self.dq is not None or self.dk is not None)
         if not (scored or self.dv is not None or num_older):
             return
-        # of every key's weight; for the maps alone, of the old keys'
+        # of every key's weight; for the maps alone, of the older keys'
         dweights = dn @ tile.band(self.v, None if scored else num_older).transpose(-1, -2)
         dweights += dd
         window = self._through_window(tile, dweights if scored else None)

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from lolcats_kernels import HybridConfig, HybridMaps, hybrid_attention, hybrid_attention_weights
 from lolcats_kernels.equation import key_masks
+from lolcats_kernels.map_hedgehog import FEATURE_FLOOR
 from lolcats_kernels.softmax import softmax_attention, softmax_scores, softmax_weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -453,7 +454,7 @@ def _loss(batch: Batch, maps: HybridMaps, info: LayerInfo, options: TransferOpti
             softcap=info.spec.softcap,
             valid=batch.valid,
             terms=terms,
-        ).clamp_min(1e-12)  # as far as the maps' own floor
+        ).clamp_min(FEATURE_FLOOR)
         loss = loss - options.xent_factor * (wanted * given.log()).sum() / (tokens * info.num_heads)
     return loss
 
