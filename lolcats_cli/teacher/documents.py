@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from lolcats_cli.errors import is_out_of_memory
@@ -82,7 +83,7 @@ def tokenise(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, options
             input=f"### Input:\n{given}\n\n" if given else "",
         )
         return _text(prompt, _string(record, "output"), tokenizer)
-    return _text("", _string(record, options.text_field), tokenizer)
+    return _text(None, _string(record, options.text_field), tokenizer)
 
 
 def _template(record: dict[str, Any], options: DataOptions) -> str:
@@ -91,12 +92,17 @@ def _template(record: dict[str, Any], options: DataOptions) -> str:
     for template, needed in wanted.items():
         if all(column in record for column in needed):
             return template
-    names = [repr(name) for name in list(record)[:20]]
     raise RowFault(
-        f"The columns are {', '.join(names) or 'none'}{', …' if len(record) > 20 else ''}, but "
+        f"The columns are {_shown(record)}, but "
         f"{' or '.join(' and '.join(needed) for needed in wanted.values())} is needed. "
         "Name the text column with --text-field."
     )
+
+
+def _shown(names: Iterable[str]) -> str:
+    """The first few names, each cut, for people."""
+    few = [repr(name[:40]) for name in islice(names, 21)]
+    return ", ".join([*few[:20], *(["…"] if len(few) > 20 else [])]) or "none"
 
 
 def _string(record: dict[str, Any], column: str) -> str:
@@ -106,10 +112,10 @@ def _string(record: dict[str, Any], column: str) -> str:
     return value
 
 
-def _text(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> Document:
-    """The tokens of `prompt` and `completion` as one text, and the end token. Without a prompt all is plain text."""
-    text = prompt + completion
-    found = _encode(text, [(len(prompt), len(text))] if prompt else None, tokenizer, special=True)
+def _text(prompt: str | None, completion: str, tokenizer: PreTrainedTokenizerBase) -> Document:
+    """The tokens of `prompt` and `completion` as one text, and the end token. A prompt of None makes it plain text."""
+    text = (prompt or "") + completion
+    found = _encode(text, None if prompt is None else [(len(prompt), len(text))], tokenizer, special=True)
     end, ids = tokenizer.eos_token_id, found.ids
     if end is None or ids[-1:] == [end]:
         return found
@@ -159,8 +165,12 @@ def _message(message: Any, where: str) -> Message:
     message = {key: value for key, value in message.items() if value is not None}
     content = message.get("content")
     if not isinstance(message.get("role"), str):
-        raise RowFault(f"In {where} there is no role, but {', '.join(map(repr, message)) or 'nothing'}.")
-    if not isinstance(content, str | list) and not (content is None and "tool_calls" in message):
+        raise RowFault(f"In {where} there is no role. It has the keys {_shown(message)}.")
+    if isinstance(content, list):  # parts; a template that expects text would print the list as Python does
+        if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
+            raise RowFault(f"In {where} the content is a list of other parts than text.")
+        message["content"] = "".join(part["text"] for part in content)
+    elif not isinstance(content, str) and not (content is None and "tool_calls" in message):
         raise RowFault(f"In {where} the content is {'missing' if content is None else kind_of(content)}, not text.")
     return message
 

@@ -26,6 +26,7 @@ SUFFIXES = {
     ".csv": "csv",
     ".tsv": "tsv",
     ".parquet": "parquet",
+    ".arrow": "arrow",  # what datasets saves to disk; to be told so is better than not to be found
     ".txt": "text",
     ".text": "text",
     ".md": "text",
@@ -195,6 +196,8 @@ def _unpacked(raw: io.RawIOBase) -> io.BufferedReader:
 def _parse(stream: io.BufferedReader, name: str, by_name: str | None, options: DataOptions) -> Iterator[Record]:
     """The records of bytes whose format is `options.format`, else what the name says, else what the first line says."""
     known = by_name if options.format == "auto" else options.format
+    if known == "arrow":
+        raise BadInput(f"{name} is an Arrow file, which is not read. Save the data set with its method to_parquet.")
     if known == "parquet":
         return _parquet(stream, name, options)
     if known in ("csv", "tsv"):

@@ -8,12 +8,15 @@ import json
 import os
 import re
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lolcats_cli.errors import BadInput, UsageError
 from lolcats_cli.teacher.records import DataOptions, find_files, read_records
@@ -328,6 +331,23 @@ def test_rows_of_csv(write: Write, data: bytes, expected: list[str]) -> None:
     assert all(one.startswith(other) for one, other in zip(found, expected, strict=True)), found
 
 
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.text(st.characters(codec="utf-8"), min_size=1), min_size=1))
+def test_any_text_comes_back_from_every_format(texts: list[str]) -> None:
+    records = [{"text": text, "output": ""} for text in texts]
+    written = [
+        jsonl(records),
+        json.dumps(records, ensure_ascii=False).encode(),
+        separated(records, ","),
+        parquet(records),
+    ]
+    for name, data in zip(("a.jsonl", "a.json", "a.csv", "a.parquet"), written, strict=True):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / name
+            path.write_bytes(data)
+            assert columns(str(path)) == records
+
+
 def test_large_fields_of_csv(write: Write) -> None:
     assert columns(write("a.csv", "text\n" + "sea " * 100_000)) == [{"text": "sea " * 100_000}]
 
@@ -340,6 +360,7 @@ def test_large_fields_of_csv(write: Write) -> None:
         ("a.txt", "whale".encode("utf-16-le"), "holds NUL bytes"),
         ("a.pdf", b"%PDF-1.7\n\x00\xff", "is not UTF-8 text"),
         ("a.csv", b"text,text\na,b\n", "has two columns named 'text'"),
+        ("a.arrow", b"x", "is an Arrow file, which is not read"),
         ("a.parquet", b"", "could not be read"),
         ("a.parquet", b"PAR1 no", "could not be read"),
         ("a.parquet", FORMATS["h.parquet"][:-9], "could not be read"),
