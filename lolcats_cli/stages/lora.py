@@ -118,7 +118,7 @@ def lora(
         FormatError, BadInput, IdentityMismatch, UsageError: what cannot be used, before any training.
     """
     options.share(ranks.size())
-    if ranks.size() > 1 and "-" in (data or ()):
+    if ranks.size() > 1 and "-" in ([data] if isinstance(data, str) else data or ()):
         raise UsageError("Several processes cannot all read --data from stdin. Name a file.")
     device = load.resolved_device()
     parent = Artifact.open(transfer, "transfer")

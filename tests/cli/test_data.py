@@ -224,3 +224,11 @@ def test_loss_on_completions(invoke, pipeline: SimpleNamespace, tmp_path: Path) 
     result = invoke("lora", pipeline.transfer, "-o", tmp_path / "m", *quick)
     assert (result.code, (tmp_path / "m").exists()) == (3, False)
     assert "do not tell which of them are a completion's" in result.err
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "", "x/" * 3000])
+def test_names_that_no_data_has(invoke, pipeline: SimpleNamespace, tmp_path: Path, name: str) -> None:
+    for command in (("capture", pipeline.teacher, name), ("lora", pipeline.transfer, "--data", name)):
+        result = invoke(*command, "-o", tmp_path / "out")
+        assert (result.code, result.err.count("\n")) == (3, 1), result.err
+        assert not (tmp_path / "out").exists()
