@@ -31,7 +31,8 @@ def capture(
     ] = "attention",
     block_size: Annotated[int, typer.Option(min=1, help="Layers of a block, with --store block.")] = 8,
     statistics: Annotated[
-        Literal["sample", "all"], typer.Option(help="Measure the attention of one row in 16, or of all.")
+        Literal["sample", "all", "none"],
+        typer.Option(help="Measure the attention of one row in 16, of all, or of none."),
     ] = "sample",
     select: Annotated[
         Literal["top-esl"] | None,

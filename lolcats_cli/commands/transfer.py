@@ -46,6 +46,14 @@ def transfer(
             "their window alone serves worst."
         ),
     ] = None,
+    block_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="From a capture of tokens, train so many layers at a time: one block of weights in memory, the hidden "
+            "states in front of it on disk.",
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 1,
     grad_accum: Annotated[
         int | None, typer.Option(min=1, help="Forward passes per optimizer step: 2, or 8 (lolcats).")
@@ -118,6 +126,7 @@ def transfer(
         layers=parts,
         keep_softmax=kept,
         keep_auto=keep_auto,
+        block_size=block_size,
         teacher=teacher,
         load=LoadOptions(device=device, trust_remote_code=trust_remote_code),
         resume=resume,

@@ -150,9 +150,12 @@ class ComputedActivations(Source):
     Forward passes take the rows that they took in the capture, so that the store makes no difference.
     """
 
-    def __init__(self, capture: Artifact, teacher: PreTrainedModel, device: torch.device) -> None:
+    def __init__(
+        self, capture: Artifact, teacher: PreTrainedModel, device: torch.device, layout: Layout | None = None
+    ) -> None:
         super().__init__(capture)
-        layout = Layout.of(capture.manifest)
+        self._layout = layout = layout or Layout.of(capture.manifest)
+        self._stored = capture  # the hidden states
         self.together = layout.blocks
         self._teacher, self._device = teacher, device
         self._batch_size: int = capture.config["batch_size"]
@@ -198,4 +201,4 @@ class ComputedActivations(Source):
         if number == 0:
             return None
         unit = next(unit for unit in self._units[number - 1] if unit.split == split and int(rows[0]) in unit.rows)
-        return self.capture.load(hidden_name(number, split, unit.number))["hidden"][rows - unit.rows.start]
+        return self._stored.load(hidden_name(number, split, unit.number))["hidden"][rows - unit.rows.start]

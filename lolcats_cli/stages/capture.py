@@ -77,7 +77,7 @@ def capture(
         output: the artifact's directory.
         store: what is kept: "attention", "block" or "tokens" (`stages/layout.py`).
         block_size: the layers of a block, for the store "block".
-        statistics: of which rows the attention is measured: "sample" (one in 16) or "all".
+        statistics: of which rows the attention is measured: "sample" (one in 16), "all" or "none".
         keep: of the data's rows, take so many with the largest ESL, averaged over heads and layers, in their order.
         val_fraction: the part of the rows kept for validation, at least one row.
         batch_size: rows per forward pass.
@@ -110,7 +110,7 @@ def capture(
                 **({} if keep is None else {"select": "top-esl", "keep": keep}),
                 **({} if store == "attention" else {"store": store, "batch_size": batch_size}),
                 **({"block_size": block_size} if store == "block" else {}),
-                **({"statistics": statistics} if statistics == "sample" else {}),
+                **({} if statistics == "all" else {"statistics": statistics}),
                 "dtype": str(model.dtype).removeprefix("torch."),
                 "val_fraction": val_fraction,
                 "seed": seed,

@@ -180,7 +180,8 @@ class Layout:
 
 def is_measured(config: dict[str, Any], number: int) -> bool:
     """Whether a capture of this configuration measures the attention of the row of this number in the data."""
-    return config.get("statistics") != "sample" or number % SAMPLE == 0
+    which = config.get("statistics", "all")
+    return which == "all" or (which == "sample" and number % SAMPLE == 0)
 
 
 def shard_name(layer: int, split: str, number: int) -> str:

@@ -27,6 +27,7 @@ from lolcats_cli.stages.activations import ComputedActivations, Source, StoredAc
 from lolcats_cli.stages.checkpoints import Checkpoints
 from lolcats_cli.stages.layer_training import Trained, TransferOptions, train_layers, window_errors
 from lolcats_cli.stages.models import maps_file, teacher_folder
+from lolcats_cli.stages.rolling import RollingActivations
 from lolcats_cli.stages.shared import absorb_parts, part_writer
 from lolcats_cli.teacher.load import LoadOptions, load_model
 
@@ -43,6 +44,7 @@ def transfer(
     layers: list[int] | None = None,
     keep_softmax: Collection[int | str] = (),
     keep_auto: int = 0,
+    block_size: int | None = None,
     teacher: str | None = None,
     load: LoadOptions = LoadOptions(),
     resume: Resume = "auto",
@@ -56,6 +58,8 @@ def transfer(
         keep_softmax: layers that stay softmax in the student, by index; "sliding" stands for those whose teacher's
             attention is a sliding window.
         keep_auto: keep so many others, those whose window alone misses most of the softmax output.
+        block_size: train so many layers at a time from a capture of tokens, with only their weights in memory and the
+            hidden states in front of them on disk.
         teacher: the teacher's folder, if it is needed and not where it was captured.
         load: the device to train on, and whether to trust the teacher's code; its dtype is that of the capture.
         resume, force: what to do with an artifact that `output` holds, see `ArtifactWriter.create`.
@@ -67,7 +71,8 @@ def transfer(
     parent = Artifact.open(capture, "capture")
     device = load.resolved_device()
     with ranks.joined(device.type), ExitStack() as stack:
-        source = _source(parent, teacher, load, device)
+        rolling = Path(output) / f".hidden-{ranks.rank()}"
+        source = _source(parent, teacher, load, device, block_size, rolling, progress)
         chosen, kept = _choose(source, options, layers, _kept(source, keep_softmax, keep_auto), keep_auto)
         if keep_auto:
             missed = ranks.share(lambda: _missed(source, chosen, options, device))
@@ -94,6 +99,8 @@ def transfer(
             progress.note(f"{output} is finished already")
         else:
             _train(source, chosen, options, device, writer, fields, progress)
+            if isinstance(source, RollingActivations):
+                source.remove()
             if writer:
                 writer.order_metrics(lambda event: event["layer"])
                 writer.finish({"layers": {str(layer): _figures(writer, parent, layer) for layer in chosen}})
@@ -187,14 +194,27 @@ def _pieces(items: list[T], count: int) -> list[list[T]]:
     return [items[start:stop] for start, stop in pairwise(ends)]
 
 
-def _source(capture: Artifact, teacher: str | None, load: LoadOptions, device: torch.device) -> Source:
-    """The activations that the capture kept, or the teacher that computes them."""
+def _source(
+    capture: Artifact,
+    teacher: str | None,
+    load: LoadOptions,
+    device: torch.device,
+    block_size: int | None,
+    folder: Path,
+    progress: Progress,
+) -> Source:
+    """The activations that the capture kept, or the teacher that computes them, maybe block by block."""
+    if block_size and capture.config.get("store") != "tokens":
+        raise UsageError(
+            f"--block-size is for captures of --store tokens, and {capture.path} holds more. Leave it out."
+        )
     if capture.config.get("store", "attention") == "attention":
         return StoredActivations(capture)
-    folder = teacher_folder(capture, teacher)
-    return ComputedActivations(
-        capture, load_model(folder, replace(load, dtype=capture.config["dtype"], device="cpu")), device
-    )
+    options = replace(load, dtype=capture.config["dtype"], device="cpu")
+    model = load_model(teacher_folder(capture, teacher), options)
+    if block_size:
+        return RollingActivations(capture, model, device, block_size, folder, progress)
+    return ComputedActivations(capture, model, device)
 
 
 def _together(source: Source, chosen: list[int]) -> list[list[int]]:

@@ -16,7 +16,7 @@ from lolcats_formats import Artifact
 from lolcats_kernels import HybridConfig
 
 from lolcats_cli import stopping
-from lolcats_cli.errors import BadInput, IdentityMismatch, Stopped
+from lolcats_cli.errors import BadInput, IdentityMismatch, Stopped, UsageError
 from lolcats_cli.stages import checkpoints, layout
 from lolcats_cli.stages.capture import capture
 from lolcats_cli.stages.checkpoints import Checkpoints
@@ -233,3 +233,50 @@ def test_the_dtype_is_that_of_the_capture(deep: SimpleNamespace, tmp_path: Path)
         run(deep, tmp_path / name, load=LoadOptions(dtype="bfloat16"), **store)
         found[name] = hashes(transfer(tmp_path / name, tmp_path / f"maps-{name}", options=OPTIONS))
     assert found["block"] == found["attention"] == found["tokens"]
+
+
+@pytest.mark.parametrize("options", [{}, {"layers": [1, 3, 4]}, {"keep_softmax": [0, 1]}, {"keep_auto": 2}])
+def test_block_by_block_from_tokens_makes_no_difference(deep: SimpleNamespace, tmp_path: Path, options: dict) -> None:
+    run(deep, tmp_path / "c", **STORES["tokens"])
+    whole = transfer(tmp_path / "c", tmp_path / "whole", options=replace(OPTIONS, steps=2), **options)
+    for size in (1, 2):
+        made = transfer(
+            tmp_path / "c", tmp_path / f"{size}", options=replace(OPTIONS, steps=2), block_size=size, **options
+        )
+        assert hashes(made) == hashes(whole)
+        assert made.id == whole.id
+        assert not list(made.path.glob(".*"))
+
+
+def test_block_by_block_one_blocks_hidden_states_are_on_disk(
+    deep: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a stop anywhere continues from there, to the same bytes."""
+    run(deep, tmp_path / "c", **STORES["tokens"])
+    whole = transfer(tmp_path / "c", tmp_path / "whole", options=replace(OPTIONS, steps=2))
+    add, computed = UnitRecord.add, []
+
+    def once(record: UnitRecord, model: object, block: object, batch: list[int], *rest: object) -> None:
+        computed.append((record.unit.block, record.unit.split, tuple(batch)))
+        add(record, model, block, batch, *rest)  # type: ignore[arg-type]
+        there = sorted(int(path.name) for path in (tmp_path / "parts" / ".hidden-0").iterdir())
+        assert there in ([record.unit.block + 1], [record.unit.block, record.unit.block + 1])
+        stopping._requested = "SIGTERM"
+
+    monkeypatch.setattr(UnitRecord, "add", once)
+    for _ in range(200):
+        try:
+            made = transfer(tmp_path / "c", tmp_path / "parts", options=replace(OPTIONS, steps=2), block_size=2)
+            break
+        except Stopped:
+            continue
+        finally:
+            stopping._requested = None
+    assert made.id == whole.id
+    assert len(computed) == len(set(computed)) == 2 * len({batch[1:] for batch in computed})  # two blocks, once each
+
+
+def test_block_by_block_is_for_tokens(deep: SimpleNamespace, tmp_path: Path) -> None:
+    run(deep, tmp_path / "c", **STORES["block"])
+    with pytest.raises(UsageError, match=r"--block-size is for captures of --store tokens"):
+        transfer(tmp_path / "c", tmp_path / "t", options=OPTIONS, block_size=2)
