@@ -162,29 +162,25 @@ class Cut:
             "PRECISION": PRECISIONS[q.dtype],
         }
 
-    def map(self) -> dict[str, Any]:
+    def of_map(self) -> dict[str, Any]:
         """Arguments of the kernels that make features."""
         return map_arguments(self.spec.config.map, exp=self.inputs.query_logits is not None)
-
-    def window(self) -> dict[str, Any]:
-        """Arguments of the kernels that weigh keys."""
-        return window_arguments(self.spec)
-
-    def run(self, kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
-        launch(kernel, grid, self.warps, arguments)
 
     def sum_keys(self, num_summed: Tensor) -> KeySums:
         """S and z in front of every chunk, and at the end."""
         x, made = self.inputs, _room_for_sums(self.inputs, self.spec, self.num_chunks + 1)
-        self.run(
+        launch(
             sum_keys,
             self.state_grid,
-            **{"k": x.k, "v": x.v, "weight": x.k_weight, "bias": x.k_bias, "key_logits": x.key_logits},
-            **{"initial_sums": x.initial_sums, "initial_norms": x.initial_norms, "num_summed": num_summed},
-            **{"sums": made.sums, "norms": made.norms, "HAS_INITIAL": x.initial_sums is not None},
-            **strides(k=x.k, v=x.v),
-            **self.sizes(),
-            **self.map(),
+            self.warps,
+            {
+                **{"k": x.k, "v": x.v, "weight": x.k_weight, "bias": x.k_bias, "key_logits": x.key_logits},
+                **{"initial_sums": x.initial_sums, "initial_norms": x.initial_norms, "num_summed": num_summed},
+                **{"sums": made.sums, "norms": made.norms, "HAS_INITIAL": x.initial_sums is not None},
+                **strides(k=x.k, v=x.v),
+                **self.sizes(),
+                **self.of_map(),
+            },
         )
         return made
 
@@ -238,17 +234,20 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     x, cut = inputs, Cut.of(inputs, spec, backward=False)
     sums, norms = cut.sum_keys(num_summed)
     made = _room(inputs, spec)
-    cut.run(
+    launch(
         attend,
         cut.query_grid,
-        **{"q": x.q, "k": x.k, "v": x.v, "q_weight": x.q_weight, "k_weight": x.k_weight, "q_bias": x.q_bias},
-        **{"k_bias": x.k_bias, "query_logits": x.query_logits, "key_logits": x.key_logits, "gamma": x.gamma},
-        **{"linear_weight": x.linear_weight, "sums": sums, "norms": norms, "out": made.out},
-        **{"m": made.m, "m_index": made.m_index, "inv_denominator": made.inv_denominator},
-        **strides(q=x.q, k=x.k, v=x.v, out=made.out),
-        **cut.sizes(),
-        **cut.map(),
-        **cut.window(),
+        cut.warps,
+        {
+            **{"q": x.q, "k": x.k, "v": x.v, "q_weight": x.q_weight, "k_weight": x.k_weight, "q_bias": x.q_bias},
+            **{"k_bias": x.k_bias, "query_logits": x.query_logits, "key_logits": x.key_logits, "gamma": x.gamma},
+            **{"linear_weight": x.linear_weight, "sums": sums, "norms": norms, "out": made.out},
+            **{"m": made.m, "m_index": made.m_index, "inv_denominator": made.inv_denominator},
+            **strides(q=x.q, k=x.k, v=x.v, out=made.out),
+            **cut.sizes(),
+            **cut.of_map(),
+            **window_arguments(cut.spec),
+        },
     )
     return made._replace(sums=sums[:, :, -1].clone(), norms=norms[:, :, -1].clone())
 
@@ -286,58 +285,70 @@ def _backward(
     of_queries = {
         **{"q": x.q, "k": x.k, "k_weight": x.k_weight, "k_bias": x.k_bias, "key_logits": x.key_logits},
         **{"gamma": x.gamma, "m": made.m, "inv_denominator": made.inv_denominator, "grad": grad},
-        **{"weighted_q": weighted_q, **cut.sizes(), **cut.map(), **cut.window()},
+        **{"weighted_q": weighted_q, **cut.sizes(), **cut.of_map(), **window_arguments(cut.spec)},
     }
     ddenominator = -(grad.float() * made.out.float()).sum(-1) * made.inv_denominator
-    cut.run(
+    launch(
         backward_queries,
         cut.query_grid,
-        **of_queries,
-        **{"v": x.v, "ddenominator": ddenominator},
-        **{"q_weight": x.q_weight, "q_bias": x.q_bias, "query_logits": x.query_logits},
-        **{"linear_weight": x.linear_weight, "sums": sums, "norms": norms, "m_index": made.m_index},
-        **{"dlog_weight": room.dlog_weight, "dq": room.dq, "dy_q": room.dy_q},
-        **{"NEED_X": need.q, "NEED_MAP": room.dy_q.numel() > 0},
-        **strides(q=x.q, k=x.k, v=x.v, grad=grad),
+        cut.warps,
+        {
+            **of_queries,
+            **{"v": x.v, "ddenominator": ddenominator},
+            **{"q_weight": x.q_weight, "q_bias": x.q_bias, "query_logits": x.query_logits},
+            **{"linear_weight": x.linear_weight, "sums": sums, "norms": norms, "m_index": made.m_index},
+            **{"dlog_weight": room.dlog_weight, "dq": room.dq, "dy_q": room.dy_q},
+            **{"NEED_X": need.q, "NEED_MAP": room.dy_q.numel() > 0},
+            **strides(q=x.q, k=x.k, v=x.v, grad=grad),
+        },
     )
     later_sums, later_norms = sums, norms  # the gradients of all sums take their place
-    cut.run(
+    launch(
         sum_queries,
         cut.state_grid,
-        **{
-            "weighted_q": weighted_q,
-            "ddenominator": ddenominator,
-            "inv_denominator": made.inv_denominator,
-            "grad": grad,
+        cut.warps,
+        {
+            **{
+                "weighted_q": weighted_q,
+                "ddenominator": ddenominator,
+                "inv_denominator": made.inv_denominator,
+                "grad": grad,
+            },
+            **{"dlast_sums": dsums, "dlast_norms": dnorms, "dsums": later_sums, "dnorms": later_norms},
+            **strides(grad=grad),
+            **cut.sizes(),
         },
-        **{"dlast_sums": dsums, "dlast_norms": dnorms, "dsums": later_sums, "dnorms": later_norms},
-        **strides(grad=grad),
-        **cut.sizes(),
     )
     if need.k or need.k_map:
-        cut.run(
+        launch(
             backward_keys,
             cut.key_grid,
-            **of_queries,
-            **{
-                "v": x.v,
-                "ddenominator": ddenominator,
-                "m_index": made.m_index,
-                "dlog_weight": room.dlog_weight,
-                "num_summed": num_summed,
+            cut.warps,
+            {
+                **of_queries,
+                **{
+                    "v": x.v,
+                    "ddenominator": ddenominator,
+                    "m_index": made.m_index,
+                    "dlog_weight": room.dlog_weight,
+                    "num_summed": num_summed,
+                },
+                **{"dsums": later_sums, "dnorms": later_norms},
+                **{"dk": room.dk, "dy_k": room.dy_k, "dkey_logits": room.dkey_logits},
+                **{"NEED_X": need.k, "NEED_MAP": room.dy_k.numel() > 0},
+                **strides(q=x.q, k=x.k, v=x.v, grad=grad),
             },
-            **{"dsums": later_sums, "dnorms": later_norms},
-            **{"dk": room.dk, "dy_k": room.dy_k, "dkey_logits": room.dkey_logits},
-            **{"NEED_X": need.k, "NEED_MAP": room.dy_k.numel() > 0},
-            **strides(q=x.q, k=x.k, v=x.v, grad=grad),
         )
     if need.v:
-        cut.run(
+        launch(
             backward_values,
             (*cut.key_grid, cut.value_parts),
-            **of_queries,
-            **{"dsums": later_sums, "num_summed": num_summed, "dv": room.dv},
-            **strides(q=x.q, k=x.k, grad=grad),
+            cut.warps,
+            {
+                **of_queries,
+                **{"dsums": later_sums, "num_summed": num_summed, "dv": room.dv},
+                **strides(q=x.q, k=x.k, grad=grad),
+            },
         )
     return room._replace(dinitial_sums=later_sums[:, :, 0].clone(), dinitial_norms=later_norms[:, :, 0].clone())
 
