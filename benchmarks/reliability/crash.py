@@ -8,6 +8,9 @@ that nothing disturbed (of manifest.json all but `created` and paths). Processes
 everything, so a trial takes a second. Write points are the calls of `lolcats_formats.atomic`, through which every byte
 of an artifact goes, and every chunk inside a file. Stages checkpoint at every step here, not every 30 seconds.
 SIGKILL is tried at every write point (of `--every`), the gentler faults at each fourth of those.
+
+Two kinds of trial lie below every library that writes, also those with writers of their own (safetensors, torch.save,
+PEFT): a file system of a few kilobytes (tmpfs, where this process may mount one), and a limit of a file's size.
 """
 
 from __future__ import annotations
@@ -19,8 +22,10 @@ import json
 import math
 import os
 import random
+import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -188,6 +193,8 @@ class Stage:
             sys.exit(f"{name}: {(fresh / 'log').read_text()}")
         self.seconds = time.monotonic() - started
         self.expected = content(fresh / OUT)
+        sizes = [path.stat().st_size for path in (fresh / OUT).rglob("*") if path.is_file()]
+        self.bytes, self.largest = sum(sizes), max(sizes)
         again = self.begin("count")
         points = again / "points"
 
@@ -214,7 +221,16 @@ class Stage:
         return folder
 
     def end(self, folder: Path) -> str | None:
-        """Run the command to its end; what is wrong with the result, if anything."""
+        """Run the command to its end; what is wrong with the result, or with what lies beside it, if anything."""
+        problem = self.finish(folder)
+        if problem:
+            return problem
+        left = sorted({path.name for path in folder.iterdir()} - {path.name for path in self.base.iterdir()} - {OUT})
+        shutil.rmtree(folder)
+        return f"left behind: {left}" if left else None
+
+    def finish(self, folder: Path) -> str | None:
+        """The same command once more; what is wrong with the result, if anything."""
         code = execute(folder, self.command)
         log = (folder / "log").read_text()
         if code:
@@ -223,9 +239,7 @@ class Stage:
         if found != self.expected:
             names = sorted(n for n in {*found, *self.expected} if found.get(n) != self.expected.get(n))
             return f"differs in {', '.join(names)}"
-        left = sorted({path.name for path in folder.iterdir()} - {path.name for path in self.base.iterdir()} - {OUT})
-        shutil.rmtree(folder)
-        return f"left behind: {left}" if left else None
+        return None
 
     def at_every_point(self, number: int) -> str | None:
         folder = self.begin(f"kill-{number}")
@@ -272,6 +286,49 @@ class Stage:
     def read_only(self, number: int) -> str | None:
         return self.by_error(number, errno.EROFS, 3)
 
+    def small_files(self, number: int) -> str | None:
+        """No file may grow beyond a size that the artifact's largest has, or a checkpoint's."""
+        folder, draw = self.begin(f"files-{number}"), random.Random(f"{self.name} {number}")
+        limit = draw.randrange(4096, 2 * self.largest + 8192)  # the log of a trial is a file too
+        code = execute(folder, self.command, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+        log = (folder / "log").read_text()
+        if code not in (0, 5) or "Traceback" in log:
+            return f"files of {limit} bytes: exit {code}: {log[-300:]}"
+        return self.end(folder)
+
+    def small_disk(self, number: int) -> str | None:
+        """A file system of its own for the output, too small, or just large enough; then it is made larger."""
+        folder, draw = self.begin(f"disk-{number}"), random.Random(f"{self.name} {number}")
+        size = draw.randrange(16_384, 2 * self.bytes + 65_536)
+        (folder / OUT).mkdir()
+        _mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder / OUT))
+        try:
+            code = execute(folder, self.command)
+            log = (folder / "log").read_text()
+            if code not in (0, 5) or "Traceback" in log:
+                return f"a disk of {size} bytes: exit {code}: {log[-300:]}"
+            _mount("-o", "remount,size=1g", str(folder / OUT))
+            problem = self.finish(folder)
+        finally:
+            subprocess.run(["umount", str(folder / OUT)], check=True)
+        shutil.rmtree(folder)
+        return problem
+
+
+def _mount(*args: str) -> None:
+    subprocess.run(["mount", *args], check=True, capture_output=True)
+
+
+def can_mount() -> bool:
+    """Whether this process may mount a file system."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            _mount("-t", "tmpfs", "-o", "size=64k", "tmpfs", folder)
+        except (OSError, subprocess.CalledProcessError):
+            return False
+        subprocess.run(["umount", folder], check=True)
+        return True
+
 
 def _counted(function: Callable[..., Any], count: Callable[[], None]) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
@@ -294,16 +351,20 @@ KINDS = {
     "SIGTERM at a write point": Stage.by_signal,
     "disk full at a write point": Stage.full_disk,
     "read-only at a write point": Stage.read_only,
+    "files may not grow": Stage.small_files,
+    "small disk": Stage.small_disk,
 }
 
 
-def trials(stage: Stage, every: int, randoms: int) -> Iterator[tuple[str, int]]:
-    for kind in KINDS:
+def trials(stage: Stage, every: int, randoms: int, kinds: list[str]) -> Iterator[tuple[str, int]]:
+    for kind in kinds:
+        if kind == "small disk" and ("--force" in stage.command or not can_mount()):
+            continue  # a mounted folder cannot be exchanged for another
         step = every if kind == "killed at a write point" else 4 * every
         yield from ((kind, n) for n in (range(0, stage.points, step) if kind.endswith("point") else range(randoms)))
 
 
-def campaign(names: list[str], every: int, randoms: int, jobs: int) -> dict[str, dict[str, Any]]:
+def campaign(names: list[str], every: int, randoms: int, jobs: int, kinds: list[str]) -> dict[str, dict[str, Any]]:
     """Results by stage: write points, trials by kind, and the texts of what went wrong."""
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="lolcats-crash-") as scratch:
@@ -314,7 +375,7 @@ def campaign(names: list[str], every: int, randoms: int, jobs: int) -> dict[str,
             stage = Stage(name, base)
             tried, wrong = Counter[str](), []
             running: dict[int, tuple[str, int]] = {}
-            todo = trials(stage, every, randoms)
+            todo = trials(stage, every, randoms, kinds)
 
             def collect(tried=tried, wrong=wrong, running=running, scratch=scratch) -> None:
                 pid, status = os.waitpid(-1, 0)
@@ -359,13 +420,14 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--every", type=int, default=1, help="try every so many write points")
     parser.add_argument("--random", type=int, default=20, help="trials of each random kind, per stage")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--json", type=Path, help="write the results there too")
     args = parser.parse_args()
     started = time.monotonic()
-    results = campaign(args.stages, args.every, args.random, args.jobs)
+    results = campaign(args.stages, args.every, args.random, args.jobs, args.kinds)
     print(table(results))
     print(f"\n{time.monotonic() - started:.0f} seconds.", file=sys.stderr)
     if args.json:

@@ -53,7 +53,7 @@ def evaluate(
         `relative_attention_mse` (to the softmax output's power) and `recall` by distance in tokens.
 
     Raises:
-        BadInput: the data cannot be read or is too short.
+        BadInput: the data cannot be read or is too short; the model's predictions are no numbers.
     """
     limit = model_limit(loaded.model.config)
     if limit is not None and options.seq_len > limit:
@@ -80,6 +80,10 @@ def evaluate(
             if is_student:
                 set_terms(loaded.model, term)
             figures = _text_figures(loaded.model, rows, loaded.layers, batch_size, advance)
+            if term == "both" and not math.isfinite(figures["nats_per_token"]):
+                raise BadInput(
+                    "The model predicts NaN or infinity: its weights are damaged, or overflow in this --dtype."
+                )
             figures["recall"] = {}
             for distance, made in questions.items():
                 figures["recall"][str(distance)] = recall_accuracy(loaded.model, made, batch_size)

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from lolcats_cli.errors import UsageError
+from lolcats_cli.errors import BadInput, UsageError
 from lolcats_cli.stages.models import Loaded
+from lolcats_cli.teacher.load import first_line
 
 
 def generate(
@@ -28,8 +30,9 @@ def generate(
 
     Raises:
         UsageError: the prompt has no tokens.
+        BadInput: the model's predictions are no numbers, or its generation_config.json cannot be followed.
     """
-    from transformers import TextStreamer
+    from transformers import LogitsProcessorList, TextStreamer
 
     class Stream(TextStreamer):
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
@@ -44,11 +47,22 @@ def generate(
         raise UsageError("--prompt is empty; give the text to continue.")
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     pad = loaded.tokenizer.pad_token_id
-    model.generate(
-        **inputs,
-        **sampling,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=loaded.tokenizer.eos_token_id if pad is None else pad,
-        streamer=Stream(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True),
-    )
+    try:
+        model.generate(
+            **inputs,
+            **sampling,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=loaded.tokenizer.eos_token_id if pad is None else pad,
+            streamer=Stream(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True),
+            logits_processor=LogitsProcessorList([_check_numbers]),
+        )
+    except (ValueError, TypeError, AttributeError) as error:
+        raise BadInput(f"{type(model).__name__} cannot generate as its folder says: {first_line(error)}") from error
     return "".join(pieces)
+
+
+def _check_numbers(input_ids: Tensor, scores: Tensor) -> Tensor:
+    """The scores [B, V] of the next token as they are. Raises `BadInput` if they are no numbers; -inf rules one out."""
+    if bool(scores.isnan().any()) or bool((scores == torch.inf).any()):
+        raise BadInput("The model predicts NaN or infinity: its weights are damaged, or overflow in this --dtype.")
+    return scores

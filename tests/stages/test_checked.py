@@ -229,3 +229,39 @@ def test_a_student_that_answers_nan_is_not_finished(
     assert not (tmp_path / "out" / "manifest.json").exists()
     monkeypatch.undo()
     merge(pipeline.lora, tmp_path / "out").verify()
+
+
+@pytest.fixture
+def spoilt(pipeline: SimpleNamespace, tmp_path: Path) -> Path:
+    """A teacher whose last norm is NaN."""
+    folder = Path(shutil.copytree(pipeline.teacher, tmp_path / "spoilt"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][3] = torch.nan
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_text_is_not_drawn_from_nan(spoilt: Path, temperature: float) -> None:
+    from lolcats_cli.stages.generate import generate
+
+    with pytest.raises(BadInput, match="The model predicts NaN or infinity"):
+        generate(load_any(str(spoilt), CPU), "the whale", max_new_tokens=2, temperature=temperature)
+
+
+def test_a_perplexity_that_is_no_number_is_no_result(spoilt: Path, pipeline: SimpleNamespace) -> None:
+    from lolcats_cli.stages.evaluate import evaluate
+    from lolcats_cli.teacher.records import DataOptions
+
+    options = DataOptions(seq_len=32, samples=4)
+    with pytest.raises(BadInput, match="The model predicts NaN or infinity"):
+        evaluate(load_any(str(spoilt), CPU), str(pipeline.text), options=options, recall_count=0)
+
+
+def test_settings_of_generation_that_cannot_be_followed(student: Path) -> None:
+    from lolcats_cli.stages.generate import generate
+
+    edit(student / "generation_config.json", num_beams=4)
+    forge(student)
+    with pytest.raises(BadInput, match="cannot generate as its folder says"):
+        generate(load_any(str(student), CPU), "the whale", max_new_tokens=2)
