@@ -81,13 +81,15 @@ def runs_own_code(folder: Path, allowed: bool) -> bool:
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The folder's tokenizer. Raises `BadInput` if it cannot be loaded."""
+    """The folder's tokenizer. Raises `BadInput` if it cannot be loaded or used."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=runs_own_code(folder, trust_remote_code))
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=runs_own_code(folder, trust_remote_code))
+        tokenizer("a")  # settings of a wrong type show when it is used
     except Exception as error:
-        raise BadInput(f"{folder} has no tokenizer that transformers can load: {first_line(error)}") from error
+        raise BadInput(f"{folder} has no tokenizer that transformers can use: {first_line(error)}") from error
+    return tokenizer
 
 
 def load_model(folder: Path, options: LoadOptions, loader: Any = None) -> PreTrainedModel:
