@@ -325,7 +325,7 @@ def names() -> Iterator[Case]:
         "org/name",
         "a\0b.txt",
         "x" * 5000 + ".txt",
-        "~nobody/x",
+        "~no-such-user/x",
     ):
         yield Case(kind, two, None, ["f/a.jsonl", missing])
     yield Case(kind, {}, None, ["-"], None, names="stdin")

@@ -132,8 +132,9 @@ def split_numbers(rows: int, fraction: float, seed: int) -> tuple[Tensor, Tensor
 
 def describe_rows(splits: dict[str, Rows], source: str | Sequence[str]) -> dict[str, Any]:
     """What a manifest says of its data: where it came from, and what makes it itself."""
+    path = source if isinstance(source, str) else " ".join(source)
     return {
-        "path": source if isinstance(source, str) else " ".join(source),
+        "path": path.encode(errors="backslashreplace").decode(),  # names of files need not be UTF-8
         "rows": {split: len(rows) for split, rows in splits.items()},
         "tokens": {split: rows.tokens for split, rows in splits.items()},
         "seq_len": next(iter(splits.values())).input_ids.shape[1],

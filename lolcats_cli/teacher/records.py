@@ -120,16 +120,16 @@ def find_files(source: str) -> list[str]:
 
     Raises BadInput if there are none, or a folder mixes formats.
     """
-    path = Path(source).expanduser()
     if not source:
         raise BadInput("The name of the data is empty. Is a shell variable not set?")
     try:
+        path = Path(source).expanduser()
         if source == "-" or (path.exists() and not path.is_dir()):
             return [source if source == "-" else str(path)]
         if path.is_dir():
             return _folder_files(path)
         matches = sorted(name for name in glob(str(path), recursive=True) if Path(name).is_file())
-    except (OSError, ValueError) as error:  # a name that no file can have
+    except (OSError, ValueError, RuntimeError) as error:  # a name that no file can have, a user who is not there
         raise BadInput(f"The data {source[:200]!r} cannot be looked up: {reason(error)}.") from error
     if matches:
         return matches

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -224,6 +225,13 @@ def test_loss_on_completions(invoke, pipeline: SimpleNamespace, tmp_path: Path) 
     result = invoke("lora", pipeline.transfer, "-o", tmp_path / "m", *quick)
     assert (result.code, (tmp_path / "m").exists()) == (3, False)
     assert "do not tell which of them are a completion's" in result.err
+
+
+def test_a_name_that_is_not_utf8(capture: Capture, tmp_path: Path) -> None:
+    name = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jsonl")
+    Path(name).write_text(lines({"text": TEXT}) * 2)
+    assert capture(name, *OPTIONS) == [f"{TEXT}</s>"] * 2
+    assert Artifact.open(tmp_path / "captured").data["path"] == f"{tmp_path}/\\udcff.jsonl"
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "", "x/" * 3000])

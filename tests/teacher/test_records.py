@@ -225,6 +225,8 @@ def test_names_that_no_file_has(tmp_path: Path, write: Write) -> None:
         columns("")
     with pytest.raises(BadInput, match="No file matches the pattern"):
         columns(str(tmp_path / "*.jsonl"))
+    with pytest.raises(BadInput, match=r"~no-such-user/x' cannot be looked up: Could not determine home directory"):
+        columns("~no-such-user/x")
     with pytest.raises(BadInput, match="cannot be looked up"):
         columns("x" * 5000 + ".jsonl")
     with pytest.raises(BadInput, match="is not a file"):  # told before the first is read
