@@ -151,8 +151,7 @@ def attach(
             module.keeps_softmax = True  # type: ignore[assignment]
             continue
         hybrid = HybridAttention(config, num_heads, head_dim, layer_index(module))
-        weight = next(module.parameters())
-        module.hybrid = hybrid.to(device=weight.device, dtype=torch.float32).requires_grad_(False)
+        module.hybrid = hybrid.to(device=execution_device(module), dtype=torch.float32).requires_grad_(False)
         module.register_forward_pre_hook(_hand_cache_over, with_kwargs=True)
         module.register_forward_hook(_take_cache_back, always_call=True)
         hybrids.append(module.hybrid)
@@ -165,6 +164,15 @@ def attach(
     register()
     model.config._attn_implementation = NAME
     return hybrids
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """Where a module computes: where its weights are, or where accelerate brings them from the CPU or the disk."""
+    for part in module.modules():
+        device = getattr(getattr(part, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return next(module.parameters()).device
 
 
 def _fix_rotation(model: nn.Module) -> None:

@@ -28,6 +28,9 @@ Seed = Annotated[
     typer.Option(min=0, help="Seed of everything random; the same seed gives the same bytes on a CPU."),
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …; auto takes CUDA where there is one.")]
+DeviceMap = Annotated[
+    Literal["auto"] | None, typer.Option(help="auto: spread the weights over all GPUs, and the CPU for what is left.")
+]
 Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="auto is the checkpoint's own.")]
 Devices = Annotated[
     str | None,

@@ -42,6 +42,7 @@ def evaluate(
     trust_remote_code: o.TrustRemoteCode = False,
     dtype: o.Dtype = "auto",
     device: o.Device = "auto",
+    device_map: o.DeviceMap = None,
     seed: o.Seed = 0,
     json: o.Json = False,
 ) -> None:
@@ -55,7 +56,7 @@ def evaluate(
     from lolcats_cli.stages.models import load_any
     from lolcats_cli.teacher.load import LoadOptions
 
-    load = LoadOptions(dtype, device, trust_remote_code)
+    load = LoadOptions(dtype, device, trust_remote_code, device_map=device_map)
     if tasks is not None:
         from lolcats_cli.stages.harness import load_tasks, run_tasks
 

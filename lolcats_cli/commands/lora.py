@@ -73,6 +73,14 @@ def lora(
     trust_remote_code: o.TrustRemoteCode = False,
     dtype: o.Dtype = "auto",
     device: o.Device = "auto",
+    device_map: o.DeviceMap = None,
+    gradient_checkpointing: Annotated[
+        bool,
+        typer.Option(
+            "--gradient-checkpointing",
+            help="Keep no layer's activations for the backward pass: less memory, a third more time.",
+        ),
+    ] = False,
     shard: Annotated[
         bool, typer.Option("--shard", help="Spread the teacher's weights over the processes of torchrun (FSDP2).")
     ] = False,
@@ -124,7 +132,8 @@ def lora(
             on_bad_row=on_bad_row,
         ),
         teacher=teacher,
-        load=LoadOptions(dtype, device, trust_remote_code, shard),
+        load=LoadOptions(dtype, device, trust_remote_code, shard, device_map),
+        gradient_checkpointing=gradient_checkpointing,
         resume=resume,
         force=force,
         progress=o.progress(),

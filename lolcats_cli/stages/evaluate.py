@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from lolcats_kernels.hf_student import execution_device
 from lolcats_kernels.softmax import AttentionSpec, softmax_attention
 
 from lolcats_cli.errors import BadInput
@@ -102,8 +103,8 @@ def _text_figures(
     with _attention_error(model, layers) as error:
         for start in range(0, len(rows), batch_size):
             batch = rows.select(torch.arange(start, min(start + batch_size, len(rows))))
-            ids = batch.input_ids.long().to(model.device)
-            valid = torch.ones_like(ids) if batch.valid is None else batch.valid.long().to(model.device)
+            ids = batch.input_ids.long().to(execution_device(model))
+            valid = torch.ones_like(ids) if batch.valid is None else batch.valid.long().to(ids.device)
             mask = None if batch.valid is None else valid
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
             nats = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none") * valid[:, 1:]

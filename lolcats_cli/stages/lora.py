@@ -21,7 +21,7 @@ from lolcats_cli import __version__, ranks
 from lolcats_cli.errors import BadInput, IdentityMismatch, UsageError
 from lolcats_cli.progress import Progress
 from lolcats_cli.stages.layout import SPLITS
-from lolcats_cli.stages.models import kept_config, load_student, maps_file, teacher_folder
+from lolcats_cli.stages.models import check_on_devices, kept_config, load_student, maps_file, teacher_folder
 from lolcats_cli.student.build import hybrid_modules, linear_layers, projections
 from lolcats_cli.teacher.data import DataOptions, Rows, describe_rows, read_rows, split_rows
 from lolcats_cli.teacher.load import LoadOptions, load_tokenizer, model_limit
@@ -102,6 +102,7 @@ def lora(
     data_options: DataOptions = DataOptions(),
     teacher: str | None = None,
     load: LoadOptions = LoadOptions(),
+    gradient_checkpointing: bool = False,
     resume: Resume = "auto",
     force: bool = False,
     progress: Progress = Progress(),
@@ -112,10 +113,12 @@ def lora(
         transfer: a transfer artifact with every layer.
         data: other data than the capture's tokens: a capture artifact, or data as for `capture`.
         teacher: the teacher's folder, if it is not where it was captured.
+        gradient_checkpointing: compute each layer's activations again in the backward pass instead of keeping them.
         resume, force: what to do with an artifact that `output` holds, see `ArtifactWriter.create`.
 
     Raises:
         FormatError, BadInput, IdentityMismatch, UsageError: what cannot be used, before any training.
+        BadInput: a training that diverged.
     """
     options.share(ranks.size())
     if ranks.size() > 1 and "-" in ([data] if isinstance(data, str) else data or ()):
@@ -128,10 +131,15 @@ def lora(
         data_options = replace(data_options, completion=options.loss_on == "completion")
         splits, source = _rows(parent, data, data_options, folder, load, options.seed, progress)
         student = load_student(parent, folder, load)
+        check_on_devices(
+            student, "a training takes weights that stay. Add GPUs, or spread it with torchrun and --shard"
+        )
         limit, seq_len = model_limit(student.config), splits["train"].input_ids.shape[1]
         if limit is not None and seq_len > limit:
             raise BadInput(f"--seq-len {seq_len} is over the {limit} tokens that the teacher was made for.")
         options = replace(options, targets=_targets(student, options.targets))
+        if gradient_checkpointing:
+            student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model = _with_adapter(student, options, parent)
         writer = None
         if ranks.rank() == 0:

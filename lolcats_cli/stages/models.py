@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ from lolcats_kernels import HybridConfig
 from lolcats_kernels.softmax import AttentionSpec
 from torch import Tensor
 
-from lolcats_cli.errors import BadInput
+from lolcats_cli.errors import BadInput, UsageError
 from lolcats_cli.student.build import linearize
 from lolcats_cli.student.fold import CONFIG_FILE, WEIGHTS_FILE, Adapter
 from lolcats_cli.teacher import identity
@@ -80,19 +80,18 @@ def load_adapter(artifact: Artifact) -> Adapter:
     return Adapter(artifact.path / "adapter")
 
 
-@contextmanager
-def listed_files(artifact: Artifact) -> Iterator[Path]:
-    """While open, a folder with the artifact's files and no others, every byte checked.
+def listed_files(artifact: Artifact) -> tempfile.TemporaryDirectory:
+    """A folder with the artifact's files and no others, every byte checked.
 
     Libraries use what lies in a model folder: an adapter beside the weights, a template, code.
     """
     artifact.check_all()
-    with tempfile.TemporaryDirectory(prefix="lolcats-") as folder:
-        for name in artifact.files:
-            link = Path(folder) / name
-            link.parent.mkdir(parents=True, exist_ok=True)
-            link.symlink_to((artifact.path / name).absolute())
-        yield Path(folder)
+    folder = tempfile.TemporaryDirectory(prefix="lolcats-")
+    for name in artifact.files:
+        link = Path(folder.name) / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to((artifact.path / name).absolute())
+    return folder
 
 
 def load_student(artifact: Artifact, folder: Path, load: LoadOptions) -> PreTrainedModel:
@@ -102,6 +101,13 @@ def load_student(artifact: Artifact, folder: Path, load: LoadOptions) -> PreTrai
     for layer, tensors in maps.items():
         check_finite(artifact.path / layers[layer], tensors)
     return linearize(load_model(folder, load), HybridConfig(**artifact.config["hybrid"]), maps, kept_layers(artifact))
+
+
+def check_on_devices(model: PreTrainedModel, reason: str) -> None:
+    """Raise `UsageError`, with the reason, if a device map leaves weights on the CPU or disk until they are used."""
+    for name, parameter in model.named_parameters():
+        if parameter.device.type == "meta":
+            raise UsageError(f"--device-map leaves {name} off the devices that compute, and {reason}.")
 
 
 def load_any(path: str, load: LoadOptions, *, teacher: str | None = None, revision: str | None = None) -> Loaded:
@@ -117,11 +123,13 @@ def load_any(path: str, load: LoadOptions, *, teacher: str | None = None, revisi
     if artifact.kind == "student":
         from lolcats_cli.student.merged import load_merged
 
-        with listed_files(artifact) as folder:
-            merged = load_merged(folder, replace(load, trust_remote_code=False))
-            return Loaded(merged, load_tokenizer(folder), "student", layers)
+        listed = listed_files(artifact)
+        merged = load_merged(Path(listed.name), replace(load, trust_remote_code=False))
+        weakref.finalize(merged, listed.cleanup)  # a device map may leave weights on the disk, to be read later
+        return Loaded(merged, load_tokenizer(Path(listed.name)), "student", layers)
     folder = teacher_folder(artifact, teacher)
     model = load_student(artifact, folder, load)
     if artifact.kind == "lora":
+        check_on_devices(model, "an adapter is added to weights that stay. Merge it, and take the merged folder")
         load_adapter(artifact).fold_into(model)
     return Loaded(model, load_tokenizer(folder, load.trust_remote_code), artifact.kind, layers)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lolcats_kernels.hf_student import execution_device
 
 _NAMES = """
 Alma Boris Clara Dora Edgar Felix Greta Hugo Irma Jonas Karin Leon Mabel Nora Oscar Petra Quinn Rosa Tessa Ulrich
@@ -177,6 +178,6 @@ def recall_accuracy(model: Any, rows: RecallRows, batch_size: int = 8) -> float:
 
     ``model``: a causal language model of transformers, in evaluation mode already if it has dropout.
     """
-    device = next(model.parameters()).device
+    device = execution_device(model)
     hits = list(recall_hits(lambda ids: model(input_ids=ids.to(device), use_cache=False).logits, rows, batch_size))
     return sum(hits) / len(hits)

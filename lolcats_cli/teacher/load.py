@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,12 +30,14 @@ class LoadOptions:
         dtype: a name of `DTYPES`, or "auto" (the checkpoint's own).
         device: where all of it goes, unless one of the next two spreads it.
         shard: each of several ranks holds its part of the weights, and fetches a layer's others when it runs (FSDP2).
+        device_map: what goes where, as accelerate takes it: "auto", or devices by module.
     """
 
     dtype: str = "auto"
     device: str = "auto"
     trust_remote_code: bool = False
     shard: bool = False
+    device_map: str | Mapping[str, str | int] | None = None
 
     def resolved_device(self) -> torch.device:
         """The device; "auto" is CUDA where there is one, and each of several ranks has its own.
@@ -113,6 +116,12 @@ def load_model(folder: Path, options: LoadOptions, loader: Any = None) -> PreTra
         from transformers.distributed import DistributedConfig
 
         placement = {"distributed_config": DistributedConfig(fsdp_size=ranks.size())}
+    elif options.device_map is not None:
+        if ranks.size() > 1:
+            raise UsageError("--device-map is for one process. Spread the weights over several with --shard.")
+        if options.device.startswith("cuda:"):
+            raise UsageError(f"--device {options.device} is one device, and --device-map takes all. Leave one out.")
+        placement = {"device_map": options.device_map}
     try:
         model, report = source.from_pretrained(
             folder,

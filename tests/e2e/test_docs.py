@@ -22,12 +22,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 ROOT = Path(__file__).parents[2]
 
 
-def script(heading: str) -> str:
-    """The first shell script below a heading."""
+def script(heading: str, word: str = "") -> str:
+    """The first shell script below a heading that has the word."""
     section = (ROOT / "docs" / "clusters.md").read_text().split(f"## {heading}\n")[1]
-    found = re.search(r"```bash\n(.*?)```", section, re.DOTALL)
-    assert found
-    return found[1]
+    return next(text for text in re.findall(r"```bash\n(.*?)```", section, re.DOTALL) if word in text)
 
 
 def served_code() -> list[str]:
@@ -81,6 +79,48 @@ def test_a_task_that_was_stopped_is_requeued(shell: dict[str, str], tmp_path: Pa
     done = subprocess.run(["bash", "-c", script("Slurm")], cwd=tmp_path, env=shell, timeout=60)
     assert done.returncode == 75
     assert (tmp_path / "requeued").read_text() == "requeue 7_1\n"
+
+
+def srun_of(tasks: int) -> str:
+    """The body of an srun that starts so many tasks, and ends with the largest of their codes, as Slurm's does."""
+    return f"""
+    for task in $(seq 0 {tasks - 1}); do SLURM_PROCID=$task SLURM_LOCALID=$task "$@" & tasks+=($!); done
+    worst=0
+    for task in "${{tasks[@]}}"; do wait $task; code=$?; [ $code -gt $worst ] && worst=$code; done
+    exit $worst"""
+
+
+def test_a_slurm_job_trains_an_adapter_on_all_gpus_of_a_node(
+    pipeline: SimpleNamespace, shell: dict[str, str], tmp_path: Path
+) -> None:
+    """With processes for GPUs: two, which train on the CPU."""
+    text = script("LoRA on several GPUs", "#SBATCH")
+    assert "--ntasks-per-node=8 --gpus-per-node=8" in text
+    text = text.replace("lora maps", f"lora {pipeline.transfer} --steps 2 --device cpu")
+    (tmp_path / "bin" / "srun").write_text(f"#!/bin/bash{srun_of(2)}\n")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    text = text.replace("$((20000 + SLURM_JOB_ID % 10000))", str(port))
+    shell |= {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2"}
+    done = subprocess.run(["bash", "-c", text], cwd=tmp_path, env=shell, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "lora\n"), done.stderr
+    assert Artifact.open(tmp_path / "lora", "lora").config["grad_accum"] == 8
+    assert not (tmp_path / "requeued").exists()
+    (tmp_path / "bin" / "lolcats").write_text("#!/bin/bash\nexit $((75 * RANK))\n")
+    done = subprocess.run(["bash", "-c", text], cwd=tmp_path, env=shell, timeout=60)
+    assert done.returncode == 75
+    assert (tmp_path / "requeued").read_text() == "requeue 7\n"
+
+
+def test_torchrun_starts_the_ranks(pipeline: SimpleNamespace, shell: dict[str, str], tmp_path: Path) -> None:
+    text = script("LoRA on several GPUs").splitlines()[0]
+    text = text.replace("torchrun --nproc-per-node 8", f"{sys.executable} -m torch.distributed.run --nproc-per-node 2")
+    text = text.replace("torch.distributed.run", "torch.distributed.run --standalone")
+    text = text.replace("lora maps", f"lora {pipeline.transfer} --steps 2 --device cpu")
+    done = subprocess.run(["bash", "-c", text], cwd=tmp_path, env=shell, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "lora\n"), done.stderr
+    Artifact.open(tmp_path / "lora", "lora").verify()
 
 
 def test_the_python_of_serving_runs_on_a_merged_folder(pipeline: SimpleNamespace, tmp_path: Path) -> None:

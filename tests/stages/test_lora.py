@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lolcats_formats import Artifact, ConfigMismatch, Damaged, WrongKind
+from lolcats_kernels.hf_attention import HybridAttention
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainingArguments
@@ -307,6 +308,28 @@ def test_one_device_whatever_there_is(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (chosen.n_gpu, chosen.train_batch_size, chosen.eval_batch_size) == (1, 3, 3)
     assert chosen.device == torch.device("cuda", 1)
     assert chosen.parallel_mode == ParallelMode.NOT_PARALLEL
+
+
+@pytest.mark.parametrize("changes", [{}, {"train_maps": True, "match": "teacher", "dropout": 0.2}])
+def test_gradient_checkpointing_computes_twice_and_trains_the_same(
+    pipeline: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict
+) -> None:
+    options, calls, forward = replace(QUICK, **changes), [], HybridAttention.forward
+
+    def counted(self, *args):
+        calls.append(torch.is_grad_enabled() and self.training)
+        return forward(self, *args)
+
+    monkeypatch.setattr(HybridAttention, "forward", counted)
+    kept = lora(pipeline.transfer, tmp_path / "kept", options=options, load=CPU)
+    once = sum(calls)
+    calls.clear()
+    again = lora(pipeline.transfer, tmp_path / "again", options=options, load=CPU, gradient_checkpointing=True)
+    assert (once, sum(calls)) == (2 * 2 * 2, 2 * 2 * 2 * 2)  # layers, passes, steps
+    for name in kept.files:
+        if name.endswith(".safetensors"):
+            torch.testing.assert_close(again.load(name), kept.load(name), rtol=0, atol=1e-6)
+    assert again.config == kept.config
 
 
 @pytest.mark.parametrize("changes", [{}, {"train_maps": True, "match": "teacher"}])
