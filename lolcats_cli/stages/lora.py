@@ -7,6 +7,7 @@ The artifact holds `adapter/`, a plain PEFT folder, and `maps/`, the feature map
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -123,6 +124,11 @@ def lora(
     options.share(ranks.size())
     if ranks.size() > 1 and "-" in ([data] if isinstance(data, str) else data or ()):
         raise UsageError("Several processes cannot all read --data from stdin. Name a file.")
+    for engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() in ("true", "1"):
+            raise UsageError(
+                f"accelerate is set up for {engine}. Launch with --multi_gpu alone, and pass --shard here."
+            )
     device = load.resolved_device()
     parent = Artifact.open(transfer, "transfer")
     with ranks.joined(device.type), ExitStack() as stack:

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import peft  # noqa: F401
+import torch
+from torch.distributed.tensor import DTensor
 
 from lolcats_cli import ranks
 from lolcats_cli.errors import BadInput
@@ -25,6 +27,16 @@ from lolcats_cli.main import run
 from lolcats_cli.stages import checkpoints, lora, lora_training  # noqa: F401
 
 SIZE = 2
+
+
+def check_that_the_teacher_is_spread(model: torch.nn.Module) -> None:
+    """Each rank has its part of the frozen projections, and all of what is trained."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert not isinstance(parameter.data, DTensor), name
+        elif "base_layer" in name:
+            assert isinstance(parameter, DTensor), name
+            assert parameter.to_local().numel() * SIZE == parameter.numel(), name
 
 
 def mishap(kind: str, rank: int, step: int) -> None:
@@ -35,7 +47,10 @@ def mishap(kind: str, rank: int, step: int) -> None:
         if ranks.rank() == rank and self.state.global_step == step:
             if kind == "error":
                 raise BadInput("The disk of this rank is made of cheese.")
-            os.kill(os.getpid(), signal.SIGKILL if kind == "kill" else signal.SIGTERM)
+            if kind == "check":
+                check_that_the_teacher_is_spread(self.model)
+            else:
+                os.kill(os.getpid(), signal.SIGKILL if kind == "kill" else signal.SIGTERM)
         return whole(self, *args, **kwargs)
 
     lora_training.StudentTrainer.training_step = training_step  # type: ignore[method-assign]

@@ -17,7 +17,7 @@ from lolcats_formats import Artifact
 from lolcats_cli import ranks
 from lolcats_cli.errors import UsageError
 from lolcats_cli.stages.capture import capture
-from lolcats_cli.stages.lora import LoraOptions
+from lolcats_cli.stages.lora import LoraOptions, lora
 from lolcats_cli.stages.lora_training import Order
 from lolcats_cli.teacher.data import DataOptions
 from lolcats_cli.teacher.load import LoadOptions
@@ -64,7 +64,7 @@ def runs(command: Command) -> dict[str, list]:
         "resumed": ("copied", TEXT, None),
         "finished": ("copied", TEXT, None),
         "spread, killed": ("spread", [*TEXT, "--shard"], ["kill", 1, 3]),
-        "spread, resumed": ("spread", [*TEXT, "--shard"], None),
+        "spread, resumed": ("spread", [*TEXT, "--shard", "--gradient-checkpointing"], ["check", 1, 3]),
         "teacher": ("teacher", TEACHER, None),
         "left": ("left", TEXT, ["signal", 0, 2]),
         "error": ("error", TEXT, ["error", 1, 1]),
@@ -142,6 +142,15 @@ def test_the_ranks_share_the_rows_of_a_step(
     else:
         assert options.share(processes) == expected
         assert expected[0] * expected[1] * processes == batch_size * grad_accum
+
+
+def test_accelerate_does_not_spread_the_model_by_its_own_ways(
+    pipeline: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UsageError, match=r"set up for FSDP.*--shard"):
+        lora(pipeline.transfer, tmp_path / "l")
+    assert not (tmp_path / "l").exists()
 
 
 def test_blank_rows_come_last(monkeypatch: pytest.MonkeyPatch) -> None:
