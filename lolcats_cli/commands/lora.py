@@ -73,6 +73,7 @@ def lora(
     trust_remote_code: o.TrustRemoteCode = False,
     dtype: o.Dtype = "auto",
     device: o.Device = "auto",
+    devices: o.Devices = None,
     device_map: o.DeviceMap = None,
     gradient_checkpointing: Annotated[
         bool,
@@ -82,7 +83,10 @@ def lora(
         ),
     ] = False,
     shard: Annotated[
-        bool, typer.Option("--shard", help="Spread the teacher's weights over the processes of torchrun (FSDP2).")
+        bool,
+        typer.Option(
+            "--shard", help="Spread the teacher's weights over the processes of --devices or torchrun (FSDP2)."
+        ),
     ] = False,
     seed: o.Seed = 0,
     resume: o.Resume = "auto",
@@ -94,6 +98,7 @@ def lora(
     checks.artifact(given, "transfer", teacher)
     checks.data(data, captures=True)
     checks.output(output, resume, force)
+    o.launch_on(devices, given)
 
     from lolcats_cli.stages.lora import RECIPES, LoraOptions
     from lolcats_cli.stages.lora import lora as run

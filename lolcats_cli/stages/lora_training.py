@@ -52,7 +52,7 @@ def train(
     """
     scratch, saved = ranks.share(lambda: _resume_state(cast(ArtifactWriter, writer)))
     settings = arguments(options, device, scratch)
-    if device.type == "cuda":
+    if settings.only_device is not None:
         torch.cuda.set_device(device)  # where Trainer's libraries put what they make
     trainer = (StudentTrainer if options.match == "text" else Distiller)(
         model=model,
@@ -107,7 +107,7 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
 class Arguments(TrainingArguments):
     """Trainer's settings with one device: it would take every GPU that it sees, and multiply the batch by them.
 
-    only_device: this process's; None in one of several ranks, which have one each anyway.
+    only_device: a GPU; None for the first, and in one of several ranks, which have one each anyway.
     """
 
     only_device: str | None = None
@@ -127,7 +127,7 @@ def arguments(options: LoraOptions, device: torch.device, scratch: str) -> Argum
     batch_size, grad_accum = options.share(ranks.size())
     return Arguments(
         output_dir=scratch,
-        only_device=str(device) if ranks.size() == 1 else None,
+        only_device=str(device) if device.type == "cuda" and device.index is not None and ranks.size() == 1 else None,
         per_device_train_batch_size=batch_size,
         per_device_eval_batch_size=options.batch_size,
         gradient_accumulation_steps=grad_accum,

@@ -114,7 +114,7 @@ def test_a_slurm_job_trains_an_adapter_on_all_gpus_of_a_node(
 
 
 def test_torchrun_starts_the_ranks(pipeline: SimpleNamespace, shell: dict[str, str], tmp_path: Path) -> None:
-    text = script("LoRA on several GPUs").splitlines()[0]
+    text = script("LoRA on several GPUs").splitlines()[1]
     text = text.replace("torchrun --nproc-per-node 8", f"{sys.executable} -m torch.distributed.run --nproc-per-node 2")
     text = text.replace("torch.distributed.run", "torch.distributed.run --standalone")
     text = text.replace("lora maps", f"lora {pipeline.transfer} --steps 2 --device cpu")

@@ -308,6 +308,8 @@ def test_one_device_whatever_there_is(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (chosen.n_gpu, chosen.train_batch_size, chosen.eval_batch_size) == (1, 3, 3)
     assert chosen.device == torch.device("cuda", 1)
     assert chosen.parallel_mode == ParallelMode.NOT_PARALLEL
+    first = arguments(QUICK, torch.device("cuda"), str(tmp_path))
+    assert (first.n_gpu, first.device) == (1, torch.device("cuda", 0))
 
 
 @pytest.mark.parametrize("changes", [{}, {"train_maps": True, "match": "teacher", "dropout": 0.2}])
