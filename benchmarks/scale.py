@@ -48,7 +48,7 @@ FIELDS = ["stage", "seconds", "own memory, GB", "limit, GB", "layers", "bytes on
 
 
 def make_teacher(folder: Path, layers: int) -> None:
-    """Random weights, a file for every layer, without ever holding more than that."""
+    """Random weights, a file for every layer."""
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True)
@@ -69,16 +69,16 @@ def make_teacher(folder: Path, layers: int) -> None:
     ]
     parts += [{"model.embed_tokens.weight": (CONFIG["vocab_size"], hidden)}, {"model.norm.weight": (hidden,)}]
     parts += [{"lm_head.weight": (CONFIG["vocab_size"], hidden)}]
-    generator, index = torch.Generator().manual_seed(0), {}
+    # To draw 8 billion numbers takes longer than the stages: one matrix of each shape serves all layers.
+    generator, index, drawn = torch.Generator().manual_seed(0), {}, {}
     for number, part in enumerate(parts):
         name = f"model-{number + 1:05d}-of-{len(parts):05d}.safetensors"
-        tensors = {
-            key: torch.ones(shape, dtype=torch.bfloat16)
-            if len(shape) == 1
-            else torch.randn(shape, generator=generator, dtype=torch.bfloat16) * 0.02
-            for key, shape in part.items()
-        }
-        save_file(tensors, folder / name, {"format": "pt"})
+        for shape in part.values():
+            if shape not in drawn:
+                scale = 0.02 if len(shape) > 1 else 1.0
+                noise = torch.randn(shape[-2:], generator=generator) if len(shape) > 1 else torch.ones(shape)
+                drawn[shape] = (noise * scale).to(torch.bfloat16)
+        save_file({key: drawn[shape].clone() for key, shape in part.items()}, folder / name, {"format": "pt"})
         index |= dict.fromkeys(part, name)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     (folder / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": layers}))
@@ -147,9 +147,8 @@ def main() -> None:
     args = parser.parse_args()
     if not (args.work / "teacher").exists():
         make_teacher(args.work / "teacher", args.layers)
-    processor = next(
-        (line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "unknown"
-    )
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
     results = []
     with limited(args.limit) as prefix:
         for store in args.store:

@@ -60,15 +60,25 @@ class StderrProgress(Progress):
 
                 yield advance
             return
-        finished, spoken = 0, time.monotonic()
+        finished, told, spoken = 0, 0, time.monotonic()  # units so far and in the last line, and when that was
 
         def speak(done: int = 1, **figures: float) -> None:
-            nonlocal finished, spoken
+            nonlocal finished, told, spoken
             finished += done
-            if time.monotonic() - spoken >= self.interval:
-                spoken = time.monotonic()
-                self.note(
-                    " ".join([f"{name}: {finished}/{total} {unit}", *(f"{k}={v:.4g}" for k, v in figures.items())])
-                )
+            seconds = time.monotonic() - spoken
+            if seconds >= self.interval:
+                rate = (finished - told) / max(seconds, 1e-9)
+                told, spoken = finished, time.monotonic()
+                left = f", {_duration((total - finished) / rate)} left" if 0 < finished < total and rate else ""
+                shown = " ".join(f" {key}={value:.4g}" for key, value in figures.items())
+                self.note(f"{name}: {finished}/{total} {unit}, {rate:.3g} {unit}/s{left}{shown}")
 
         yield speak
+
+
+def _duration(seconds: float) -> str:
+    """Seconds for people: 9 s, 3:20 min, 2:05 h."""
+    minutes, hours = divmod(round(seconds), 60), divmod(round(seconds / 60), 60)
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    return f"{minutes[0]}:{minutes[1]:02d} min" if seconds < 3600 else f"{hours[0]}:{hours[1]:02d} h"

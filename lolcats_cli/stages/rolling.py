@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lolcats_formats import Artifact, ArtifactWriter, FormatError
@@ -45,7 +45,7 @@ class RollingActivations(ComputedActivations):
         progress: Progress,
     ) -> None:
         config = capture.config | {"store": "block", "block_size": block_size, "statistics": "none"}
-        self._fields = {"config": config, "teacher": capture.teacher, "data": capture.data}
+        self._fields: dict[str, Any] = {"config": config, "teacher": capture.teacher, "data": capture.data}
         super().__init__(capture, teacher, device, Layout.of(self._fields))
         self._folder, self._progress = folder, progress
 
