@@ -80,7 +80,7 @@ def make_teacher(folder: Path, layers: int) -> None:
                 drawn[shape] = (noise * scale).to(torch.bfloat16)
         save_file({key: drawn[shape].clone() for key, shape in part.items()}, folder / name, {"format": "pt"})
         index |= dict.fromkeys(part, name)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     (folder / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": layers}))
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(TOKENIZER / file, folder / file)
