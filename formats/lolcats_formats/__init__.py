@@ -18,7 +18,7 @@ from .errors import (
 from .limits import GOLDEN, KINDS, VERSION
 from .place import check_place
 from .tensors import TensorInfo
-from .writer import ArtifactWriter
+from .writer import ArtifactWriter, begun_config
 
 __all__ = [
     "GOLDEN",
@@ -36,6 +36,7 @@ __all__ = [
     "UnsupportedVersion",
     "WrongKind",
     "artifact_id",
+    "begun_config",
     "canonical",
     "check_place",
     "differences",

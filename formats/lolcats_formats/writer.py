@@ -562,6 +562,21 @@ class ArtifactWriter:
         assert self._lock is not None, "the writer is closed"
 
 
+def begun_config(path: str | os.PathLike[str], force: bool = False) -> dict[str, Any] | None:
+    """The configuration of what `ArtifactWriter.create`, given the same, would find finished or continue in `path`.
+
+    With `force` that is the unfinished artifact which is to replace another. None if there is none that can be read.
+    """
+    target = Path(os.path.realpath(path))
+    beside = target.with_name(f".{target.name}{REPLACEMENT_SUFFIX}")
+    for file in (beside / PROGRESS, target / PROGRESS) if force else (target / MANIFEST, target / PROGRESS):
+        with contextlib.suppress(OSError, FormatError):
+            config = parse(read_small(file), str(file)).get("config")
+            if isinstance(config, dict):
+                return config
+    return None
+
+
 def _hashed(path: Path) -> atomic.Written:
     return atomic.Written(*hash_file(path))
 

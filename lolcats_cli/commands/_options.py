@@ -63,8 +63,8 @@ Pack = Annotated[bool, typer.Option(help="Fill rows with documents one after the
 TextField = Annotated[str, typer.Option(help="The column that holds the text.")]
 Subset = Annotated[str | None, typer.Option(help="The subset (configuration) of a hub dataset.")]
 Split = Annotated[str, typer.Option(help="The split of a hub dataset.")]
-Disk = Annotated[str | None, typer.Option(help="What may be written, such as 500GB; what is free otherwise.")]
-Memory = Annotated[str | None, typer.Option(help="What a device has of memory, such as 80GB.")]
+Disk = Annotated[str | None, typer.Option(help="What may be written, such as 500GB; otherwise what is free.")]
+Memory = Annotated[str | None, typer.Option(help="What a device has of memory, such as 80GB; otherwise its own.")]
 SeqLen = Annotated[int, typer.Option(min=2, help="Tokens per row.")]
 
 

@@ -24,12 +24,15 @@ def capture(
         str | None, typer.Option(help="The most rows to take, or which: 1000-1999 are the second thousand, for `join`.")
     ] = None,
     store: Annotated[
-        Literal["attention", "block", "tokens"],
+        Literal["auto", "attention", "block", "tokens"],
         typer.Option(
-            help="What to keep: every layer's q, k and v; hidden states in front of every block of layers; or tokens."
+            help="What to keep: every layer's q, k and v; hidden states in front of every block of layers; or tokens. "
+            "auto: what fits the disk and the device's memory, the first of attention, tokens, block."
         ),
-    ] = "attention",
-    block_size: Annotated[int, typer.Option(min=1, help="Layers of a block, with --store block.")] = 8,
+    ] = "auto",
+    block_size: Annotated[int | None, typer.Option(min=1, help="Layers of a block, with --store block: 8.")] = None,
+    disk: o.Disk = None,
+    memory: o.Memory = None,
     statistics: Annotated[
         Literal["sample", "all", "none"],
         typer.Option(help="Measure the attention of one row in 16, of all, or of none."),
@@ -59,6 +62,11 @@ def capture(
 ) -> None:
     """Keep what the teacher's attentions see: queries, keys and values of every layer, or less that gives the same."""
     first, count = o.parse_samples(samples)
+    space, device_memory = o.parse_size(disk, "--disk"), o.parse_size(memory, "--memory")
+    if block_size and store != "block":
+        raise UsageError("--block-size is for --store block; --store auto takes the largest blocks that fit.")
+    if (space or device_memory) and store != "auto":
+        raise UsageError(f"--disk and --memory are what --store auto goes by. --store {store} is chosen already.")
     if (select is None) != (keep is None):
         raise UsageError("--select and --keep go together: --select top-esl --keep 1000.")
     checks.local_folder(teacher)
@@ -89,6 +97,8 @@ def capture(
         load=LoadOptions(dtype, device, trust_remote_code),
         store=store,
         block_size=block_size,
+        disk=space,
+        memory=device_memory,
         statistics=statistics,
         revision=revision,
         keep=keep,

@@ -24,7 +24,8 @@ from torch import Tensor
 from lolcats_cli import __version__, ranks, stopping
 from lolcats_cli.errors import BadInput, UsageError
 from lolcats_cli.progress import Progress
-from lolcats_cli.stages.disk import check_space
+from lolcats_cli.stages.auto import device_memory, pick, sizes_of, store_config
+from lolcats_cli.stages.disk import check_space, free_space
 from lolcats_cli.stages.layout import SPLITS, Layout, candidates_name, summarize, tokens_name
 from lolcats_cli.stages.mergeable import check_mergeable
 from lolcats_cli.stages.shared import absorb_parts, part_writer
@@ -58,7 +59,9 @@ def capture(
     options: DataOptions = DataOptions(),
     load: LoadOptions = LoadOptions(),
     store: str = "attention",
-    block_size: int = 8,
+    block_size: int | None = None,
+    disk: float | None = None,
+    memory: float | None = None,
     statistics: str = "sample",
     revision: str | None = None,
     keep: int | None = None,
@@ -75,8 +78,10 @@ def capture(
         teacher: a model folder, or a hub id (with `revision`).
         data: one or several files, folders, patterns, "-" for stdin, or hub dataset ids.
         output: the artifact's directory.
-        store: what is kept: "attention", "block" or "tokens" (`stages/layout.py`).
-        block_size: the layers of a block, for the store "block".
+        store: what is kept: "attention", "block" or "tokens" (`stages/layout.py`), or "auto": what a capture that is
+            continued keeps, or else what fits (`stores.choose`).
+        block_size: the layers of a block, for the store "block"; 8 otherwise.
+        disk, memory: bytes that "auto" goes by, instead of what is free on the disk and on the device.
         statistics: of which rows the attention is measured: "sample" (one in 16), "all" or "none".
         keep: of the data's rows, take so many with the largest ESL, averaged over heads and layers, in their order.
         val_fraction: the part of the rows kept for validation, at least one row.
@@ -87,13 +92,14 @@ def capture(
     Raises:
         BadInput: a teacher or data that cannot be used, including attentions that cannot be recorded.
         UsageError: more rows to `keep` than there are.
-        NotEnoughSpace: the disk lacks the bytes that the capture will take.
+        NotEnoughSpace: the disk lacks the bytes that the capture will take, or no store fits.
     """
     folder = resolve_folder(teacher, revision)
     check_mergeable(folder)
     config = _auto_config(folder, load)
     _check_length(config, options.seq_len, teacher)
     device = load.resolved_device()
+    memory = memory or device_memory(device)
     with ranks.joined(device.type), ExitStack() as stack:
         found = ranks.share(lambda: _read(data, folder, options, config, load, progress))
         if keep is not None and keep > len(found):
@@ -103,18 +109,21 @@ def capture(
         progress.note(f"{teacher}: {len(layers)} attention layers, every one recorded and reproduced")
         with ranks.one_first():  # it hashes the teacher, and the others find its hashes
             described = describe_teacher(model, folder, revision, layers)
+        settings = {
+            "data": options.to_config(),
+            "samples": [options.first, options.first + len(found) - 1],
+            **({} if keep is None else {"select": "top-esl", "keep": keep}),
+            **({} if statistics == "all" else {"statistics": statistics}),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "val_fraction": val_fraction,
+            "seed": seed,
+        }
+        if store == "auto":
+            sizes = sizes_of(model, layers, keep or len(found), options.seq_len, batch_size)
+            free, cpu = disk or free_space(output), device.type == "cpu"
+            store, block_size = ranks.share(lambda: pick(sizes, settings, output, force, free, memory, cpu, progress))
         fields: dict[str, Any] = {
-            "config": {
-                "data": options.to_config(),
-                "samples": [options.first, options.first + len(found) - 1],
-                **({} if keep is None else {"select": "top-esl", "keep": keep}),
-                **({} if store == "attention" else {"store": store, "batch_size": batch_size}),
-                **({"block_size": block_size} if store == "block" else {}),
-                **({} if statistics == "all" else {"statistics": statistics}),
-                "dtype": str(model.dtype).removeprefix("torch."),
-                "val_fraction": val_fraction,
-                "seed": seed,
-            },
+            "config": {**settings, **store_config(store, block_size, batch_size)},
             "teacher": described,
             "data": _describe_data(found, data, keep, val_fraction, seed),
             "tool": f"lolcats {__version__}",

@@ -10,13 +10,18 @@ from lolcats_cli.errors import NotEnoughSpace
 
 def check_space(needed: int, output: Path | str, advice: str) -> str:
     """Raise `NotEnoughSpace`, ending in `advice`, if the disk of `output` lacks `needed` bytes; else both as text."""
-    place = Path(output).absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    free = free_space(output)
     if needed > free:
         raise NotEnoughSpace(f"{output} takes {human(needed)} and its disk has {human(free)} free. {advice}")
     return f"{human(needed)} to {output} ({human(free)} free)"
+
+
+def free_space(output: Path | str) -> int:
+    """Bytes that are free on the disk where `output` is, or will be."""
+    place = Path(output).absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
 
 
 def human(size: float) -> str:

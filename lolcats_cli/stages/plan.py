@@ -268,21 +268,20 @@ class Work:
         weights = sum(layer.attention + layer.active for layer in shape.layers) + shape.embedding
         steps = EPOCHS * ceil(self.training / self.grad_accum)
         passes, validated = EPOCHS * self.training, self.validation * (steps // EVAL_STEPS + 1)
-        again = 1 if self.sharded else 0  # activations are computed again, not kept
+        spread, again = self.lora_savings
         products = self.seq_len * 2.0 * weights * ((2 + again) * passes + validated)
         attention = layers * ((1 + again * FORWARD) * passes + FORWARD * validated)
         hybrid = 3 * hybrid_operations(shape, self.seq_len)
         one_pass = machine.launch + hybrid / machine.attention
         seconds = (products / machine.rate + attention * one_pass) / machine.count
-        everything = self.sizes.weights
-        read = sum(everything) + self.sizes.beside
+        read = sum(self.sizes.weights) + self.sizes.beside
         adapter = layers * RANK * 4 * (2 * shape.hidden_size + self.heads + shape.num_key_value_heads * shape.head_dim)
         return self._step(
             "lora",
             None,
             None,
             adapter + layers * self.maps * 4,
-            self.lora_memory(self.sharded),
+            self.lora_memory(spread, again),
             products + attention * hybrid,
             seconds + read / machine.disk[1],
         )
@@ -293,23 +292,31 @@ class Work:
         return GRAD_ACCUM if self.machine.count == 1 else ceil(GRAD_ACCUM / self.machine.count) * self.machine.count
 
     @property
-    def sharded(self) -> bool:
-        """Whether the weights must be spread over the devices."""
-        return self.machine.count > 1 and not fits(self.lora_memory(False).device, self.memory)
+    def lora_savings(self) -> tuple[bool, bool]:
+        """Whether the weights are spread over the devices, and whether activations are computed again: the least of
+        these that fits in memory, or both."""
+        several = self.machine.count > 1
+        savings = [(False, False), *[(True, False)] * several, (False, True), (several, True)]
+        fitting = (both for both in savings if fits(self.lora_memory(*both).on(self.machine.cpu), self.memory))
+        return next(fitting, savings[-1])
 
-    def lora_memory(self, sharded: bool) -> Memory:
-        """Weights, what one row keeps for the backward pass, logits, and what is trained with AdamW's states."""
+    def lora_memory(self, spread: bool, again: bool) -> Memory:
+        """Weights, what a row's layers keep for the backward pass, its logits, and what is trained with AdamW's states.
+
+        spread: each device holds its part of the weights, and two layers that it fetches.
+        again: layers keep their input alone, and one at a time computes the rest again.
+        """
         shape, layers = self.shape, self.shape.layers
         weights = float(shape.weights * shape.itemsize)
+        if spread:
+            weights = weights / self.machine.count + 2 * max(*self.sizes.weights, self.sizes.beside)
         kept = NORMS * shape.hidden_size + TRAINING_TOKEN * self.heads
         per_layer = [self.seq_len * (kept + MLP * layer.width * shape.itemsize) for layer in layers]
+        activations = sum(per_layer)
+        if again:
+            activations = len(layers) * self.seq_len * shape.hidden_token + max(per_layer)
         logits = self.seq_len * shape.vocab_size * (shape.itemsize + LOGITS)
         trained = len(layers) * (self.maps + RANK * 4 * (shape.hidden_size + self.heads)) * STATES
-        activations = sum(per_layer)
-        if sharded:  # a layer's weights are fetched while the one before computes; only its input is kept
-            largest = max(max(self.sizes.weights), self.sizes.beside)
-            weights = weights / self.machine.count + 2 * largest
-            activations = len(layers) * self.seq_len * shape.hidden_token + max(per_layer)
         return Memory(weights + activations + logits + trained + PROCESS, PROCESS)
 
     def merge(self) -> Step:
@@ -356,11 +363,13 @@ def _commands(teacher: str, work: Work, choice: Choice) -> list[str]:
         many = f"torchrun {several}--nproc-per-node {each} -m lolcats_cli"
     store = f"--store {choice.store}" + (f" --block-size {choice.block_size}" if choice.block_size else "")
     length = "" if work.seq_len == 1024 else f" --seq-len {work.seq_len}"
-    accumulation = "" if work.grad_accum == GRAD_ACCUM else f" --grad-accum {work.grad_accum}"
+    lora = "" if work.grad_accum == GRAD_ACCUM else f" --grad-accum {work.grad_accum}"
+    spread, again = work.lora_savings
+    lora += (" --shard" if spread else "") + (" --gradient-checkpointing" if again else "")
     return [
         f"{many} capture {shlex.quote(teacher)} DATA -o cap --samples {work.rows}{length} {store}",
         f"{many} transfer cap -o maps",
-        f"{many} lora maps -o lora{accumulation}{' --shard' if work.sharded else ''}",
+        f"{many} lora maps -o lora{lora}",
         f"{single} merge lora -o student",
     ]
 

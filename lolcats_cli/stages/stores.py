@@ -32,8 +32,8 @@ class Memory:
     host: float
 
     def on(self, cpu: bool) -> float:
-        """What the device must have: all of it if it is a CPU."""
-        return self.device + self.host if cpu else self.device
+        """What the device must have: all of it if it is a CPU, where the process is one."""
+        return self.device + self.host - PROCESS if cpu else self.device
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,8 @@ class Sizes:
 
     def capture_memory(self, store: str, block_size: int | None = None) -> Memory:
         """A block's weights and one batch on the device; the unit that is computed and the one that is written."""
-        unit = {"attention": self.group(range(len(self.weights))), "block": SHARD_BYTES, "tokens": 0}[store]
+        hidden = min(SHARD_BYTES, self.rows * self.seq_len * self.hidden)
+        unit = {"attention": self.group(range(len(self.weights))), "block": hidden, "tokens": 0}[store]
         device = self.block_weights(block_size) + self.batch_size * self.seq_len * self.width + PROCESS
         return Memory(device, 2 * unit + PROCESS)
 
@@ -152,12 +153,12 @@ def choose(sizes: Sizes, disk: float, memory: float, cpu: bool) -> Choice:
             f"{human(least / USABLE)}, or shorter rows (--seq-len)."
         )
     stored, needed = sizes.disk("block", block_size), sizes.memory("block", block_size, cpu)
+    layers = "1 layer" if block_size == 1 else f"{block_size} layers"
     if stored > disk:
         raise NotEnoughSpace(
-            f"No store fits: {why}; the hidden states of blocks of {block_size} layers, the largest that fit in "
-            f"memory, take {human(stored)} of the disk's {human(disk)}. Take fewer --samples, or a larger disk."
+            f"No store fits: {why}; the hidden states of blocks of {layers}, the largest that fit in memory, take "
+            f"{human(stored)}, and the disk has {human(disk)}. Take fewer --samples, or a larger disk."
         )
-    layers = "1 layer" if block_size == 1 else f"{block_size} layers"
     return Choice("block", block_size, f"{why}; blocks of {layers} take {human(needed)}, and {human(stored)} of disk.")
 
 

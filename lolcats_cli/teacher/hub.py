@@ -9,12 +9,7 @@ from lolcats_cli.errors import BadInput
 
 
 def fetch(teacher: str, get: Callable[[], str]) -> Path:
-    """Where `get` has put what it fetched of a teacher that is no local folder.
-
-    Raises `BadInput` if `teacher` cannot be a hub id, or cannot be fetched.
-    """
-    if teacher.startswith((".", "/", "~")) or teacher.count("/") > 1 or Path(teacher).exists():
-        raise BadInput(f"The teacher {teacher} is not a folder. Pass a model folder, or a hub id such as org/name.")
+    """Where `get` has put what it fetched of a hub model. Raises `BadInput` if it cannot be fetched."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:

@@ -87,9 +87,16 @@ def local_folder(teacher: str) -> Path | None:
 
     Raises `BadInput` if it is neither.
     """
+    folder = find_folder(teacher)
+    if folder is not None:
+        weight_files(folder)
+    return folder
+
+
+def find_folder(teacher: str) -> Path | None:
+    """The folder that `teacher` is, whatever it holds; None for the id of a hub model. Raises `BadInput`."""
     folder = Path(os.path.expanduser(teacher))
     if folder.is_dir():
-        weight_files(folder)
         return folder.resolve()
     if folder.exists() or not _HUB_ID.fullmatch(teacher):
         raise BadInput(f"The teacher {teacher} is not a folder. Pass a model folder, or a hub id such as org/name.")

@@ -6,7 +6,6 @@ Only what counts in gigabytes is counted: matrices, not norms and biases. What i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from lolcats_cli.errors import BadInput
@@ -105,8 +104,8 @@ def read_shape(teacher: str, revision: str | None = None) -> Shape:
 
     Raises `BadInput` if there is no such configuration, or for what is not understood in it.
     """
-    folder = Path(teacher).expanduser()
-    if folder.is_dir():
+    folder = identity.find_folder(teacher)
+    if folder is not None:
         return parse(identity.read_config(folder), teacher)
 
     def download() -> str:

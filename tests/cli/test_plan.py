@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -95,6 +96,32 @@ def test_a_teacher_that_is_not_understood(teacher: str, invoke) -> None:
     result = invoke("plan", teacher, "--tokens", "20M")
     assert (result.code, result.out) == (3, "")
     assert "meta-llama/Llama-3.1-8B is of the type 'mamba2'" in result.err
+
+
+def test_capture_takes_the_store_that_fits_and_says_why(pipeline: SimpleNamespace, invoke, tmp_path: Path) -> None:
+    given = ("capture", pipeline.teacher, pipeline.text, "-o", tmp_path / "c", "--seq-len", "64", "--samples", "20")
+    result = invoke(*given, "--disk", "100kB", "--memory", "100GB")
+    assert (result.code, result.out) == (0, f"{tmp_path / 'c'}\n")
+    assert "--store auto takes tokens: q, k and v would take 1.32 MB, and the disk has 100 kB" in result.err
+    again = invoke(*given)
+    assert (again.code, again.out) == (0, result.out)
+    assert "finished already" in again.err
+    assert invoke(*given[:4], tmp_path / "d", *given[5:], "--disk", "1kB").code == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("--block-size", "4"), "--block-size is for --store block"),
+        (("--store", "tokens", "--disk", "2TB"), "--disk and --memory are what --store auto goes by"),
+        (("--store", "block", "--memory", "2TB"), "--disk and --memory are what --store auto goes by"),
+        (("--disk", "much"), "--disk much is not a size"),
+    ],
+)
+def test_options_of_a_store(pipeline: SimpleNamespace, invoke, tmp_path: Path, options: tuple, named: str) -> None:
+    result = invoke("capture", pipeline.teacher, pipeline.text, "-o", tmp_path / "c", *options)
+    assert (result.code, result.out) == (2, "")
+    assert named in result.err
 
 
 @pytest.mark.parametrize(

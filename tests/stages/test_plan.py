@@ -55,7 +55,19 @@ def test_405b_goes_block_by_block_of_nine_layers_on_80_gb(tmp_path: Path) -> Non
     assert (found.choice.store, found.choice.block_size) == ("block", 9)
     assert not step(found, "lora").problems
     assert "--nnodes 3 --nproc-per-node 8" in found.commands[0]
-    assert found.commands[2].endswith("--grad-accum 24 --shard")
+    assert found.commands[2].endswith("--grad-accum 24 --shard --gradient-checkpointing")
+
+
+def test_lora_takes_no_more_savings_than_it_needs(tmp_path: Path) -> None:
+    for size, gpus, savings in (
+        ("8b", "A100-40GB", ""),
+        ("8b", "8xA100-40GB", " --grad-accum 8"),
+        ("8b", "L4-24GB", " --gradient-checkpointing"),
+        ("8b", "4xL4-24GB", " --grad-accum 4 --shard"),
+        ("70b", "8xH100-80GB", " --grad-accum 8 --shard --gradient-checkpointing"),
+    ):
+        found = run(tmp_path, size, gpus)
+        assert found.commands[2].endswith(f"lora maps -o lora{savings}"), gpus
 
 
 def test_405b_with_blocks_of_one_layer_takes_over_200_tb(tmp_path: Path) -> None:
