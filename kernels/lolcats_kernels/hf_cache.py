@@ -4,11 +4,13 @@ values, as in the teacher, of layers that were kept softmax.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, LinearAttentionLayer
 
 from .sparse import SparseState
 from .state import KVState
@@ -87,23 +89,61 @@ class LolcatsCacheLayer(CacheLayerMixin):
     prefetch = offload
 
 
-class LolcatsCache(Cache):
-    """The cache of a whole student. If no layer is kept, `nbytes` depends on the batch, never on the tokens seen."""
+class MixedCacheLayer(LinearAttentionLayer, LolcatsCacheLayer):  # type: ignore[misc, override]
+    """The state of an attention, and beside it those of a recurrence or convolution that the same layer has."""
 
-    def __init__(self, attentions: Iterable[nn.Module]) -> None:
-        """attentions: the attention modules, in layer order."""
-        super().__init__(layers=[_layer(module) for module in attentions])
+    is_compileable = False
+
+    def __init__(self, number_of_states: int = 1) -> None:
+        LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
+        LolcatsCacheLayer.__init__(self)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        LinearAttentionLayer.lazy_initialization(self, *args, **kwargs)
+
+    def reset(self) -> None:
+        LinearAttentionLayer.reset(self)
+        LolcatsCacheLayer.reset(self)
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        LinearAttentionLayer.reorder_cache(self, beam_idx)
+        LolcatsCacheLayer.reorder_cache(self, beam_idx)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        LolcatsCacheLayer.crop(self, tokens_to_remove)
+
+    def offload(self) -> None:
+        LolcatsCacheLayer.offload(self)
+
+    prefetch = offload
+
+
+class LolcatsCache(Cache):
+    """The cache of a whole student. If all layers are converted, `nbytes` depends on the batch, not on the tokens seen.
+
+    Layers that are not converted have what transformers gives them: keys and values, or the state of a recurrence.
+    """
+
+    def __init__(self, config: PreTrainedConfig, converted: Collection[int]) -> None:
+        """converted: the layers that have maps."""
+        config = config.get_text_config(decoder=True)
+        count, kinds = config.num_hidden_layers, getattr(config, "layer_types", None) or ()
+        if len(converted) == count and not any(str(kind).startswith("hybrid") for kind in kinds):
+            super().__init__(layers=[LolcatsCacheLayer() for _ in range(count)])
+        else:
+            layers = DynamicCache(config=config).layers
+            super().__init__(layers=[_layer(x) if i in converted else x for i, x in enumerate(layers)])
 
     @property
     def nbytes(self) -> int:
         tensors = [(x.keys, x.values) for x in self.layers if isinstance(x, DynamicLayer) and x.is_initialized]
         states = [x.nbytes for x in self.layers if isinstance(x, LolcatsCacheLayer)]
+        for x in self.layers:
+            if isinstance(x, LinearAttentionLayer):
+                tensors += [(x.conv_states[i], x.recurrent_states[i]) for i in range(x.number_of_states)]
         return sum(states) + sum(x.nbytes for pair in tensors for x in pair if x is not None)
 
 
-def _layer(attention: nn.Module) -> CacheLayerMixin:
-    if not getattr(attention, "keeps_softmax", False):
-        return LolcatsCacheLayer()
-    # Most attentions know their window; Mistral's looks into the configuration, where it is of all layers.
-    window = getattr(attention, "sliding_window", getattr(getattr(attention, "config", None), "sliding_window", None))
-    return DynamicSlidingWindowLayer(sliding_window=window) if isinstance(window, int) else DynamicLayer()
+def _layer(before: object) -> LolcatsCacheLayer:
+    """What takes the place of a layer of transformers' cache when its attention is converted."""
+    return MixedCacheLayer(before.number_of_states) if isinstance(before, LinearAttentionLayer) else LolcatsCacheLayer()

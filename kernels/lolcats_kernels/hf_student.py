@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
-from functools import partial
+from functools import cache, partial
 from typing import Any, cast
 
 import torch
@@ -28,6 +28,8 @@ logger = logging.get_logger(__name__)
 
 # Where modules take the cache: most models and GPT-NeoX.
 CACHE_ARGUMENTS = ("past_key_values", "layer_past")
+# What attentions to an encoder are called in a decoder's layer; a causal language model has no encoder to look at.
+TO_ENCODER = ("encoder_attn", "crossattention", "cross_attn", "encoder_attention")
 # RoPE whose frequencies depend on the length of the sequence, past the length that it was trained for.
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
@@ -37,7 +39,8 @@ class LolcatsMixin:
 
     def new_cache(self) -> LolcatsCache:
         """An empty cache, for `generate(past_key_values=…)` or a loop of one's own."""
-        return LolcatsCache(attention_modules(cast(nn.Module, self)))
+        model = cast(PreTrainedModel, self)
+        return LolcatsCache(model.config, converted_layers(model))
 
     def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
         """Only "lolcats": with softmax attention the weights of a student would be another model."""
@@ -110,22 +113,44 @@ def share_layout(model_type: str, teacher: type[PreTrainedModel], teacher_type: 
 
 
 def attention_modules(model: nn.Module) -> list[nn.Module]:
-    """The self-attention modules of a decoder (wrapped by PEFT or not), ordered by their `layer_idx`.
+    """The self-attention modules of a decoder (wrapped by PEFT or not) that go through transformers' attention
+    interface, ordered by their `layer_idx`. Attention to an encoder, and layers of other kinds, are left out.
 
     Raises ValueError if there are none, or two of the same index.
     """
     found: dict[int, nn.Module] = {}
     for name, module in model.named_modules():
         index = getattr(module, "layer_idx", None)
-        if isinstance(index, int) and "attention" in type(module).__name__.lower() and "hybrid" not in name.split("."):
+        parts = name.split(".")
+        if (
+            isinstance(index, int)
+            and not {"hybrid", *TO_ENCODER}.intersection(parts)
+            and "attention" in type(module).__name__.lower()
+            and _uses_interface(cast(Any, type(module)))
+        ):
             if index in found:
                 raise ValueError(
                     f"{name} and another attention both call themselves layer {index}: not a plain decoder."
                 )
             found[index] = module
     if not found:
-        raise ValueError(f"{type(model).__name__} has no attention modules with a layer_idx: it cannot be converted.")
+        raise ValueError(f"{type(model).__name__} has no layer whose attention uses transformers' attention interface.")
     return [found[index] for index in sorted(found)]
+
+
+@cache
+def _uses_interface(kind: type) -> bool:
+    """Whether the code of an attention's class asks transformers for its attention function, as far as can be read."""
+    own = [x for x in kind.__mro__ if issubclass(x, nn.Module) and not x.__module__.startswith("torch.")]
+    try:
+        return any("ALL_ATTENTION_FUNCTIONS" in inspect.getsource(x) for x in own)
+    except (OSError, TypeError):
+        return True
+
+
+def converted_layers(model: nn.Module) -> set[int]:
+    """The layers of a student that have maps."""
+    return {module.layer_idx for module in model.modules() if isinstance(module, HybridAttention)}
 
 
 def layer_index(module: nn.Module) -> int:
@@ -155,14 +180,15 @@ def attach(
         module.register_forward_pre_hook(_hand_cache_over, with_kwargs=True)
         module.register_forward_hook(_take_cache_back, always_call=True)
         hybrids.append(module.hybrid)
-    decoder = _decoder(model, modules)
-    parameters = list(inspect.signature(type(decoder).forward).parameters)[1:]
-    decoder.register_forward_pre_hook(partial(_prepare_inputs, parameters), with_kwargs=True)
+    for holder in _holders(model, modules):
+        parameters = list(inspect.signature(type(holder).forward).parameters)[1:]
+        holder.register_forward_pre_hook(partial(_prepare_inputs, parameters), with_kwargs=True)
     _fix_rotation(model)
     # Loaded maps stay in fp32 whatever dtype the model is loaded in: features are computed in fp32.
     model._keep_in_fp32_modules_strict = set(model._keep_in_fp32_modules_strict or ()) | {"hybrid"}
     register()
     model.config._attn_implementation = NAME
+    model.config.get_text_config(decoder=True)._attn_implementation = NAME
     return hybrids
 
 
@@ -187,11 +213,12 @@ def _fix_rotation(model: nn.Module) -> None:
             rotation.inv_freq = rotation.original_inv_freq.clone()
 
 
-def _decoder(model: PreTrainedModel, attentions: list[nn.Module]) -> PreTrainedModel:
-    """The innermost model that holds all attentions: where transformers would make its cache and positions."""
+def _holders(model: PreTrainedModel, attentions: list[nn.Module]) -> list[PreTrainedModel]:
+    """The models inside, one in the other, that hold all attentions: they make caches and positions. Mostly there is
+    one; a text model inside a model for images has two."""
     wanted = set(map(id, attentions))
     holders = [m for m in model.modules() if isinstance(m, PreTrainedModel) and wanted <= set(map(id, m.modules()))]
-    return holders[-1]
+    return [m for m in holders if m is not model] or holders
 
 
 def _check_cache(cache: object) -> LolcatsCache:
@@ -223,18 +250,29 @@ def _prepare_inputs(parameters: list[str], base: nn.Module, args: tuple, kwargs:
     parameters: the names of its forward's, bound when the student is made, as torch.compile cannot look them up.
     """
     kwargs = {**dict(zip(parameters, args, strict=False)), **kwargs}
+    if kwargs.get("output_attentions"):
+        raise ValueError(
+            "output_attentions=True cannot be served: a student sums features of keys and never has attention weights."
+        )
     use_cache = kwargs.get("use_cache")
     use_cache = getattr(base.config, "use_cache", False) if use_cache is None else use_cache
     past, mask, positions = (kwargs.get(name) for name in ("past_key_values", "attention_mask", "position_ids"))
     if past is not None:
         _check_cache(past)
     elif use_cache and not _is_checkpointing(base):
-        kwargs["past_key_values"] = LolcatsCache(attention_modules(base))
-    if positions is None and "position_ids" in parameters and isinstance(mask, Tensor) and mask.ndim == 2:
+        kwargs["past_key_values"] = LolcatsCache(cast(PreTrainedModel, base).config, converted_layers(base))
+    counts = "position_ids" in parameters and not _reads_positions_off_tokens(base)
+    if positions is None and counts and isinstance(mask, Tensor) and mask.ndim == 2:
         kwargs["position_ids"] = _positions(mask, _num_tokens(kwargs))
     elif positions is not None and mask is None and past is None and not torch.compiler.is_compiling():
         _refuse_packed(positions)
     return (), kwargs
+
+
+def _reads_positions_off_tokens(base: nn.Module) -> bool:
+    """Whether the model counts positions itself from the tokens that are not padding, as RoBERTa does, from 2 on."""
+    embeddings = getattr(base, "embeddings", None)
+    return hasattr(embeddings, "create_position_ids_from_input_ids")
 
 
 def _refuse_packed(positions: Tensor) -> None:

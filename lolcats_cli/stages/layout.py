@@ -106,6 +106,11 @@ class Layout:
         )
 
     @property
+    def attentions(self) -> list[int]:
+        """The layers that have softmax attention."""
+        return [number for number, layer in enumerate(self.layers) if layer.has_attention]
+
+    @property
     def blocks(self) -> list[range]:
         """The layers of every block: all in one where no hidden states are stored."""
         return blocks(len(self.layers), self.block_size)
@@ -144,12 +149,13 @@ class Layout:
                 rows = range(run[0].start, run[-1].stop)
                 activations: dict[int | None, str] = {}
                 if self.store == "attention":
-                    activations = {layer: shard_name(layer, split, number) for layer in range(len(self.layers))}
+                    activations = {layer: shard_name(layer, split, number) for layer in self.attentions}
                 elif self.store == "block" and not last:
                     activations = {None: hidden_name(block + 1, split, number)}
                 measured = tuple(row for row in rows if is_measured(self.config, self.rows[split][row]))
                 folder = f"statistics/{block:03d}" if self.store == "block" else "statistics"
-                statistics = f"{folder}/{split}-{number:05d}.safetensors" if measured else None
+                attends = any(layer in self.attentions for layer in self.blocks[block])
+                statistics = f"{folder}/{split}-{number:05d}.safetensors" if measured and attends else None
                 unit = Unit(block, split, number, tuple(run), measured, activations, statistics)
                 if unit.files:
                     yield unit
@@ -174,7 +180,7 @@ class Layout:
 
     def statistics_shapes(self, block: int) -> dict[str, tuple[int, ...]]:
         """The tensors of one row in a file of a block's statistics."""
-        layers = self.blocks[block]
+        layers = [layer for layer in self.blocks[block] if layer in self.attentions]
         return {f"{name}.{i:03d}": (self.layers[i].num_heads,) for name in ("entropy", "esl") for i in layers}
 
 

@@ -146,7 +146,7 @@ def _plan(artifact: Artifact, folder: Path) -> _Plan:
     teacher = teacher_files(folder)
     hybrid = HybridConfig(**artifact.config["hybrid"])
     kept = kept_layers(artifact)
-    layers = [layer for layer in range(len(teacher.modules)) if layer not in kept]
+    layers = [layer for layer in teacher.modules if layer not in kept]
     maps = _map_tensors(artifact, teacher.modules, layers, HybridMaps(hybrid, teacher.num_heads, teacher.head_dim))
     adapter = load_adapter(artifact) if artifact.kind == "lora" else None
     folded = {}
@@ -175,7 +175,7 @@ def plan_shards(sizes: dict[str, int], max_bytes: int) -> dict[str, list[str]]:
 
 
 def _map_tensors(
-    artifact: Artifact, modules: list[str], layers: list[int], like: HybridMaps
+    artifact: Artifact, modules: dict[int, str], layers: list[int], like: HybridMaps
 ) -> dict[str, tuple[Artifact, str, str]]:
     """Where every tensor of the maps comes from. Raises IdentityMismatch unless they are there for `layers` alone."""
     found: dict[str, tuple[Artifact, str, str]] = {}

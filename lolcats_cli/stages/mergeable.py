@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from lolcats_formats import TensorInfo
 from lolcats_formats.tensors import read_header
-from lolcats_kernels.hf_student import attention_modules
+from lolcats_kernels.hf_student import attention_modules, layer_index
 from lolcats_kernels.maps import HybridConfig, HybridMaps
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
@@ -46,7 +46,7 @@ class TeacherFiles:
     classes: tuple[str, str]
     weights: dict[str, tuple[Path, TensorInfo]]
     places: dict[str, str]
-    modules: list[str]
+    modules: dict[int, str]
     projections: list[str]
     num_heads: int
     head_dim: int
@@ -92,7 +92,7 @@ def teacher_files(folder: Path) -> TeacherFiles:
         classes,
         weights,
         _places(model, weights),
-        [names[id(module)] for module in attention_modules(model)],
+        {layer_index(module): names[id(module)] for module in attention_modules(model)},
         list(projections(model)),
         *model_heads(model),
         set(tied) | set(tied.values()),
@@ -187,18 +187,18 @@ def _places(model: PreTrainedModel, weights: dict[str, tuple[Path, TensorInfo]])
 
 
 def _write_student(files: TeacherFiles, folder: Path) -> None:
-    """A student's folder whose first attention alone has maps, with links to the teacher's weights."""
+    """A student's folder whose first softmax attention alone has maps, with links to the teacher's weights."""
     folder.mkdir()
     config = export.student_config(
         files.config,
         asdict(TRIED),
-        layers=[0],
+        layers=[min(files.modules)],
         num_heads=files.num_heads,
         head_dim=files.head_dim,
         dtype=files.dtype(),
     )
     (folder / "config.json").write_text(json.dumps(config))
-    first = f"{files.modules[0]}.hybrid."
+    first = f"{files.modules[min(files.modules)]}.hybrid."
     maps = {
         f"{first}{name}": tensor
         for name, tensor in HybridMaps(TRIED, files.num_heads, files.head_dim).state_dict().items()

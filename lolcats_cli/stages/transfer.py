@@ -160,6 +160,8 @@ def _choose(
         raise UsageError(
             f"--layers must be between 0 and {len(source.layers) - 1}, the layers of {source.capture.path}."
         )
+    if other := sorted(set(chosen) - {i for i, info in enumerate(source.layers) if info.has_attention}):
+        raise UsageError(f"Layer {other[0]} has no softmax attention to be converted. Leave it out of --layers.")
     if kept.intersection(chosen):
         raise UsageError(f"Layer {min(kept.intersection(chosen))} is in --layers and in --keep-softmax: choose one.")
     head_dim = max(info.head_dim for info in source.layers)
@@ -245,6 +247,7 @@ def _kept(source: Source, given: Collection[int | str], others: int) -> set[int]
     unknown = kept - set(range(len(source.layers)))
     if unknown:
         raise UsageError(f"--keep-softmax {min(unknown)}: the layers are 0 to {len(source.layers) - 1}.")
+    kept |= {layer for layer, info in enumerate(source.layers) if not info.has_attention}
     if len(kept) + others >= len(source.layers):
         raise UsageError("--keep-softmax leaves no layer to be converted.")
     return kept

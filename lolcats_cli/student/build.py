@@ -82,9 +82,7 @@ def check_servable(model: PreTrainedModel) -> None:
     try:
         modules = attention_modules(model)
     except ValueError as error:
-        raise BadInput(f"{error} lolcats serves decoders that use transformers' attention interface.") from error
-    if not model._can_set_attn_implementation():
-        raise BadInput(f"{name} does not use transformers' attention interface; lolcats cannot convert it.")
+        raise BadInput(f"{error} lolcats cannot convert it.") from error
     for module in model.modules():
         by_type = getattr(module, "rope_type", None)
         if isinstance(by_type, dict) and set(by_type.values()) & set(LENGTH_DEPENDENT_ROPE):

@@ -45,7 +45,9 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def _has_layer(module: nn.Module, index: int) -> bool:
-    return any(getattr(part, "layer_idx", None) == index for part in module.modules())
+    """Whether the module is a layer of that number, as far as its parts know; recurrences may not know."""
+    numbers = {part.layer_idx for part in module.modules() if isinstance(getattr(part, "layer_idx", None), int)}
+    return not numbers or index in numbers
 
 
 @contextmanager

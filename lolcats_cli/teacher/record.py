@@ -33,12 +33,16 @@ Sink = Callable[[int, Tensor, Tensor, Tensor, AttentionSpec], None]
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """One attention layer as the probe saw it."""
+    """One layer as the probe saw it; 0 heads if it has no softmax attention."""
 
     num_heads: int
     num_key_value_heads: int
     head_dim: int
     spec: AttentionSpec
+
+    @property
+    def has_attention(self) -> bool:
+        return self.num_heads > 0
 
     def to_dict(self) -> dict:
         return {
@@ -56,6 +60,9 @@ class LayerInfo:
     def bytes_per_token(self, dtype: torch.dtype) -> int:
         """Bytes that q, k and v of one token take in this layer."""
         return (self.num_heads + 2 * self.num_key_value_heads) * self.head_dim * dtype.itemsize
+
+
+NO_ATTENTION = LayerInfo(0, 0, 0, AttentionSpec(1.0))
 
 
 @contextmanager
@@ -122,6 +129,10 @@ def checking(model: PreTrainedModel, valid: Tensor | None = None) -> Iterator[di
                 f"and values (largest difference {error:.2g} where outputs reach {largest:.2g}). It may use sinks, a "
                 "bias or another mask that lolcats does not know."
             )
+        if layer in found:
+            raise BadInput(
+                f"{name}: layer {layer} computes its attention more than once, as differential attention does."
+            )
         found[int(module.layer_idx)] = LayerInfo(q.shape[1], k.shape[1], q.shape[-1], spec)  # type: ignore[arg-type]
         return own.to(q.dtype), None
 
@@ -135,8 +146,10 @@ def probe(model: PreTrainedModel, *, seed: int = 0) -> list[LayerInfo]:
 
     Runs random tokens, one row left-padded, through the model.
 
+    Layers of other kinds, such as a hybrid's recurrences, are found to have no attention.
+
     Raises:
-        BadInput: naming the model and the layer that the interface does not reach or that differs.
+        BadInput: naming the model and the layer whose attention differs, or if no attention is reached.
     """
     name, config = type(model).__name__, model.config.get_text_config()
     generator = torch.Generator().manual_seed(seed)
@@ -146,18 +159,17 @@ def probe(model: PreTrainedModel, *, seed: int = 0) -> list[LayerInfo]:
     with checking(model, mask.bool()) as layers:
         last = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
     count = config.num_hidden_layers
-    missed = sorted(set(range(count)) - set(layers))
-    if missed:
+    if not layers:
         raise BadInput(
-            f"{name} cannot be linearized: layer {missed[0]} ({len(missed)} of {count} layers) does not use "
-            "transformers' attention interface, so its queries, keys and values cannot be recorded."
+            f"{name} cannot be linearized: none of its {count} layers has an attention that uses transformers' "
+            "attention interface, so there are no queries, keys and values to record."
         )
     if not last[mask.bool()].isfinite().all():
         raise BadInput(
             f"{name} cannot be linearized: the output of its last layer, {count - 1}, is NaN or infinite. "
             f"{FINITE_ADVICE}"
         )
-    return [layers[layer] for layer in range(count)]
+    return [layers.get(layer, NO_ATTENTION) for layer in range(count)]
 
 
 @contextmanager

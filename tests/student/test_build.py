@@ -116,6 +116,11 @@ def test_a_model_outside_the_attention_interface_is_refused(make_maps):
         linearize(falcon, config, make_maps(config))
 
 
+def test_attention_weights_are_refused_with_the_reason(make_student, tokens):
+    with pytest.raises(ValueError, match=r"output_attentions=True cannot be served: .* never has attention weights"):
+        make_student()(tokens, output_attentions=True)
+
+
 def test_softmax_attention_and_saving_are_refused(make_student, tmp_path):
     student = make_student()
     with pytest.raises(ValueError, match="lolcats"):
