@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lolcats_cli.errors import BadInput, UsageError
+from lolcats_cli.errors import BadInput, LolcatsError, UsageError
 from lolcats_cli.stages.models import Loaded
 from lolcats_cli.teacher.load import first_line
 
@@ -56,7 +56,9 @@ def generate(
             streamer=Stream(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True),
             logits_processor=LogitsProcessorList([_check_numbers]),
         )
-    except (ValueError, TypeError, AttributeError) as error:
+    except (LolcatsError, OSError):
+        raise
+    except Exception as error:  # of every sort, as settings of a wrong type or size meet all of transformers
         raise BadInput(f"{type(model).__name__} cannot generate as its folder says: {first_line(error)}") from error
     return "".join(pieces)
 

@@ -342,6 +342,7 @@ def test_disk_or_memory_is_full_on_the_way(
         (SafetensorError("Error while deserializing header: invalid"), 1),
         (RuntimeError("[enforce fail at inline_container.cc:783] . PytorchStreamWriter failed writing file data/0"), 5),
         (RuntimeError("[enforce fail at inline_container.cc:668] . unexpected pos 64 vs 0"), 5),
+        (RuntimeError("basic_ios::clear: iostream error"), 5),
         (RuntimeError("PytorchStreamReader failed reading zip archive: failed finding central directory"), 1),
         (ImportError("libtorch.so: cannot open shared object file: Too many open files"), 5),
         (KeyError("x"), 1),
