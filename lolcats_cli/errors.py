@@ -57,7 +57,9 @@ SHORTAGES = {
     errno.ENOMEM: "Free some memory",
 }
 # torch.save tells of every write that fails in such words, but not why it failed.
-_TORCH_WRITE = re.compile(r"PytorchStreamWriter|iostream error|inline_container.*(unexpected pos|write failed)", re.DOTALL)
+_TORCH_WRITE = re.compile(
+    r"PytorchStreamWriter|iostream error|inline_container.*(unexpected pos|write failed)", re.DOTALL
+)
 
 
 def shortage(error: BaseException) -> str | None:
