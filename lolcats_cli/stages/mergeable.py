@@ -85,7 +85,7 @@ def teacher_files(folder: Path) -> TeacherFiles:
     model = _build(folder)
     check_servable(model)
     names = {id(module): name for name, module in model.named_modules()}
-    tied = model.all_tied_weights_keys if model.config.get_text_config().tie_word_embeddings else {}
+    tied = model.all_tied_weights_keys if getattr(model.config.get_text_config(), "tie_word_embeddings", False) else {}
     return TeacherFiles(
         folder,
         config,
