@@ -115,15 +115,24 @@ def _on_device(
     if model.device == device:
         yield
         return
-    others = {id(part) for module in layers if module not in chosen for part in module.parameters()}
-    moved = [
-        tensor for tensor in [*model.base_model.parameters(), *model.base_model.buffers()] if id(tensor) not in others
-    ]
-    before = [tensor.data for tensor in moved]
-    for tensor in moved:
-        tensor.data = tensor.data.to(device)
+    left = {id(part) for layer in layers if layer not in chosen for part in layer.modules()}
+    before: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
+    moved: dict[int, Tensor] = {}  # tensors that are shared stay shared
+    for module in (module for module in model.base_model.modules() if id(module) not in left):
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    before.append((tensors, name, tensor))  # type: ignore[arg-type]
+                    if id(tensor) not in moved:
+                        moved[id(tensor)] = _moved(tensor, device)
+                    tensors[name] = moved[id(tensor)]  # type: ignore[assignment]
     try:
         yield
     finally:
-        for tensor, data in zip(moved, before, strict=True):
-            tensor.data = data
+        for tensors, name, tensor in before:
+            tensors[name] = tensor
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    there = tensor.detach().to(device)
+    return nn.Parameter(there, requires_grad=False) if isinstance(tensor, nn.Parameter) else there
