@@ -25,7 +25,7 @@ from lolcats_cli import __version__, ranks, stopping
 from lolcats_cli.errors import BadInput, UsageError
 from lolcats_cli.progress import Progress
 from lolcats_cli.stages.auto import device_memory, pick, sizes_of, store_config
-from lolcats_cli.stages.disk import check_space, free_space
+from lolcats_cli.stages.disk import check_space, free_space, human
 from lolcats_cli.stages.layout import SPLITS, Layout, candidates_name, summarize, tokens_name
 from lolcats_cli.stages.mergeable import check_mergeable
 from lolcats_cli.stages.shared import absorb_parts, part_writer
@@ -118,12 +118,15 @@ def capture(
             "val_fraction": val_fraction,
             "seed": seed,
         }
+        sizes = sizes_of(model, layers, keep or len(found), options.seq_len, batch_size)
         if store == "auto":
-            sizes = sizes_of(model, layers, keep or len(found), options.seq_len, batch_size)
             free, cpu = disk or free_space(output), device.type == "cpu"
             store, block_size = ranks.share(lambda: pick(sizes, settings, output, force, free, memory, cpu, progress))
+        kept = store_config(store, block_size, batch_size)
+        held = sizes.capture_memory(store, kept.get("block_size"))
+        progress.note(f"capture will hold up to {human(held.device)} on the device and {human(held.host)} beside it")
         fields: dict[str, Any] = {
-            "config": {**settings, **store_config(store, block_size, batch_size)},
+            "config": {**settings, **kept},
             "teacher": described,
             "data": _describe_data(found, data, keep, val_fraction, seed),
             "tool": f"lolcats {__version__}",

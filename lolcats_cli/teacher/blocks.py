@@ -39,8 +39,7 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
         if isinstance(module, nn.ModuleList) and len(module) == count and all(map(_has_layer, module, range(count))):
             return list(module)
     raise BadInput(
-        f"The decoder layers of {type(model).__name__} were not found, so they cannot be run block by block. "
-        "Use --store attention."
+        f"{type(model).__name__} cannot be captured: it has no list of {count} decoder layers with an attention each."
     )
 
 

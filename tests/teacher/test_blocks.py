@@ -93,7 +93,7 @@ def test_only_the_blocks_layers_run() -> None:
 def test_a_model_without_a_list_of_layers_is_named() -> None:
     model = make("llama")
     model.config.num_hidden_layers = 5
-    with pytest.raises(BadInput, match=r"decoder layers of LlamaForCausalLM were not found.*--store attention"):
+    with pytest.raises(BadInput, match=r"LlamaForCausalLM cannot be captured: it has no list of 5 decoder layers"):
         decoder_layers(model)
 
 
