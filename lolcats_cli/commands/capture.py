@@ -33,6 +33,12 @@ def capture(
     block_size: Annotated[int | None, typer.Option(min=1, help="Layers of a block, with --store block: 8.")] = None,
     disk: o.Disk = None,
     memory: o.Memory = None,
+    store_dtype: Annotated[
+        Literal["teacher", "float8_e4m3"],
+        typer.Option(
+            help="Of q, k and v on disk, with --store attention: the teacher's, or 8 bits and a scale per head."
+        ),
+    ] = "teacher",
     statistics: Annotated[
         Literal["sample", "all", "none"],
         typer.Option(help="Measure the attention of one row in 16, of all, or of none."),
@@ -69,6 +75,8 @@ def capture(
         raise UsageError(f"--disk and --memory are what --store auto goes by. --store {store} is chosen already.")
     if (select is None) != (keep is None):
         raise UsageError("--select and --keep go together: --select top-esl --keep 1000.")
+    if store_dtype != "teacher" and store != "attention":
+        raise UsageError(f"--store-dtype {store_dtype} is for --store attention.")
     checks.local_folder(teacher)
     checks.data(data)
     checks.output(output, resume, force)
@@ -99,6 +107,7 @@ def capture(
         block_size=block_size,
         disk=space,
         memory=device_memory,
+        store_dtype=store_dtype,
         statistics=statistics,
         revision=revision,
         keep=keep,

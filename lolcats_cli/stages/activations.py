@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lolcats_cli.errors import BadInput
 from lolcats_cli.stages.layout import SPLITS, Layout, hidden_name, tokens_name
+from lolcats_cli.stages.quantized import NAME, SUFFIX, dequantize
 from lolcats_cli.teacher.blocks import Run, block
 from lolcats_cli.teacher.data import Rows
 from lolcats_cli.teacher.record import LayerInfo, recording
@@ -113,6 +114,10 @@ def _collate(rows: list[dict[int, tuple[Tensor, ...]]]) -> dict[int, Batch]:
 class StoredActivations(Source):
     """Reads what a capture with the store "attention" kept."""
 
+    def __init__(self, capture: Artifact) -> None:
+        super().__init__(capture)
+        self._quantized = capture.config.get("stored") == NAME
+
     def groups(self, layers: list[int], split: str) -> list[range]:
         groups, start = [], 0
         for name in self._shards(layers[0], split):
@@ -127,7 +132,15 @@ class StoredActivations(Source):
 
     def read(self, layers: list[int], split: str, number: int) -> Activations:
         tensors = {layer: self.capture.load(self._shards(layer, split)[number]) for layer in layers}
-        return {layer: (found["q"], found["k"], found["v"]) for layer, found in tensors.items()}
+        return {
+            layer: (self._tensor(x, "q"), self._tensor(x, "k"), self._tensor(x, "v")) for layer, x in tensors.items()
+        }
+
+    def _tensor(self, shard: dict[str, Tensor], name: str) -> Tensor:
+        """q, k or v of a shard, in the dtype of the teacher."""
+        if not self._quantized:
+            return shard[name]
+        return dequantize(shard[name], shard[f"{name}{SUFFIX}"], getattr(torch, self.capture.config["dtype"]))
 
     def _shards(self, layer: int, split: str) -> list[str]:
         prefix = f"layers/{layer:03d}/{split}-"
@@ -138,8 +151,11 @@ class StoredActivations(Source):
         header, info = self.capture.header(name), self.layers[layer]
         found = {tensor: tuple(header[tensor].shape) for tensor in header}
         count, length = next(iter(found.values()), (0,))[0], self.tokens[split].input_ids.shape[1]
-        kv = (count, info.num_key_value_heads, length, info.head_dim)
-        if found != {"q": (count, info.num_heads, length, info.head_dim), "k": kv, "v": kv}:
+        heads = {"q": info.num_heads, "k": info.num_key_value_heads, "v": info.num_key_value_heads}
+        expected: dict[str, tuple[int, ...]] = {x: (count, n, length, info.head_dim) for x, n in heads.items()}
+        if self._quantized:
+            expected |= {f"{x}{SUFFIX}": (count, n) for x, n in heads.items()}
+        if found != expected:
             raise BadInput(f"{self.capture.path / name} holds {found}, which is not q, k and v of layer {layer}.")
         return count
 

@@ -62,6 +62,7 @@ def capture(
     block_size: int | None = None,
     disk: float | None = None,
     memory: float | None = None,
+    store_dtype: str = "teacher",
     statistics: str = "sample",
     revision: str | None = None,
     keep: int | None = None,
@@ -82,6 +83,7 @@ def capture(
             continued keeps, or else what fits (`stores.choose`).
         block_size: the layers of a block, for the store "block"; 8 otherwise.
         disk, memory: bytes that "auto" goes by, instead of what is free on the disk and on the device.
+        store_dtype: of q, k and v on disk, with the store "attention": "teacher" for the teacher's, or "float8_e4m3".
         statistics: of which rows the attention is measured: "sample" (one in 16), "all" or "none".
         keep: of the data's rows, take so many with the largest ESL, averaged over heads and layers, in their order.
         val_fraction: the part of the rows kept for validation, at least one row.
@@ -113,6 +115,7 @@ def capture(
             "data": options.to_config(),
             "samples": [options.first, options.first + len(found) - 1],
             **({} if keep is None else {"select": "top-esl", "keep": keep}),
+            **({} if store_dtype == "teacher" else {"stored": store_dtype}),
             **({} if statistics == "all" else {"statistics": statistics}),
             "dtype": str(model.dtype).removeprefix("torch."),
             "val_fraction": val_fraction,

@@ -16,6 +16,7 @@ Shapes: N rows, T tokens of a row, E hidden size, H query heads.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lolcats_cli.stages import quantized
+from lolcats_cli.stages.quantized import SUFFIX
 from lolcats_cli.stages.stores import GROUP_BYTES, SHARD_BYTES, blocks, group_rows
 from lolcats_cli.teacher.data import Rows, split_numbers
 from lolcats_cli.teacher.record import LayerInfo
@@ -106,6 +109,11 @@ class Layout:
         )
 
     @property
+    def quantized(self) -> bool:
+        """Whether q, k and v are stored in 8 bits."""
+        return self.config.get("stored") == quantized.NAME
+
+    @property
     def attentions(self) -> list[int]:
         """The layers that have softmax attention."""
         return [number for number, layer in enumerate(self.layers) if layer.has_attention]
@@ -124,7 +132,7 @@ class Layout:
     def row_bytes(self) -> int:
         """Bytes of a row's activations on disk."""
         if self.store == "attention":
-            return self.seq_len * sum(layer.bytes_per_token(self.dtype) for layer in self.layers)
+            return sum(self.row_file_bytes(layer) for layer in range(len(self.layers)))
         return self.hidden_bytes * (len(self.blocks) - 1)
 
     @property
@@ -168,15 +176,26 @@ class Layout:
         """Bytes of a row in a file of a layer's q, k and v, or of hidden states (None)."""
         if layer is None:
             return self.hidden_bytes
-        return self.seq_len * self.layers[layer].bytes_per_token(self.dtype)
+        tensors = self.tensors(layer).values()
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in tensors)
+
+    def tensors(self, layer: int | None) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape of a row, and dtype, of the tensors in a file of a layer's q, k and v, or of hidden states (None)."""
+        shapes = self.shapes(layer)
+        if layer is None or not self.quantized:
+            return {name: (shape, self.dtype) for name, shape in shapes.items()}
+        return {
+            name: (shape, torch.float32 if name.endswith(SUFFIX) else quantized.DTYPE) for name, shape in shapes.items()
+        }
 
     def shapes(self, layer: int | None) -> dict[str, tuple[int, ...]]:
         """The tensors of one row in a file of a layer's q, k and v, or of hidden states (None)."""
         if layer is None:
             return {"hidden": (self.seq_len, self.hidden_size)}
         info = self.layers[layer]
-        kv = (info.num_key_value_heads, self.seq_len, info.head_dim)
-        return {"q": (info.num_heads, self.seq_len, info.head_dim), "k": kv, "v": kv}
+        heads = {"q": info.num_heads, "k": info.num_key_value_heads, "v": info.num_key_value_heads}
+        shapes: dict[str, tuple[int, ...]] = {name: (n, self.seq_len, info.head_dim) for name, n in heads.items()}
+        return shapes | ({f"{name}{SUFFIX}": (n,) for name, n in heads.items()} if self.quantized else {})
 
     def statistics_shapes(self, block: int) -> dict[str, tuple[int, ...]]:
         """The tensors of one row in a file of a block's statistics."""

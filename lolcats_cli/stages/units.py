@@ -27,6 +27,7 @@ from lolcats_cli import stopping
 from lolcats_cli.progress import Advance
 from lolcats_cli.stages.checkpoints import Checkpoints
 from lolcats_cli.stages.layout import Layout, Unit, hidden_name
+from lolcats_cli.stages.quantized import SUFFIX, quantize
 from lolcats_cli.teacher.blocks import Run, block
 from lolcats_cli.teacher.data import Rows
 from lolcats_cli.teacher.record import Sink, recording
@@ -71,10 +72,11 @@ class UnitRecord:
         self.rows = list(unit.rows) if unit.activations else list(unit.measured)
         self.done = 0  # rows
         self.statistics = Statistics()
+        self._quantized = layout.quantized
         self._kept = {
             layer: {
-                name: torch.empty(len(self.rows), *shape, dtype=layout.dtype)
-                for name, shape in layout.shapes(layer).items()
+                name: torch.empty(len(self.rows), *shape, dtype=dtype)
+                for name, (shape, dtype) in layout.tensors(layer).items()
             }
             for layer in unit.activations
         }
@@ -95,9 +97,11 @@ class UnitRecord:
         place = slice(self.done, self.done + len(batch))
 
         def keep(layer: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> None:
-            for name, tensor in zip("qkv", (q, k, v), strict=True):
-                if layer in self._kept:
-                    self._kept[layer][name][place].copy_(tensor)
+            for name, tensor in zip("qkv", (q, k, v), strict=True) if layer in self._kept else ():
+                if self._quantized:
+                    tensor, scale = quantize(tensor)
+                    self._kept[layer][f"{name}{SUFFIX}"][place].copy_(scale)
+                self._kept[layer][name][place].copy_(tensor)
             measure(layer, q, k, v, spec)
 
         with recording(model, keep):

@@ -18,6 +18,7 @@ from lolcats_kernels import HybridConfig
 from lolcats_cli import stopping
 from lolcats_cli.errors import BadInput, IdentityMismatch, Stopped, UsageError
 from lolcats_cli.stages import checkpoints, layout
+from lolcats_cli.stages.activations import StoredActivations
 from lolcats_cli.stages.capture import capture
 from lolcats_cli.stages.checkpoints import Checkpoints
 from lolcats_cli.stages.join import join
@@ -280,3 +281,26 @@ def test_block_by_block_is_for_tokens(deep: SimpleNamespace, tmp_path: Path) -> 
     run(deep, tmp_path / "c", **STORES["block"])
     with pytest.raises(UsageError, match=r"--block-size is for captures of --store tokens"):
         transfer(tmp_path / "c", tmp_path / "t", options=OPTIONS, block_size=2)
+
+
+def test_eight_bits_are_a_rounding_of_the_rest(deep: SimpleNamespace, tmp_path: Path) -> None:
+    whole, small = run(deep, tmp_path / "whole"), run(deep, tmp_path / "small", store_dtype="float8_e4m3")
+    scales = 22 * LAYERS * (4 + 2 + 2) * 4  # rows, layers, heads of q, k and v, bytes
+    assert small.summary["bytes"] == whole.summary["bytes"] // 4 + scales
+    exact, rounded = StoredActivations(whole), StoredActivations(small)
+    for layer in range(LAYERS):
+        for one, other in zip(exact.batches([layer], "train", 4), rounded.batches([layer], "train", 4), strict=True):
+            for name in "qkv":
+                a, b = getattr(one[layer], name), getattr(other[layer], name)
+                assert b.dtype == a.dtype
+                largest = a.abs().amax((2, 3), keepdim=True)
+                # Four bits of mantissa, and 2^-10 of a unit near zero, where the unit is the largest value over 448.
+                assert ((a - b).abs() <= (a.abs() / 16).maximum(largest / 448 / 1024) * 1.001).all()
+    parts = [
+        run(deep, tmp_path / str(first), replace(DATA, first=first, samples=samples), store_dtype="float8_e4m3").path
+        for first, samples in ((0, 9), (9, 13))
+    ]
+    assert join(parts, tmp_path / "joined").id == small.id
+    found = [transfer(made.path, tmp_path / f"maps-{made.path.name}", options=OPTIONS) for made in (small, whole)]
+    for layer, figures in found[1].summary["layers"].items():
+        assert found[0].summary["layers"][layer]["relative_mse"] == pytest.approx(figures["relative_mse"], rel=0.1)
