@@ -34,10 +34,10 @@ def import_published(
     json: o.Json = False,
 ) -> None:
     """Take over a checkpoint of the LoLCATs authors' code: a transfer (with --teacher), or a LoRA (with --transfer)."""
-    if teacher is None and transfer is None:
-        raise UsageError("Give --teacher MODEL for feature maps, or --transfer MAPS for a LoRA adapter.")
     if not checkpoint.is_file():
         raise BadInput(f"The checkpoint {checkpoint} is not a file.")
+    if teacher is None and transfer is None:
+        raise UsageError("Give --teacher MODEL for feature maps, or --transfer MAPS for a LoRA adapter.")
     if transfer is not None:
         checks.artifact(transfer, "transfer", teacher)
     elif teacher is not None:

@@ -18,7 +18,7 @@ ENV = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernel
 MISTAKES = [
     ("capture nowhere {text} -o new", 3, "The teacher nowhere is not a folder"),
     ("capture {text} {text} -o new", 3, "is not a folder"),
-    ("capture . {text} -o new", 3, ". is not a model folder: it has no config.json"),
+    ("capture . {text} -o new", 3, "is not a model folder: it has no config.json"),
     ("capture ~nobody-of-that-name/x {text} -o new", 3, "is not a folder"),
     ("capture {teacher} nowhere.jsonl -o new", 3, "The data nowhere.jsonl is not a file"),
     ("capture {teacher} *.jsonl -o new", 3, "No file matches the pattern"),
