@@ -304,3 +304,25 @@ def test_eight_bits_are_a_rounding_of_the_rest(deep: SimpleNamespace, tmp_path: 
     found = [transfer(made.path, tmp_path / f"maps-{made.path.name}", options=OPTIONS) for made in (small, whole)]
     for layer, figures in found[1].summary["layers"].items():
         assert found[0].summary["layers"][layer]["relative_mse"] == pytest.approx(figures["relative_mse"], rel=0.1)
+
+
+def test_layers_without_attention_are_passed_through(tiny_teacher: Path, tiny_text: Path, tmp_path: Path) -> None:
+    """A hybrid's convolutions: in every block and unit, and in joined captures."""
+    from transformers import AutoTokenizer, Lfm2Config, Lfm2ForCausalLM
+
+    torch.manual_seed(0)
+    kinds = ["conv", "full_attention", "conv", "full_attention"]
+    sizes = {"vocab_size": 260, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 0, "eos_token_id": 1}
+    config = Lfm2Config(**sizes, **heads, layer_types=kinds, pad_token_id=2, max_position_embeddings=128)
+    Lfm2ForCausalLM(config).save_pretrained(tmp_path / "teacher")
+    AutoTokenizer.from_pretrained(tiny_teacher).save_pretrained(tmp_path / "teacher")
+    case = SimpleNamespace(teacher=tmp_path / "teacher", text=tiny_text)
+    made = {}
+    for name, store in (*STORES.items(), ("a layer a block", {"store": "block", "block_size": 1})):
+        whole = run(case, tmp_path / name, **store)
+        made[name] = hashes(transfer(whole.path, tmp_path / f"maps-{name}", options=replace(OPTIONS, steps=2)))
+        parts = [run(case, tmp_path / f"{name}{n}", replace(DATA, first=n, samples=11), **store).path for n in (0, 11)]
+        assert join(parts, tmp_path / f"joined-{name}").id == whole.id
+    assert len([name for name in made["tokens"] if name.startswith("maps/")]) == 2
+    assert all(found == made["attention"] for found in made.values())
