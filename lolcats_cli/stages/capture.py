@@ -281,10 +281,10 @@ class _Run:
                     self.writer.save(tokens_name(split), rows[split].to_tensors())
         with (
             part_writer(self.writer, "capture", self.fields) as (writer, whole),
-            self.progress.task("capture", sum(len(unit.rows) for unit in mine), "rows") as advance,
+            self.progress.task("capture", sum(len(unit.computed) for unit in mine), "rows") as advance,
             stopping.deferred(),
         ):
-            advance(sum(len(unit.rows) for unit in mine) - sum(len(unit.rows) for unit in todo))
+            advance(sum(len(unit.computed) for unit in mine) - sum(len(unit.computed) for unit in todo))
             record_units(self.model, layout, todo, rows, self.device, self.batch_size, writer, whole, advance)
         if self.writer:
             self.writer.finish({"bytes": layout.bytes, "layers": summarize(whole, layout, rows)})

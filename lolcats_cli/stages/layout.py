@@ -62,6 +62,11 @@ class Unit:
         return range(self.groups[0].start, self.groups[-1].stop)
 
     @property
+    def computed(self) -> tuple[int, ...]:
+        """The rows that pass through the block: all, or the measured ones where nothing else is stored."""
+        return tuple(self.rows) if self.activations else self.measured
+
+    @property
     def files(self) -> list[str]:
         return [*([self.statistics] if self.statistics else []), *self.activations.values()]
 

@@ -69,7 +69,7 @@ class UnitRecord:
 
     def __init__(self, layout: Layout, unit: Unit) -> None:
         self.unit = unit
-        self.rows = list(unit.rows) if unit.activations else list(unit.measured)
+        self.rows = unit.computed
         self.done = 0  # rows
         self.statistics = Statistics()
         self._quantized = layout.quantized
