@@ -23,8 +23,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "formats")]
 
-from lolcats_cli.teacher.attention import softmax_attention  # noqa: E402
 from lolcats_formats import Artifact  # noqa: E402
+from lolcats_kernels.softmax import softmax_attention  # noqa: E402
 
 from lolcats_cli.progress import Advance, Progress  # noqa: E402
 from lolcats_cli.stages.capture import capture  # noqa: E402
