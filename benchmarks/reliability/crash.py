@@ -58,8 +58,11 @@ ASSETS = ROOT / "lolcats_cli" / "assets"
 POINTS = ("write", "append", "rename", "exchange", "remove", "make_directory", "fsync", "fsync_directory")
 OUT = "OUT"
 STAGES = {
-    "capture": "capture teacher text.jsonl --samples 6 --seq-len 48 -o OUT",
-    "capture --select": "capture teacher text.jsonl --samples 8 --select top-esl --keep 4 --seq-len 48 -o OUT",
+    # With a store of its own each: on a small disk auto would choose another.
+    "capture": "capture teacher text.jsonl --store attention --samples 6 --seq-len 48 -o OUT",
+    "capture --store block": "capture teacher text.jsonl --store block --block-size 1 --samples 6 --seq-len 48 -o OUT",
+    "capture --select": "capture teacher text.jsonl --store attention --samples 8 --select top-esl --keep 4 "
+    "--seq-len 48 -o OUT",
     "transfer": "transfer capture --window 8 --feature-dim 8 --steps 3 --grad-accum 1 --eval-steps 2 -o OUT",
     "lora": "lora transfer --steps 3 --grad-accum 1 --eval-steps 2 --lr 0.01 -o OUT",
     "merge": "merge lora --max-shard-size 0.001 -o OUT",
