@@ -28,7 +28,7 @@ from lolcats_cli.stages.auto import device_memory, pick, sizes_of, store_config
 from lolcats_cli.stages.disk import check_space, free_space, human
 from lolcats_cli.stages.layout import SPLITS, Layout, candidates_name, summarize, tokens_name
 from lolcats_cli.stages.mergeable import check_mergeable
-from lolcats_cli.stages.shared import absorb_parts, part_writer
+from lolcats_cli.stages.shared import completed_files, part_writer
 from lolcats_cli.stages.units import Statistics, record_units
 from lolcats_cli.teacher import identity
 from lolcats_cli.teacher.blocks import Run, block
@@ -230,17 +230,10 @@ class _Run:
     fields: dict[str, Any]
     progress: Progress
 
-    def __post_init__(self) -> None:
-        if self.writer:
-            absorb_parts(self.writer)  # of an earlier run
-
-    def _written(self) -> set[str]:
-        """The files that all ranks' earlier runs completed."""
-        return ranks.share(lambda: set(self.writer.files) if self.writer else set())
-
     def select(self, rows: Rows, keep: int) -> Rows:
         """The rows with the largest ESL, in order; of equals the earlier ones."""
-        written, everything = self._written(), range(self.model.config.get_text_config().num_hidden_layers)
+        everything = range(self.model.config.get_text_config().num_hidden_layers)
+        written = completed_files(self.writer)
         parts = list(enumerate(torch.arange(len(rows)).split(CANDIDATES)))[ranks.rank() :: ranks.size()]
         with (
             part_writer(self.writer, "capture", self.fields) as (writer, whole),
@@ -269,7 +262,7 @@ class _Run:
         """Compute and write what is stored of the rows, and finish the artifact."""
         layout, config = Layout.of(self.fields), self.fields["config"]
         rows = dict(zip(SPLITS, split_rows(found, config["val_fraction"], config["seed"]), strict=True))
-        written = self._written()
+        written = completed_files(self.writer)
         mine = [unit for unit in layout.all_units() if unit.number % ranks.size() == ranks.rank()]
         todo = [unit for unit in mine if not written.issuperset(unit.files)]
         if self.writer:

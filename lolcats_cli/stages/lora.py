@@ -21,7 +21,7 @@ from lolcats_formats.place import Resume
 from lolcats_cli import __version__, ranks
 from lolcats_cli.errors import BadInput, IdentityMismatch, UsageError
 from lolcats_cli.progress import Progress
-from lolcats_cli.stages.layout import SPLITS
+from lolcats_cli.stages.layout import SPLITS, tokens_name
 from lolcats_cli.stages.models import check_on_devices, kept_config, load_student, maps_file, teacher_folder
 from lolcats_cli.student.build import hybrid_modules, linear_layers, projections
 from lolcats_cli.teacher.data import DataOptions, Rows, describe_rows, read_rows, split_rows
@@ -221,7 +221,7 @@ def _rows(
         tokenizer, vocab_size = load_tokenizer(folder, load.trust_remote_code), parent.teacher["vocab_size"]
         rows = _to_train(read_rows(data, tokenizer, options, vocab_size=vocab_size, progress=progress), options)
         return dict(zip(SPLITS, split_rows(rows, 0.05, seed), strict=True)), data
-    stored = {split: Rows.from_tensors(capture.load(f"tokens/{split}.safetensors")) for split in SPLITS}
+    stored = {split: Rows.from_tensors(capture.load(tokens_name(split))) for split in SPLITS}
     return {split: _to_train(rows, options) for split, rows in stored.items()}, data
 
 

@@ -28,13 +28,19 @@ def part_writer(
         with ArtifactWriter.create(whole / f"{PART_PREFIX}{ranks.rank()}", kind, **fields) as part:
             yield part, whole
     ranks.barrier()
-    ranks.share(lambda: absorb_parts(_main(main)))
+    completed_files(main)
 
 
-def absorb_parts(main: ArtifactWriter) -> None:
-    """Take in all parts that lie in the artifact's directory."""
+def completed_files(main: ArtifactWriter | None) -> set[str]:
+    """The names of the artifact's files that are complete, on every rank. Rank 0, which passes the artifact's writer,
+    takes in all parts first, also those of an earlier run."""
+    return ranks.share(lambda: _absorb_parts(_main(main)))
+
+
+def _absorb_parts(main: ArtifactWriter) -> set[str]:
     for part in main.parts():
         main.absorb(part)
+    return set(main.files)
 
 
 def _main(writer: ArtifactWriter | None) -> ArtifactWriter:

@@ -28,7 +28,7 @@ from lolcats_cli.stages.checkpoints import Checkpoints
 from lolcats_cli.stages.layer_training import Trained, TransferOptions, train_layers, window_errors
 from lolcats_cli.stages.models import maps_file, teacher_folder
 from lolcats_cli.stages.rolling import RollingActivations
-from lolcats_cli.stages.shared import absorb_parts, part_writer
+from lolcats_cli.stages.shared import completed_files, part_writer
 from lolcats_cli.teacher.load import LoadOptions, load_model
 
 CARRIED = ("entropy", "head_entropy", "esl")  # of a layer's figures in the capture: shown without it too
@@ -117,9 +117,7 @@ def _train(
     progress: Progress,
 ) -> None:
     """Train this rank's share of the layers. Rank 0 passes the artifact's writer."""
-    if main:
-        absorb_parts(main)  # of an earlier run
-    written = ranks.share(lambda: set(main.files) if main else set())
+    written = completed_files(main)
     steps, mine = options.total_steps(source.rows["train"]), _share(_together(source, chosen))
     with (
         part_writer(main, "transfer", fields) as (writer, _),
