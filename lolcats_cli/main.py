@@ -19,12 +19,12 @@ from lolcats_cli.commands.capture import capture
 from lolcats_cli.commands.demo import demo
 from lolcats_cli.commands.eval import evaluate
 from lolcats_cli.commands.generate import generate
+from lolcats_cli.commands.import_published import import_published
 from lolcats_cli.commands.inspect import inspect
 from lolcats_cli.commands.join import join
 from lolcats_cli.commands.lora import lora
 from lolcats_cli.commands.merge import merge
 from lolcats_cli.commands.plan import plan
-from lolcats_cli.commands.published import import_published
 from lolcats_cli.commands.transfer import transfer
 from lolcats_cli.commands.verify import verify
 from lolcats_cli.errors import LolcatsError, NotEnoughSpace, Stopped, shortage

@@ -65,11 +65,11 @@ def stages(teacher: Path, text: Path, folder: Path, note: Callable[[str], None])
     does not hold of the teacher either is returned."""
     from lolcats_kernels import HybridConfig
 
+    from lolcats_cli.loading.any_model import load_any
     from lolcats_cli.stages.capture import capture
     from lolcats_cli.stages.layer_training import TransferOptions
     from lolcats_cli.stages.lora import LoraOptions, lora
     from lolcats_cli.stages.merge import merge
-    from lolcats_cli.stages.models import load_any
     from lolcats_cli.stages.transfer import transfer
     from lolcats_cli.teacher.data import DataOptions
     from lolcats_cli.teacher.load import LoadOptions
@@ -148,7 +148,7 @@ def check_student(folder: Path, teacher, unmerged, note: Callable[[str], None]) 
     import torch
     from transformers import AutoModelForCausalLM
 
-    from lolcats_cli.student.merged import load_merged
+    from lolcats_cli.loading.merged import load_merged
     from lolcats_cli.teacher.load import LoadOptions
 
     excused = []

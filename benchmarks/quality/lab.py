@@ -21,11 +21,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "formats")]
 from lolcats_formats import Artifact  # noqa: E402
 from lolcats_kernels import HybridConfig  # noqa: E402
 
+from lolcats_cli.evaluation.evaluate import evaluate  # noqa: E402
+from lolcats_cli.loading.any_model import load_any  # noqa: E402
 from lolcats_cli.stages import layer_training  # noqa: E402
 from lolcats_cli.stages import lora as tuning  # noqa: E402
 from lolcats_cli.stages.capture import capture  # noqa: E402
-from lolcats_cli.stages.evaluate import evaluate  # noqa: E402
-from lolcats_cli.stages.models import load_any  # noqa: E402
 from lolcats_cli.stages.transfer import transfer  # noqa: E402
 from lolcats_cli.student.build import hybrid_modules  # noqa: E402
 from lolcats_cli.teacher.data import DataOptions  # noqa: E402

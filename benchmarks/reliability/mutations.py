@@ -29,12 +29,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "formats")]
 
 from lolcats_formats import Artifact, FormatError, artifact_id  # noqa: E402
 
+from lolcats_cli.artifacts.describe import describe, describe_layer, describe_lineage  # noqa: E402
 from lolcats_cli.errors import LolcatsError  # noqa: E402
+from lolcats_cli.loading.student import load_student, teacher_folder  # noqa: E402
 from lolcats_cli.stages.activations import StoredActivations  # noqa: E402
-from lolcats_cli.stages.inspect import describe, describe_layer, describe_lineage  # noqa: E402
 from lolcats_cli.stages.join import join  # noqa: E402
 from lolcats_cli.stages.merge import merge  # noqa: E402
-from lolcats_cli.stages.models import load_student, teacher_folder  # noqa: E402
 from lolcats_cli.teacher.load import LoadOptions  # noqa: E402
 
 SECONDS = 10.0

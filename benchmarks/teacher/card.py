@@ -25,7 +25,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
 from train import new_model  # noqa: E402
 
-from lolcats_cli.stages.recall import RecallRows, recall_accuracy, recall_hits, recall_rows  # noqa: E402
+from lolcats_cli.evaluation.recall import RecallRows, recall_accuracy, recall_hits, recall_rows  # noqa: E402
 
 LENGTH = 1024
 WINDOW = 64

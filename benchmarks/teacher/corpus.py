@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from lolcats_cli.stages.recall import FactTokens, draw_facts
+from lolcats_cli.evaluation.recall import FactTokens, draw_facts
 
 BOOKS = ("moby-dick", "pride-and-prejudice", "sherlock-holmes", "shakespeare")
 SHARES = {"gsm8k": 0.7, "moby-dick": 0.08, "pride-and-prejudice": 0.07, "sherlock-holmes": 0.07, "shakespeare": 0.08}

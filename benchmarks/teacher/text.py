@@ -21,7 +21,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
 from corpus import Prose, read_texts, weave  # noqa: E402
 
-from lolcats_cli.stages.recall import FactTokens  # noqa: E402
+from lolcats_cli.evaluation.recall import FactTokens  # noqa: E402
 
 TEXT = "gsm8k"
 LENGTH = 1000  # tokens per document, about

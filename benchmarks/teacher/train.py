@@ -33,7 +33,7 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
 from corpus import HELD_OUT, SHARES, Prose, copying_row, read_texts, weave  # noqa: E402
 
-from lolcats_cli.stages.recall import ANSWERS, NAMES, FactTokens, recall_accuracy, recall_rows, statement  # noqa: E402
+from lolcats_cli.evaluation.recall import ANSWERS, NAMES, FactTokens, recall_accuracy, recall_rows, statement  # noqa: E402
 
 VOCABULARY = 3072
 CONTEXT = 1024

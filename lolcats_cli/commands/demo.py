@@ -82,8 +82,8 @@ def _run(ctx: typer.Context, args: list[str]) -> None:
 
 
 def _evaluate(path: str, terms: tuple[str, ...]) -> dict:
-    from lolcats_cli.stages.evaluate import evaluate
-    from lolcats_cli.stages.models import load_any
+    from lolcats_cli.evaluation.evaluate import evaluate
+    from lolcats_cli.loading.any_model import load_any
     from lolcats_cli.teacher.load import LoadOptions
 
     loaded = load_any(path, LoadOptions(dtype="float32"))
@@ -94,8 +94,8 @@ def _samples(models: dict[str, str]) -> tuple[str, dict[str, str]]:
     """A prompt from the held-out text, and what each model makes of it."""
     import json
 
-    from lolcats_cli.stages.generate import generate
-    from lolcats_cli.stages.models import load_any
+    from lolcats_cli.evaluation.generate import generate
+    from lolcats_cli.loading.any_model import load_any
     from lolcats_cli.teacher.load import LoadOptions
 
     text = json.loads(VALIDATION.read_text(encoding="utf-8").splitlines()[0])["text"]

@@ -53,12 +53,12 @@ def evaluate(
     checks.model(given, teacher)
     checks.data(data)
 
-    from lolcats_cli.stages.models import load_any
+    from lolcats_cli.loading.any_model import load_any
     from lolcats_cli.teacher.load import LoadOptions
 
     load = LoadOptions(dtype, device, trust_remote_code, device_map=device_map)
     if tasks is not None:
-        from lolcats_cli.stages.harness import load_tasks, run_tasks
+        from lolcats_cli.evaluation.lm_eval_tasks import load_tasks, run_tasks
 
         wanted = load_tasks(tasks.split(","))
         loaded = load_any(given, load, teacher=teacher, revision=revision)
@@ -67,7 +67,7 @@ def evaluate(
         return
     assert data is not None
 
-    from lolcats_cli.stages.evaluate import evaluate as run
+    from lolcats_cli.evaluation.evaluate import evaluate as run
     from lolcats_cli.teacher.data import DataOptions
 
     found = run(

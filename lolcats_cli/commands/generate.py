@@ -35,8 +35,8 @@ def generate(
     given = o.artifact_path(model)
     checks.model(given, teacher)
 
-    from lolcats_cli.stages.generate import generate as run
-    from lolcats_cli.stages.models import load_any
+    from lolcats_cli.evaluation.generate import generate as run
+    from lolcats_cli.loading.any_model import load_any
     from lolcats_cli.teacher.load import LoadOptions
 
     def write(text: str) -> None:

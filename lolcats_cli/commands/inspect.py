@@ -26,14 +26,14 @@ def inspect(
     """Show what an artifact is: kind, lineage, layers, shapes, bytes, figures. Reads no weights."""
     from lolcats_formats import Artifact
 
+    from lolcats_cli.artifacts.describe import describe, describe_layer, describe_lineage
     from lolcats_cli.errors import UsageError
-    from lolcats_cli.stages.inspect import describe, describe_layer, describe_lineage
 
     if lineage and layer is not None:
         raise UsageError("Choose one of --lineage and --layer.")
     opened = Artifact.open(o.artifact_path(artifact))
     if plot is not None:
-        from lolcats_cli.stages.plot import plot as draw
+        from lolcats_cli.artifacts.head_errors_plot import plot as draw
 
         draw(opened, plot)
     if lineage:

@@ -12,7 +12,7 @@ import typer
 from lolcats_cli.commands import _options as o
 
 if TYPE_CHECKING:
-    from lolcats_cli.stages.plan import Plan
+    from lolcats_cli.planning.plan import Plan
 
 WIDTH = 110  # columns of sentences
 
@@ -40,9 +40,9 @@ def plan(
     import shutil
 
     from lolcats_cli.errors import NotEnoughSpace, UsageError
-    from lolcats_cli.stages.machine import of_gpus
-    from lolcats_cli.stages.plan import plan as run
-    from lolcats_cli.stages.plan import to_dict
+    from lolcats_cli.planning.machine import of_gpus
+    from lolcats_cli.planning.plan import plan as run
+    from lolcats_cli.planning.plan import to_dict
 
     if gpus is not None and calibrate:
         raise UsageError("--gpus and --calibrate are two sources of the same figures: choose one.")
@@ -66,7 +66,7 @@ def plan(
 
 def _lines(teacher: str, found: Plan, disk: float) -> list[str]:
     """The plan for people: what it is of, the table, what does not fit, and the commands."""
-    from lolcats_cli.stages.disk import human
+    from lolcats_cli.artifacts.disk import human
 
     shape, machine = found.shape, found.machine
     size = human(shape.weights * shape.itemsize)

@@ -15,7 +15,7 @@ def verify(artifact: o.ArtifactIn, json: o.Json = False) -> None:
         opened.verify(advance)
     found = {"id": opened.id, "kind": opened.kind, "files": len(opened.files), "bytes": total}
     if opened.kind == "student" and GOLDEN in opened.files:
-        from lolcats_cli.stages import golden
+        from lolcats_cli.evaluation import golden_logits
 
-        found["golden_error"] = golden.check(opened)
+        found["golden_error"] = golden_logits.check(opened)
     o.print_result(opened.path, found, json)

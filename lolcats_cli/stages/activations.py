@@ -20,9 +20,9 @@ from lolcats_formats import Artifact
 from lolcats_kernels.softmax import AttentionSpec
 from torch import Tensor
 
+from lolcats_cli.artifacts.float8 import NAME, SUFFIX, dequantize
+from lolcats_cli.artifacts.layout import SPLITS, Layout, hidden_name, tokens_name
 from lolcats_cli.errors import BadInput
-from lolcats_cli.stages.layout import SPLITS, Layout, hidden_name, tokens_name
-from lolcats_cli.stages.quantized import NAME, SUFFIX, dequantize
 from lolcats_cli.teacher.blocks import Run, block
 from lolcats_cli.teacher.data import Rows
 from lolcats_cli.teacher.record import LayerInfo, recording

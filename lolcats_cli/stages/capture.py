@@ -1,8 +1,8 @@
 """capture: what a teacher's attentions see on some data, kept on disk.
 
 The artifact holds the tokens and, by its store, q, k and v of every layer, hidden states, or nothing more
-(`stages/layout.py`). Beside them it holds figures of the attention of some rows (see `attention_statistics`). Of rows
-selected by their ESL, `candidates/GGGGG.safetensors` keeps the `esl` [n] of all.
+(`artifacts/layout.py`). Beside them it holds figures of the attention of some rows (see `attention_statistics`). Of
+rows selected by their ESL, `candidates/GGGGG.safetensors` keeps the `esl` [n] of all.
 
 The teacher's layers run block by block: all rows pass through a block before the next one is loaded.
 """
@@ -22,11 +22,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lolcats_cli import __version__, ranks, stopping
+from lolcats_cli.artifacts.disk import check_space, free_space, human
+from lolcats_cli.artifacts.layout import SPLITS, Layout, candidates_name, summarize, tokens_name
 from lolcats_cli.errors import BadInput, UsageError
 from lolcats_cli.progress import Progress
-from lolcats_cli.stages.auto import device_memory, pick, sizes_of, store_config
-from lolcats_cli.stages.disk import check_space, free_space, human
-from lolcats_cli.stages.layout import SPLITS, Layout, candidates_name, summarize, tokens_name
+from lolcats_cli.stages.auto_store import device_memory, pick, sizes_of, store_config
 from lolcats_cli.stages.mergeable import check_mergeable
 from lolcats_cli.stages.shared import completed_files, part_writer
 from lolcats_cli.stages.units import Statistics, record_units
@@ -79,7 +79,7 @@ def capture(
         teacher: a model folder, or a hub id (with `revision`).
         data: one or several files, folders, patterns, "-" for stdin, or hub dataset ids.
         output: the artifact's directory.
-        store: what is kept: "attention", "block" or "tokens" (`stages/layout.py`), or "auto": what a capture that is
+        store: what is kept: "attention", "block" or "tokens" (`artifacts/layout.py`), or "auto": what a capture that is
             continued keeps, or else what fits (`stores.choose`).
         block_size: the layers of a block, for the store "block"; 8 otherwise.
         disk, memory: bytes that "auto" goes by, instead of what is free on the disk and on the device.

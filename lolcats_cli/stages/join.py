@@ -16,12 +16,12 @@ from lolcats_formats.place import Resume
 from torch import Tensor
 
 from lolcats_cli import __version__
+from lolcats_cli.artifacts.disk import check_space
+from lolcats_cli.artifacts.layout import SPLITS, Layout, is_measured, summarize, tokens_name
+from lolcats_cli.artifacts.maps import kept_layers, maps_file
 from lolcats_cli.errors import IdentityMismatch, UsageError
 from lolcats_cli.progress import Progress
 from lolcats_cli.stages.capture import ADVICE
-from lolcats_cli.stages.disk import check_space
-from lolcats_cli.stages.layout import SPLITS, Layout, is_measured, summarize, tokens_name
-from lolcats_cli.stages.models import kept_layers, maps_file
 from lolcats_cli.teacher.data import Rows, describe_rows, split_numbers
 
 # What parts have in common, and what of their config tells them apart.

@@ -19,10 +19,11 @@ from lolcats_formats import Artifact, ArtifactWriter
 from lolcats_formats.place import Resume
 
 from lolcats_cli import __version__, ranks
+from lolcats_cli.artifacts.layout import SPLITS, tokens_name
+from lolcats_cli.artifacts.maps import kept_config, maps_file
 from lolcats_cli.errors import BadInput, IdentityMismatch, UsageError
+from lolcats_cli.loading.student import check_on_devices, load_student, teacher_folder
 from lolcats_cli.progress import Progress
-from lolcats_cli.stages.layout import SPLITS, tokens_name
-from lolcats_cli.stages.models import check_on_devices, kept_config, load_student, maps_file, teacher_folder
 from lolcats_cli.student.build import hybrid_modules, linear_layers, projections
 from lolcats_cli.teacher.data import DataOptions, Rows, describe_rows, read_rows, split_rows
 from lolcats_cli.teacher.load import LoadOptions, load_tokenizer, model_limit

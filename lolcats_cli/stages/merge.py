@@ -19,12 +19,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lolcats_cli import __version__, stopping
+from lolcats_cli.artifacts.disk import check_space, human
+from lolcats_cli.artifacts.maps import kept_config, kept_layers, maps_file
 from lolcats_cli.errors import IdentityMismatch, UsageError
+from lolcats_cli.evaluation import golden_logits
+from lolcats_cli.loading.student import check_finite, load_adapter, teacher_folder
 from lolcats_cli.progress import Progress
-from lolcats_cli.stages import golden
-from lolcats_cli.stages.disk import check_space, human
 from lolcats_cli.stages.mergeable import TeacherFiles, teacher_files, tokenizer_config
-from lolcats_cli.stages.models import check_finite, kept_config, kept_layers, load_adapter, maps_file, teacher_folder
 from lolcats_cli.student import export
 from lolcats_cli.student.fold import Adapter
 from lolcats_cli.teacher import identity
@@ -98,7 +99,7 @@ def merge(
         _write_model_files(writer, plan, artifact)
         if not writer.has(GOLDEN):
             progress.note("merge runs the student over two prompts, for its golden logits")
-            writer.save(GOLDEN, golden.golden(writer.path, writer.scratch / "golden"))
+            writer.save(GOLDEN, golden_logits.golden(writer.path, writer.scratch / "golden"))
         return writer.finish(
             {
                 "tensors": len(plan.sizes),

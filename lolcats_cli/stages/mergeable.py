@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from lolcats_cli.errors import BadInput, is_out_of_memory
-from lolcats_cli.stages import golden
+from lolcats_cli.evaluation import golden_logits
 from lolcats_cli.student import export
 from lolcats_cli.student.build import check_servable, model_heads, projections
 from lolcats_cli.teacher import identity
@@ -112,7 +112,7 @@ def check_mergeable(folder: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         student = Path(scratch) / "student"
         _write_student(files, student)
-        golden.try_one_block(student, Path(scratch) / "offloaded")
+        golden_logits.try_one_block(student, Path(scratch) / "offloaded")
 
 
 def tokenizer_config(teacher: Path) -> dict[str, Any] | None:

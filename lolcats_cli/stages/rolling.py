@@ -16,10 +16,10 @@ import torch
 from lolcats_formats import Artifact, ArtifactWriter, FormatError
 
 from lolcats_cli import __version__
+from lolcats_cli.artifacts.disk import check_space
+from lolcats_cli.artifacts.layout import Layout
 from lolcats_cli.progress import Progress
 from lolcats_cli.stages.activations import ComputedActivations
-from lolcats_cli.stages.disk import check_space
-from lolcats_cli.stages.layout import Layout
 from lolcats_cli.stages.units import record_units
 
 if TYPE_CHECKING:

@@ -21,12 +21,13 @@ from lolcats_formats.place import Resume
 from safetensors import safe_open
 
 from lolcats_cli import __version__, ranks, stopping
+from lolcats_cli.artifacts.maps import maps_file
 from lolcats_cli.errors import UsageError
+from lolcats_cli.loading.student import teacher_folder
 from lolcats_cli.progress import Progress
 from lolcats_cli.stages.activations import ComputedActivations, Source, StoredActivations
 from lolcats_cli.stages.checkpoints import Checkpoints
 from lolcats_cli.stages.layer_training import Trained, TransferOptions, train_layers, window_errors
-from lolcats_cli.stages.models import maps_file, teacher_folder
 from lolcats_cli.stages.rolling import RollingActivations
 from lolcats_cli.stages.shared import completed_files, part_writer
 from lolcats_cli.teacher.load import LoadOptions, load_model

@@ -24,10 +24,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lolcats_cli import stopping
+from lolcats_cli.artifacts.float8 import SUFFIX, quantize
+from lolcats_cli.artifacts.layout import Layout, Unit, hidden_name
 from lolcats_cli.progress import Advance
 from lolcats_cli.stages.checkpoints import Checkpoints
-from lolcats_cli.stages.layout import Layout, Unit, hidden_name
-from lolcats_cli.stages.quantized import SUFFIX, quantize
 from lolcats_cli.teacher.blocks import Run, block
 from lolcats_cli.teacher.data import Rows
 from lolcats_cli.teacher.record import Sink, recording

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lolcats_cli.stages.recall import is_evaluation_pair
+from lolcats_cli.evaluation.recall import is_evaluation_pair
 
 ROOT = Path(__file__).parents[2]
 ASSETS = ROOT / "lolcats_cli" / "assets"

@@ -406,7 +406,7 @@ def test_a_bug_says_so_and_debug_shows_where(
     def broken(*_: object) -> None:
         raise KeyError("weights")
 
-    monkeypatch.setattr("lolcats_cli.stages.inspect.describe", broken)
+    monkeypatch.setattr("lolcats_cli.artifacts.describe.describe", broken)
     result = invoke("inspect", pipeline.lora)
     assert (result.code, result.out) == (1, "")
     assert "bug in lolcats" in result.err

@@ -74,7 +74,7 @@ def test_the_printed_commands_are_resumable_and_find_everything_done(kept, capsy
 
 
 def test_the_student_loads_without_lolcats_and_gives_the_unmerged_logits(kept, tmp_path):
-    from lolcats_cli.stages.models import load_any
+    from lolcats_cli.loading.any_model import load_any
     from lolcats_cli.teacher.load import LoadOptions
 
     folder, _ = kept

@@ -16,9 +16,9 @@ from lolcats_kernels.softmax import softmax_attention
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lolcats_cli.artifacts import layout
 from lolcats_cli.errors import BadInput, NotEnoughSpace, Stopped
 from lolcats_cli.progress import Progress
-from lolcats_cli.stages import layout
 from lolcats_cli.stages.capture import capture
 from lolcats_cli.stages.units import UnitRecord
 from lolcats_cli.teacher.data import DataOptions

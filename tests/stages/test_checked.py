@@ -14,8 +14,8 @@ from lolcats_formats import Artifact, Damaged, FormatError, artifact_id
 from safetensors.torch import load_file, save_file
 
 from lolcats_cli.errors import BadInput
+from lolcats_cli.loading.any_model import load_any
 from lolcats_cli.stages.merge import merge
-from lolcats_cli.stages.models import load_any
 from lolcats_cli.teacher.load import LoadOptions
 
 CPU = LoadOptions(device="cpu")
@@ -221,9 +221,9 @@ def test_a_student_that_answers_nan_is_not_finished(
     pipeline: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The golden logits are what tells: here of a teacher whose last norm overflows."""
-    from lolcats_cli.stages import golden
+    from lolcats_cli.evaluation import golden_logits
 
-    monkeypatch.setattr(golden, "_logits", lambda *args: (torch.full((2, 260), torch.nan), torch.float32))
+    monkeypatch.setattr(golden_logits, "_logits", lambda *args: (torch.full((2, 260), torch.nan), torch.float32))
     with pytest.raises(BadInput, match="answers two prompts with NaN or infinity, so it is not finished"):
         merge(pipeline.lora, tmp_path / "out")
     assert not (tmp_path / "out" / "manifest.json").exists()
@@ -243,14 +243,14 @@ def spoilt(pipeline: SimpleNamespace, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_text_is_not_drawn_from_nan(spoilt: Path, temperature: float) -> None:
-    from lolcats_cli.stages.generate import generate
+    from lolcats_cli.evaluation.generate import generate
 
     with pytest.raises(BadInput, match="The model predicts NaN or infinity"):
         generate(load_any(str(spoilt), CPU), "the whale", max_new_tokens=2, temperature=temperature)
 
 
 def test_a_perplexity_that_is_no_number_is_no_result(spoilt: Path, pipeline: SimpleNamespace) -> None:
-    from lolcats_cli.stages.evaluate import evaluate
+    from lolcats_cli.evaluation.evaluate import evaluate
     from lolcats_cli.teacher.records import DataOptions
 
     options = DataOptions(seq_len=32, samples=4)
@@ -259,7 +259,7 @@ def test_a_perplexity_that_is_no_number_is_no_result(spoilt: Path, pipeline: Sim
 
 
 def test_settings_of_generation_that_cannot_be_followed(student: Path) -> None:
-    from lolcats_cli.stages.generate import generate
+    from lolcats_cli.evaluation.generate import generate
 
     edit(student / "generation_config.json", num_beams=4)
     forge(student)

@@ -12,9 +12,10 @@ from lolcats_formats import Artifact
 from lolcats_kernels.hf_student import execution_device
 
 from lolcats_cli.errors import UsageError
-from lolcats_cli.stages.evaluate import evaluate
+from lolcats_cli.evaluation.evaluate import evaluate
+from lolcats_cli.loading.any_model import load_any
+from lolcats_cli.loading.student import load_student
 from lolcats_cli.stages.lora import LoraOptions, lora
-from lolcats_cli.stages.models import load_any, load_student
 from lolcats_cli.student.build import hybrid_modules
 from lolcats_cli.teacher.data import DataOptions
 from lolcats_cli.teacher.load import LoadOptions

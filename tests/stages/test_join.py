@@ -12,8 +12,8 @@ import pytest
 from lolcats_formats import Artifact, Damaged, WrongKind
 from lolcats_kernels import HybridConfig
 
+from lolcats_cli.artifacts import layout
 from lolcats_cli.errors import IdentityMismatch, NotEnoughSpace, UsageError
-from lolcats_cli.stages import layout
 from lolcats_cli.stages.capture import capture
 from lolcats_cli.stages.join import join
 from lolcats_cli.stages.layer_training import TransferOptions

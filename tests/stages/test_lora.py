@@ -19,14 +19,16 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 from transformers.training_args import ParallelMode
 
 import lolcats_cli.stages.lora as module
+from lolcats_cli.artifacts.maps import maps_file
 from lolcats_cli.errors import BadInput, IdentityMismatch, Stopped, UsageError
+from lolcats_cli.loading.any_model import load_any
+from lolcats_cli.loading.student import load_student
 from lolcats_cli.stages import checkpoints, lora_training
 from lolcats_cli.stages.capture import capture
 from lolcats_cli.stages.checkpoints import Checkpoints
 from lolcats_cli.stages.layer_training import TransferOptions
 from lolcats_cli.stages.lora import LoraOptions, lora
 from lolcats_cli.stages.lora_training import arguments
-from lolcats_cli.stages.models import load_any, load_student, maps_file
 from lolcats_cli.stages.transfer import transfer
 from lolcats_cli.student.build import as_teacher
 from lolcats_cli.teacher.data import DataOptions, read_rows, split_rows

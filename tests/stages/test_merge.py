@@ -30,9 +30,9 @@ from transformers import (
 )
 
 from lolcats_cli.errors import BadInput, IdentityMismatch, UsageError
+from lolcats_cli.loading.merged import load_merged
 from lolcats_cli.stages.merge import merge, plan_shards
 from lolcats_cli.student.build import linearize, set_terms
-from lolcats_cli.student.merged import load_merged
 from lolcats_cli.teacher.identity import identify
 from lolcats_cli.teacher.load import LoadOptions
 

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from lolcats_formats import Artifact
 
+from lolcats_cli.artifacts.maps import maps_file
 from lolcats_cli.errors import BadInput
+from lolcats_cli.loading.any_model import load_any
 from lolcats_cli.stages.merge import merge
-from lolcats_cli.stages.models import load_any, maps_file
 from lolcats_cli.teacher.load import LoadOptions
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "reliability" / "mutations.py"

@@ -16,13 +16,13 @@ from lolcats_kernels import HybridConfig, HybridMaps, hybrid_attention
 from lolcats_kernels.softmax import softmax_attention, softmax_weights
 
 import lolcats_cli.stages.transfer as module
+from lolcats_cli.artifacts.maps import maps_file
 from lolcats_cli.errors import Stopped, UsageError
 from lolcats_cli.stages import checkpoints, layer_training
 from lolcats_cli.stages.activations import Batch, StoredActivations
 from lolcats_cli.stages.capture import capture
 from lolcats_cli.stages.checkpoints import Checkpoints
 from lolcats_cli.stages.layer_training import Trained, TransferOptions, measure, train_layers
-from lolcats_cli.stages.models import maps_file
 from lolcats_cli.stages.transfer import transfer
 from lolcats_cli.teacher.data import DataOptions
 
@@ -136,7 +136,7 @@ def test_resumed_at_every_step_is_the_same_to_the_byte(
 def test_batches_after_the_first_are_those_of_the_whole_epoch(
     pipeline: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lolcats_cli.stages.layout.SHARD_BYTES", 2**14)
+    monkeypatch.setattr("lolcats_cli.artifacts.layout.SHARD_BYTES", 2**14)
     artifact = capture(
         str(pipeline.teacher), str(pipeline.text), tmp_path / "c", options=DataOptions(seq_len=32, samples=13)
     )

@@ -16,9 +16,9 @@ from lolcats_kernels.hf_student import execution_device
 from lolcats_kernels.softmax import AttentionSpec, softmax_attention
 
 from lolcats_cli.errors import BadInput
+from lolcats_cli.evaluation.recall import recall_accuracy, recall_rows
+from lolcats_cli.loading.any_model import Loaded
 from lolcats_cli.progress import Progress
-from lolcats_cli.stages.models import Loaded
-from lolcats_cli.stages.recall import recall_accuracy, recall_rows
 from lolcats_cli.student.build import hybrid_modules, set_terms
 from lolcats_cli.teacher.data import DataOptions, Rows, read_rows
 from lolcats_cli.teacher.load import model_limit

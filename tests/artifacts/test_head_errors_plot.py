@@ -14,12 +14,12 @@ from lolcats_formats import Artifact, artifact_id
 from lolcats_kernels import HybridConfig, HybridMaps
 from lolcats_kernels.softmax import softmax_attention
 
+from lolcats_cli.artifacts.describe import describe, describe_layer
+from lolcats_cli.artifacts.head_errors_plot import plot
+from lolcats_cli.artifacts.maps import maps_file
 from lolcats_cli.errors import BadInput, UsageError
 from lolcats_cli.stages.activations import StoredActivations
-from lolcats_cli.stages.inspect import describe, describe_layer
 from lolcats_cli.stages.layer_training import _hybrid
-from lolcats_cli.stages.models import maps_file
-from lolcats_cli.stages.plot import plot
 
 
 def edited(artifact: Path, folder: Path, change) -> Artifact:

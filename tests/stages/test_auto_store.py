@@ -12,11 +12,13 @@ from lolcats_formats import Artifact, begun_config
 from transformers import AutoModelForCausalLM
 
 from lolcats_cli import stopping
+from lolcats_cli.artifacts import stores
 from lolcats_cli.errors import NotEnoughSpace, Stopped
+from lolcats_cli.planning import plan
+from lolcats_cli.planning.machine import of_gpus
 from lolcats_cli.progress import Progress
-from lolcats_cli.stages import auto, plan, stores
+from lolcats_cli.stages import auto_store
 from lolcats_cli.stages.capture import capture
-from lolcats_cli.stages.machine import of_gpus
 from lolcats_cli.stages.units import UnitRecord
 from lolcats_cli.teacher.data import DataOptions
 from lolcats_cli.teacher.record import probe
@@ -55,7 +57,7 @@ def run(deep: Path, tiny_text: Path, monkeypatch: pytest.MonkeyPatch) -> Callabl
 
 def sizes(deep: Path) -> stores.Sizes:
     model = AutoModelForCausalLM.from_pretrained(deep)
-    return auto.sizes_of(model, probe(model), 22, 32, 2)
+    return auto_store.sizes_of(model, probe(model), 22, 32, 2)
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, batches: int) -> None:
@@ -159,4 +161,4 @@ def test_plan_and_capture_count_alike(deep: Path) -> None:
 def test_memory_here() -> None:
     available = stores.available_memory()
     assert 1e8 < available < 1e14
-    assert auto.device_memory(torch.device("cpu")) == pytest.approx(available, rel=0.5)
+    assert auto_store.device_memory(torch.device("cpu")) == pytest.approx(available, rel=0.5)

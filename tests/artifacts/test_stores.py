@@ -16,15 +16,16 @@ from lolcats_formats import Artifact
 from lolcats_kernels import HybridConfig
 
 from lolcats_cli import stopping
+from lolcats_cli.artifacts import layout
+from lolcats_cli.artifacts.layout import Layout
+from lolcats_cli.artifacts.maps import maps_file
 from lolcats_cli.errors import BadInput, IdentityMismatch, Stopped, UsageError
-from lolcats_cli.stages import checkpoints, layout
+from lolcats_cli.stages import checkpoints
 from lolcats_cli.stages.activations import StoredActivations
 from lolcats_cli.stages.capture import capture
 from lolcats_cli.stages.checkpoints import Checkpoints
 from lolcats_cli.stages.join import join
 from lolcats_cli.stages.layer_training import TransferOptions
-from lolcats_cli.stages.layout import Layout
-from lolcats_cli.stages.models import maps_file
 from lolcats_cli.stages.transfer import transfer
 from lolcats_cli.stages.units import UnitRecord
 from lolcats_cli.teacher.data import DataOptions

@@ -20,9 +20,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lolcats_cli.errors import BadInput, IdentityMismatch
+from lolcats_cli.loading.any_model import load_any
+from lolcats_cli.stages.import_published import holds_adapter, import_adapter, import_maps
 from lolcats_cli.stages.merge import merge
-from lolcats_cli.stages.models import load_any
-from lolcats_cli.stages.published import holds_adapter, import_adapter, import_maps
 from lolcats_cli.student.build import linearize
 from lolcats_cli.teacher.load import LoadOptions
 

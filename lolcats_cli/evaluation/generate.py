@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lolcats_cli.errors import BadInput, LolcatsError, UsageError
-from lolcats_cli.stages.models import Loaded
+from lolcats_cli.loading.any_model import Loaded
 from lolcats_cli.teacher.load import first_line
 
 

@@ -26,9 +26,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lolcats_cli.stages import quantized
-from lolcats_cli.stages.quantized import SUFFIX
-from lolcats_cli.stages.stores import GROUP_BYTES, SHARD_BYTES, blocks, group_rows
+from lolcats_cli.artifacts import float8 as quantized
+from lolcats_cli.artifacts.float8 import SUFFIX
+from lolcats_cli.artifacts.stores import GROUP_BYTES, SHARD_BYTES, blocks, group_rows
 from lolcats_cli.teacher.data import Rows, split_numbers
 from lolcats_cli.teacher.record import LayerInfo
 

@@ -14,10 +14,8 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from lolcats_cli.errors import NotEnoughSpace
-from lolcats_cli.stages.disk import human
-from lolcats_cli.stages.machine import Machine, calibrate
-from lolcats_cli.stages.stores import (
+from lolcats_cli.artifacts.disk import human
+from lolcats_cli.artifacts.stores import (
     PROCESS,
     STATES,
     STORES,
@@ -31,6 +29,8 @@ from lolcats_cli.stages.stores import (
     fits,
     largest_block,
 )
+from lolcats_cli.errors import NotEnoughSpace
+from lolcats_cli.planning.machine import Machine, calibrate
 from lolcats_cli.teacher.shape import Shape, read_shape
 
 # The defaults of the commands (a test compares them).

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.core_model_loading import Concatenate, WeightConverter
 
 from lolcats_cli.errors import BadInput, NotEnoughSpace
+from lolcats_cli.evaluation import golden_logits
 from lolcats_cli.main import run
-from lolcats_cli.stages import golden
 from lolcats_cli.student.build import set_terms
 
 OLD = Path(__file__).parents[1] / "formats" / "fixtures" / "v1" / "student"  # merged before there were golden logits
@@ -38,8 +38,10 @@ def test_they_are_the_students_own_answers_past_its_window(pipeline: SimpleNames
     found = load_file(pipeline.student / GOLDEN)
     input_ids = found["input_ids"]
     tokenizer = AutoTokenizer.from_pretrained(pipeline.student, trust_remote_code=True)
-    assert input_ids.shape == (2, 8 + golden.BEYOND)  # window 8
-    assert [p.startswith(tokenizer.decode(row)) for p, row in zip(golden.PROMPTS, input_ids, strict=True)] == [True] * 2
+    assert input_ids.shape == (2, 8 + golden_logits.BEYOND)  # window 8
+    assert [p.startswith(tokenizer.decode(row)) for p, row in zip(golden_logits.PROMPTS, input_ids, strict=True)] == [
+        True
+    ] * 2
     student = AutoModelForCausalLM.from_pretrained(pipeline.student, trust_remote_code=True)
     expected = student(input_ids).logits[:, -1]
     torch.testing.assert_close(found["logits"], expected, atol=1e-5, rtol=1e-5)
@@ -59,7 +61,7 @@ def test_verify_computes_them_again(
 
 def test_the_specification_states_the_same_tolerances() -> None:
     text = (Path(__file__).parents[2] / "formats" / "SPEC.md").read_text()
-    for dtype, tolerance in golden.TOLERANCE.items():
+    for dtype, tolerance in golden_logits.TOLERANCE.items():
         assert f"{tolerance:g} ({str(dtype).removeprefix('torch.')})" in text
 
 
@@ -75,7 +77,7 @@ def test_another_computation_is_noticed(
 
     monkeypatch.setattr(HybridAttention, "__init__", without)
     with pytest.raises(BadInput, match=r"answers otherwise.*of their spread.*0\.001.*torch .*transformers"):
-        golden.check(Artifact.open(pipeline.student))
+        golden_logits.check(Artifact.open(pipeline.student))
     assert run(["verify", str(pipeline.student)]) == 3
     found = capsys.readouterr()
     assert found.out == "" and "answers otherwise than when it was merged" in found.err
@@ -95,7 +97,7 @@ def test_forged_golden_files_are_refused(pipeline: SimpleNamespace, tmp_path: Pa
     }
     for number, (message, changes) in enumerate(cases.items()):
         with pytest.raises(BadInput, match=message):
-            golden.check(forged(pipeline.student, tmp_path / str(number), **changes))
+            golden_logits.check(forged(pipeline.student, tmp_path / str(number), **changes))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -106,23 +108,23 @@ def test_half_precision_is_within_its_tolerance_of_fp32(
     student = AutoModelForCausalLM.from_pretrained(pipeline.student, trust_remote_code=True, dtype=dtype)
     student.save_pretrained(tmp_path / "half")
     AutoTokenizer.from_pretrained(pipeline.student, trust_remote_code=True).save_pretrained(tmp_path / "half")
-    half = golden.golden(tmp_path / "half", tmp_path / "scratch")
+    half = golden_logits.golden(tmp_path / "half", tmp_path / "scratch")
     whole = load_file(pipeline.student / GOLDEN)["logits"]
     error = ((half["logits"] - whole).square().mean().sqrt() / whole.std()).item()
-    assert 1e-4 < error < golden.TOLERANCE[dtype] / 2
+    assert 1e-4 < error < golden_logits.TOLERANCE[dtype] / 2
 
 
 def test_without_a_tokenizer_the_prompts_are_bytes(pipeline: SimpleNamespace, tmp_path: Path) -> None:
     folder = shutil.copytree(pipeline.student, tmp_path / "student", ignore=shutil.ignore_patterns("tokenizer*"))
-    input_ids = golden.golden(folder, tmp_path / "scratch")["input_ids"]
-    assert input_ids[0].tolist() == list(golden.PROMPTS[0].encode()[: 8 + golden.BEYOND])
+    input_ids = golden_logits.golden(folder, tmp_path / "scratch")["input_ids"]
+    assert input_ids[0].tolist() == list(golden_logits.PROMPTS[0].encode()[: 8 + golden_logits.BEYOND])
 
 
 def test_a_short_model_is_not_overrun(pipeline: SimpleNamespace, tmp_path: Path) -> None:
     folder = shutil.copytree(pipeline.student, tmp_path / "student")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 12}))
-    assert golden.golden(folder, tmp_path / "scratch")["input_ids"].shape == (2, 12)
+    assert golden_logits.golden(folder, tmp_path / "scratch")["input_ids"].shape == (2, 12)
 
 
 def test_weights_stay_on_the_disk(pipeline: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +142,7 @@ def test_weights_stay_on_the_disk(pipeline: SimpleNamespace, monkeypatch: pytest
         lambda module, args: student.append(module) if isinstance(module, LolcatsMixin) else look(module, args)
     )
     try:
-        golden.check(Artifact.open(pipeline.student))
+        golden_logits.check(Artifact.open(pipeline.student))
     finally:
         handle.remove()
     assert len(seen) == 2 and all(set(devices) == {"meta"} for devices in seen)
@@ -151,7 +153,7 @@ def test_weights_that_are_laid_out_anew_need_their_space(
 ) -> None:
     """As of mixtures of experts."""
     converter = WeightConverter(["a.weight"], "b.weight", operations=[Concatenate()])
-    monkeypatch.setattr(golden, "get_checkpoint_conversion_mapping", lambda kind: [converter])
+    monkeypatch.setattr(golden_logits, "get_checkpoint_conversion_mapping", lambda kind: [converter])
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(NotEnoughSpace, match="experts"):
-        golden.golden(pipeline.student, tmp_path)
+        golden_logits.golden(pipeline.student, tmp_path)

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lolcats_cli.artifacts.stores import available_memory
 from lolcats_cli.errors import UsageError
-from lolcats_cli.stages.stores import available_memory
 
 if TYPE_CHECKING:
     import torch

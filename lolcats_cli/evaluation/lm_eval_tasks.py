@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lolcats_cli.errors import BadInput, UsageError
-from lolcats_cli.stages.models import Loaded
+from lolcats_cli.loading.any_model import Loaded
 
 # The six of the paper (arXiv 2410.10254), with the worked examples before each question.
 PAPER = {"piqa": 0, "arc_easy": 0, "arc_challenge": 0, "hellaswag": 0, "winogrande": 0, "mmlu": 5}

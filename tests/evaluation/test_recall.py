@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lolcats_cli.stages.recall import (
+from lolcats_cli.evaluation.recall import (
     ANSWERS,
     LEAD,
     NAMES,

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lolcats_cli.artifacts.disk import human
 from lolcats_cli.errors import NotEnoughSpace
-from lolcats_cli.stages.disk import human
 
 STORES = ("attention", "block", "tokens")
 SHARD_BYTES = 256 * 2**20  # of a file

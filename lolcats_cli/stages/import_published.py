@@ -25,10 +25,11 @@ from lolcats_kernels import HybridConfig, HybridMaps
 from torch import Tensor
 
 from lolcats_cli import __version__
+from lolcats_cli.artifacts.maps import kept_config, maps_file
 from lolcats_cli.errors import BadInput, IdentityMismatch, UsageError
+from lolcats_cli.loading.student import check_finite, teacher_folder
 from lolcats_cli.progress import Progress
 from lolcats_cli.stages.capture import describe_teacher
-from lolcats_cli.stages.models import check_finite, kept_config, maps_file, teacher_folder
 from lolcats_cli.student.build import check_servable
 from lolcats_cli.teacher.load import LoadOptions, first_line, load_model, resolve_folder
 from lolcats_cli.teacher.record import probe

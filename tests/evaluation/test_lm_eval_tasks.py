@@ -14,8 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lolcats_cli.errors import BadInput, UsageError
+from lolcats_cli.evaluation import lm_eval_tasks as harness
 from lolcats_cli.main import run
-from lolcats_cli.stages import harness
 
 QUESTIONS = [
     {"question": f"{who} saw", "choices": [" a whale", " two men sang"], "answer": number % 2}

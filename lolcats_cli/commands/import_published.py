@@ -46,7 +46,7 @@ def import_published(
 
     from lolcats_kernels import HybridConfig
 
-    from lolcats_cli.stages.published import holds_adapter, import_adapter, import_maps
+    from lolcats_cli.stages.import_published import holds_adapter, import_adapter, import_maps
     from lolcats_cli.teacher.load import LoadOptions
 
     common = {"resume": resume, "force": force, "progress": o.progress()}

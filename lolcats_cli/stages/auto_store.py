@@ -10,8 +10,8 @@ import torch
 from lolcats_formats import begun_config
 
 from lolcats_cli import ranks
+from lolcats_cli.artifacts.stores import Sizes, available_memory, choose
 from lolcats_cli.progress import Progress
-from lolcats_cli.stages.stores import Sizes, available_memory, choose
 from lolcats_cli.teacher.blocks import decoder_layers
 from lolcats_cli.teacher.record import LayerInfo
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from lolcats_cli.artifacts.stores import Choice, Sizes, choose
 from lolcats_cli.errors import NotEnoughSpace, UsageError
-from lolcats_cli.stages import machine as machines
-from lolcats_cli.stages import plan as planning
-from lolcats_cli.stages.machine import Machine, of_gpus
-from lolcats_cli.stages.plan import Plan, Step, plan, to_dict
-from lolcats_cli.stages.stores import Choice, Sizes, choose
+from lolcats_cli.planning import machine as machines
+from lolcats_cli.planning import plan as planning
+from lolcats_cli.planning.machine import Machine, of_gpus
+from lolcats_cli.planning.plan import Plan, Step, plan, to_dict
 from lolcats_cli.teacher.shape import parse
 
 CONFIGS = Path(__file__).with_name("configs")
@@ -79,10 +79,11 @@ def test_405b_with_blocks_of_one_layer_takes_over_200_tb(tmp_path: Path) -> None
 
 
 def test_the_defaults_are_those_of_the_commands() -> None:
+    from lolcats_cli.artifacts import layout
     from lolcats_cli.commands.capture import capture
     from lolcats_cli.commands.lora import lora
     from lolcats_cli.commands.transfer import transfer
-    from lolcats_cli.stages import layer_training, layout, merge
+    from lolcats_cli.stages import layer_training, merge
     from lolcats_cli.stages import lora as lora_stage
 
     def default(command: object, name: str) -> object:
@@ -110,7 +111,7 @@ def test_disk_and_groups_are_those_of_a_capture(tmp_path: Path, store: str, bloc
     import torch
     from lolcats_kernels.softmax import AttentionSpec
 
-    from lolcats_cli.stages.layout import Layout
+    from lolcats_cli.artifacts.layout import Layout
     from lolcats_cli.teacher.record import LayerInfo
 
     shape = run(tmp_path).shape

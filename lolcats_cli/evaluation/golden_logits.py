@@ -21,9 +21,9 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 from transformers.utils.logging import disable_progress_bar
 
+from lolcats_cli.artifacts.disk import check_space
 from lolcats_cli.errors import BadInput, LolcatsError
-from lolcats_cli.stages.disk import check_space
-from lolcats_cli.student.merged import student_class
+from lolcats_cli.loading.merged import student_class
 from lolcats_cli.teacher import identity
 from lolcats_cli.teacher.load import first_line, load_tokenizer, model_limit
 

@@ -1,0 +1,61 @@
+"""A student in memory from a transfer or LoRA artifact, and the teacher that it was made from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lolcats_formats import Artifact
+from lolcats_kernels import HybridConfig
+from torch import Tensor
+
+from lolcats_cli.artifacts.maps import kept_layers, maps_file
+from lolcats_cli.errors import BadInput, UsageError
+from lolcats_cli.student.build import linearize
+from lolcats_cli.student.fold import CONFIG_FILE, WEIGHTS_FILE, Adapter
+from lolcats_cli.teacher import identity
+from lolcats_cli.teacher.load import LoadOptions, load_model, resolve_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def teacher_folder(artifact: Artifact, override: str | None = None) -> Path:
+    """The folder of the artifact's teacher, checked to be the one that was captured.
+
+    Raises `BadInput` if it is not there, `IdentityMismatch` if it holds another model.
+    """
+    folder = resolve_folder(override or str(identity.recorded_folder(artifact.teacher, artifact.path)))
+    identity.check(artifact.teacher, folder)
+    return folder
+
+
+def check_finite(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise `BadInput`, naming the tensor, for maps with NaN or infinity in them."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise BadInput(f"{file}: {name} holds NaN or infinity. Train the layer again, with a lower --lr.")
+
+
+def load_adapter(artifact: Artifact) -> Adapter:
+    """The adapter of a LoRA artifact, its bytes checked. Raises `BadInput` if it cannot be folded."""
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        artifact.check(f"adapter/{name}")
+    return Adapter(artifact.path / "adapter")
+
+
+def load_student(artifact: Artifact, folder: Path, load: LoadOptions) -> PreTrainedModel:
+    """The teacher in `folder` with the artifact's hybrid attentions (and without its adapter, if it has one)."""
+    layers = {i: maps_file(i) for i in range(len(artifact.teacher["layers"])) if maps_file(i) in artifact.files}
+    maps = {layer: artifact.load(name) for layer, name in layers.items()}
+    for layer, tensors in maps.items():
+        check_finite(artifact.path / layers[layer], tensors)
+    return linearize(load_model(folder, load), HybridConfig(**artifact.config["hybrid"]), maps, kept_layers(artifact))
+
+
+def check_on_devices(model: PreTrainedModel, reason: str) -> None:
+    """Raise `UsageError`, with the reason, if a device map leaves weights on the CPU or disk until they are used."""
+    for name, parameter in model.named_parameters():
+        if parameter.device.type == "meta":
+            raise UsageError(f"--device-map leaves {name} off the devices that compute, and {reason}.")
