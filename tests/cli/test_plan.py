@@ -16,7 +16,7 @@ from lolcats_cli.commands._options import parse_size
 from lolcats_cli.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = ROOT / "tests" / "stages" / "configs"
+CONFIGS = ROOT / "tests" / "planning" / "configs"
 README = ROOT / "README.md"
 BLOCK = re.compile(r"```\n\$ lolcats (plan [^\n]*)\n(.*?)```", re.DOTALL)
 
