@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .maps import HybridMaps
 from .reference import reference_attention
-from .spec import CallSpec, check_choice, common_dtype
+from .spec import CallSpec, check_choice, common_dtype, compute_dtype
 from .state import KVState, may_overwrite
 from .torch_attention import chunked_attention
 
@@ -49,6 +49,7 @@ def hybrid_attention(
     *,
     scaling: float,
     softcap: float | None = ...,
+    sinks: Tensor | None = ...,
     valid: Tensor | None = ...,
     initial_state: KVState | None = ...,
     return_state: Literal[False] = ...,
@@ -65,6 +66,7 @@ def hybrid_attention(
     *,
     scaling: float,
     softcap: float | None = ...,
+    sinks: Tensor | None = ...,
     valid: Tensor | None = ...,
     initial_state: KVState | None = ...,
     return_state: Literal[True],
@@ -80,6 +82,7 @@ def hybrid_attention(
     *,
     scaling: float,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
     valid: Tensor | None = None,
     initial_state: KVState | None = None,
     return_state: bool = False,
@@ -93,6 +96,7 @@ def hybrid_attention(
     maps: the layer's feature maps and gamma, for H heads of size D.
     scaling: factor of q . k in the softmax scores (the feature maps take q and k as they are).
     softcap: the scores become softcap tanh(scores / softcap), as in Gemma 2.
+    sinks [H]: a logit that each head's window has besides its keys', with the value 0, as in gpt-oss.
     valid [B, T] bool: False is padding, anywhere in the row. It contributes nothing, its outputs are 0, and
         positions count valid tokens only, so the others get what they would get in the row without it.
     initial_state: from the tokens before these; None at the start. Not changed, unless it is consumed.
@@ -105,12 +109,14 @@ def hybrid_attention(
         else chunked.
 
     Returns out [B, H, T, Dv] in q's dtype, or (out, state). Sums are in fp32 (fp64 for fp64 inputs).
-    Differentiable in q, k, v and the parameters of `maps`.
+    Differentiable in q, k, v, sinks and the parameters of `maps`.
     Raises ValueError when shapes, dtypes or options do not fit together; ImportError for "triton" without its package.
     """
     check_choice("backend", backend, BACKENDS)
     spec = CallSpec(maps.config, scaling, softcap, terms)
     _check(q, k, v, maps, valid, initial_state)
+    if sinks is not None and sinks.shape != (maps.num_heads,):
+        raise ValueError(f"sinks must be one for each of {maps.num_heads} query heads; got {list(sinks.shape)}.")
     wanted = q.dtype
     q, k, v = (x.to(common_dtype(q, k, v)) for x in (q, k, v))
     run = _BACKENDS[_backend_for(q) if backend == "auto" else backend]
@@ -121,6 +127,7 @@ def hybrid_attention(
             v,
             maps,
             spec,
+            sinks=None if sinks is None else sinks.to(compute_dtype(q.dtype)),
             valid=valid,
             initial_state=initial_state,
             return_state=return_state,

@@ -8,7 +8,7 @@ c_n = max_win s_ni:
     y_n = ----------------------------------------------------------------------------------
           sum_win gamma exp(s_ni - c_n)      +  lambda phi_q(q_n) . sum_old phi_k(k_i)
 
-gamma = sigmoid(window_logit); lambda is 1, or 1 - gamma ("affine"). The linear term is not shifted by c_n, so
+A model's sinks are one more key in every window, with the score b and the value 0. gamma = sigmoid(window_logit); lambda is 1, or 1 - gamma ("affine"). The linear term is not shifted by c_n, so
 c_n is part of the meaning, for the gradients too. With "exp" gamma is 1 and lambda is exp(query_logits - c_n), so
 that c_n cancels as in a softmax.
 """
@@ -25,14 +25,24 @@ from .state import KVState, masked_sums, next_ring
 
 
 def _unnormalised(
-    q: Tensor, k: Tensor, phi_q: Tensor, phi_k: Tensor, maps: HybridMaps, spec: CallSpec, masks: KeyMasks
-) -> tuple[Tensor, Tensor]:
-    """Every key's weight before the division, [B, H, T, keys], and lambda [B, H, T, 1]. masks: bool [B, 1, T, keys]."""
+    q: Tensor,
+    k: Tensor,
+    phi_q: Tensor,
+    phi_k: Tensor,
+    maps: HybridMaps,
+    spec: CallSpec,
+    masks: KeyMasks,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Every key's weight before the division, [B, H, T, keys]; what is below the line, and lambda, [B, H, T, 1].
+    masks: bool [B, 1, T, keys]."""
     gamma, linear_weight = (x[:, None, None] for x in maps.term_weights(q.dtype))
     scores = cap_scores(q @ k.transpose(-1, -2) * spec.scaling, spec.softcap).masked_fill(~masks.window, -torch.inf)
     # c_n; any number will do where there is no window
     has_window = masks.window.any(-1, keepdim=True)
-    m = torch.where(has_window, scores.amax(-1, keepdim=True), 0)
+    m = scores.amax(-1, keepdim=True)
+    b = None if sinks is None else sinks.to(q.dtype)[:, None, None]
+    m = torch.where(has_window, m if b is None else torch.maximum(m, b), 0)
     logits = maps.query_logits(q)
     if logits is not None:
         m = m.detach()  # it cancels
@@ -40,7 +50,11 @@ def _unnormalised(
         linear_weight = bounded_exp(torch.where(has_window, logits[..., None] - m, 0))
     window = gamma * torch.exp(scores - m)
     linear = linear_weight * (phi_q @ phi_k.transpose(-1, -2)).masked_fill(~masks.older, 0)
-    return window + linear, linear_weight
+    weights = window + linear
+    denominator = weights.sum(-1, keepdim=True)
+    if b is not None:
+        denominator = denominator + torch.where(has_window, gamma * torch.exp(b - m), 0)
+    return weights, denominator, linear_weight
 
 
 def hybrid_attention_weights(
@@ -50,19 +64,22 @@ def hybrid_attention_weights(
     *,
     scaling: float,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
     valid: Tensor | None = None,
     terms: str = "both",
 ) -> Tensor:
     """The weights [B, H, T, T] that hybrid attention gives each key; fp32 (fp64 for fp64 inputs).
 
     q [B, H, T, D]; k [B, K, T, D]; valid [B, T] bool; options as for `hybrid_attention`. Quadratic.
-    The rows sum to 1; rows of invalid queries, and of queries that see no key, are 0.
+    The rows sum to 1, with sinks to less; rows of invalid queries, and of queries that see no key, are 0.
     """
     with torch.autocast(q.device.type, enabled=False):
-        return _weights(q, k, maps, CallSpec(maps.config, scaling, softcap, terms), valid)
+        return _weights(q, k, maps, CallSpec(maps.config, scaling, softcap, terms), sinks, valid)
 
 
-def _weights(q: Tensor, k: Tensor, maps: HybridMaps, spec: CallSpec, valid: Tensor | None) -> Tensor:
+def _weights(
+    q: Tensor, k: Tensor, maps: HybridMaps, spec: CallSpec, sinks: Tensor | None, valid: Tensor | None
+) -> Tensor:
     batch, _, time, _ = q.shape
     valid = torch.ones(batch, time, dtype=torch.bool, device=q.device) if valid is None else valid
     mask = valid[:, None, :, None]
@@ -71,8 +88,9 @@ def _weights(q: Tensor, k: Tensor, maps: HybridMaps, spec: CallSpec, valid: Tens
     position = valid.cumsum(1) - 1
     masks = _masks(position, position, valid, valid, spec)
     phi_q, phi_k = maps.q_features(q), maps.k_features(k)
-    weights, _ = _unnormalised(q, repeat_heads(k, maps.num_heads), phi_q, phi_k, maps, spec, masks)
-    return safe_divide(weights, weights.sum(-1, keepdim=True))
+    k = repeat_heads(k, maps.num_heads)
+    weights, denominator, _ = _unnormalised(q, k, phi_q, phi_k, maps, spec, masks, sinks)
+    return safe_divide(weights, denominator)
 
 
 def _masks(query: Tensor, key: Tensor, query_valid: Tensor, key_valid: Tensor, spec: CallSpec) -> KeyMasks:
@@ -89,6 +107,7 @@ def reference_attention(
     maps: HybridMaps,
     spec: CallSpec,
     *,
+    sinks: Tensor | None = None,
     valid: Tensor | None = None,
     initial_state: KVState | None = None,
     return_state: bool = False,
@@ -117,8 +136,8 @@ def reference_attention(
     masks = _masks(position, key_position, valid, live, spec)
     qs, ks, vs = q.to(dtype), repeat_heads(k, heads).to(dtype), repeat_heads(v, heads).to(dtype)
     phi_q, phi_k = maps.q_features(q), maps.k_features(k)
-    weights, linear_weight = _unnormalised(qs, ks, phi_q, phi_k, maps, spec, masks)
-    numerator, denominator = weights @ vs, weights.sum(-1, keepdim=True)
+    weights, denominator, linear_weight = _unnormalised(qs, ks, phi_q, phi_k, maps, spec, masks, sinks)
+    numerator = weights @ vs
     if initial_state is not None and spec.has_linear:
         numerator = numerator + linear_weight * (phi_q @ initial_state.sums)
         denominator = denominator + linear_weight * (phi_q @ initial_state.norms[..., None])

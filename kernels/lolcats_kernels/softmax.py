@@ -5,7 +5,7 @@ Letters: see ../README.md; J keys, of which the queries' are the last.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +16,24 @@ from .equation import cap_scores, repeat_heads
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """What besides q, k and v decides a layer's softmax attention, as the model passed it."""
+    """What besides q, k and v decides a layer's softmax attention, as the model passed it.
+
+    sinks [H]: a logit for each head, in the softmax besides those of the keys, with the value 0.
+    """
 
     scaling: float
     sliding_window: int | None = None
     softcap: float | None = None
+    sinks: Tensor | None = field(default=None, compare=False)
 
     def to_dict(self) -> dict:
-        return asdict(self)
+        known = {"scaling": self.scaling, "sliding_window": self.sliding_window, "softcap": self.softcap}
+        return known if self.sinks is None else known | {"sinks": self.sinks.tolist()}
+
+    @classmethod
+    def from_dict(cls, spec: dict) -> AttentionSpec:
+        sinks = spec.get("sinks")
+        return cls(**spec | {"sinks": None if sinks is None else torch.tensor(sinks, dtype=torch.float32)})
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, valid: Tensor | None = None) -> Tensor:
@@ -34,14 +44,15 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, vali
     """
     new, seen = q.shape[2], k.shape[2]
     whole = spec.sliding_window is None or spec.sliding_window >= seen
-    if valid is None and spec.softcap is None and whole and new in (1, seen):
+    by_scores = spec.softcap is not None or spec.sinks is not None
+    if valid is None and not by_scores and whole and new in (1, seen):
         gqa = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, is_causal=new > 1, scale=spec.scaling, enable_gqa=gqa)
-    if spec.softcap is None:
+    if not by_scores:
         allowed, gqa = _allowed(q, k, spec, valid), q.shape[1] != k.shape[1]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=spec.scaling, enable_gqa=gqa)
     else:
-        weights = softmax_scores(q, k, spec, valid).softmax(-1)
+        weights = _weights(q, k, spec, valid)
         out = (weights @ repeat_heads(v, q.shape[1]).float()).to(q.dtype)
     return out if valid is None else out * valid[:, None, -new:, None]
 
@@ -54,9 +65,18 @@ def softmax_scores(q: Tensor, k: Tensor, spec: AttentionSpec, valid: Tensor | No
 
 
 def softmax_weights(q: Tensor, k: Tensor, spec: AttentionSpec, valid: Tensor | None = None) -> Tensor:
-    """The attention weights [B, H, T, J] in fp32 behind `softmax_attention`; rows of padded queries are zero."""
-    weights = softmax_scores(q, k, spec, valid).softmax(-1)
+    """The attention weights [B, H, T, J] in fp32 behind `softmax_attention`; rows of padded queries are zero,
+    the others sum to 1, with sinks to less."""
+    weights = _weights(q, k, spec, valid)
     return weights if valid is None else weights * valid[:, None, -q.shape[2] :, None]
+
+
+def _weights(q: Tensor, k: Tensor, spec: AttentionSpec, valid: Tensor | None) -> Tensor:
+    scores = softmax_scores(q, k, spec, valid)
+    if spec.sinks is None:
+        return scores.softmax(-1)
+    sinks = spec.sinks.to(scores)[:, None, None].expand(*scores.shape[:3], 1)
+    return torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
 
 
 def _allowed(q: Tensor, k: Tensor, spec: AttentionSpec, valid: Tensor | None) -> Tensor:

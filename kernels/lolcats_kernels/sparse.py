@@ -68,6 +68,7 @@ def sparse_attention(
     size: int,
     scaling: float,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
     valid: Tensor | None = None,
     initial_state: SparseState | None = None,
 ) -> tuple[Tensor, SparseState]:
@@ -93,7 +94,7 @@ def sparse_attention(
     with torch.autocast(q.device.type, enabled=False):
         for t in range(q.shape[2]):
             now = slice(t, t + 1)
-            out, after = _step(q[:, :, now], k[:, :, now], v[:, :, now], maps, spec, state)
+            out, after = _step(q[:, :, now], k[:, :, now], v[:, :, now], maps, spec, sinks, state)
             if valid is not None:
                 real = valid[:, t]
                 pairs = zip(after.tensors(), state.tensors(), strict=True)
@@ -107,7 +108,7 @@ def sparse_attention(
 
 
 def _step(
-    q: Tensor, k: Tensor, v: Tensor, maps: HybridMaps, spec: CallSpec, state: SparseState
+    q: Tensor, k: Tensor, v: Tensor, maps: HybridMaps, spec: CallSpec, sinks: Tensor | None, state: SparseState
 ) -> tuple[Tensor, SparseState]:
     """One token: q [B, H, 1, D], k [B, K, 1, D], v [B, K, 1, Dv]."""
     config, dtype, num_key_value_heads = maps.config, compute_dtype(q.dtype), k.shape[1]
@@ -127,14 +128,20 @@ def _step(
     scores = cap_scores(query @ exact_keys.transpose(-1, -2) * spec.scaling, spec.softcap)
     scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
     m = scores[..., :slots].amax(-1, keepdim=True)
+    b = None if sinks is None else sinks.to(dtype).view(num_key_value_heads, -1, 1)
+    if b is not None:
+        m = torch.maximum(m, b)
     gamma, linear_weight = (x.view(num_key_value_heads, -1, 1) for x in maps.term_weights(dtype))
     weights = gamma * bounded_exp(scores - m)
+    total = weights.sum(-1, keepdim=True)
+    if b is not None:
+        total = total + gamma * torch.exp(b - m)
     logits = maps.query_logits(q)
     if logits is not None:
         linear_weight = bounded_exp(logits.view(*m.shape) - m)
     phi = linear_weight.flatten(-3, -2)[..., None] * maps.q_features(q)  # [B, H, 1, F']
     numerator = (weights @ exact_values).flatten(1, 2)[:, :, None] + phi @ state.sums
-    denominator = weights.sum(-1).flatten(1, 2)[:, :, None, None] + phi @ state.norms[..., None]
+    denominator = total.flatten(1, 2)[:, :, None] + phi @ state.norms[..., None]
     out = safe_divide(numerator, denominator).to(q.dtype)
 
     after = SparseState(state.sums, state.norms, keys, values, state.length + 1, state.kept_keys, state.kept_values)

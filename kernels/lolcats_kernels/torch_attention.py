@@ -5,6 +5,8 @@ Letters: see ../README.md. `torch_chunks` computes rows of tokens, `torch_decodi
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,7 @@ def _chunked_rows(
     maps: HybridMaps,
     spec: CallSpec,
     *,
+    sinks: Tensor | None,
     initial_state: KVState | None,
     num_summed: Tensor | None,
 ) -> RowResults:
@@ -48,6 +51,7 @@ def _chunked_rows(
         k_weight=of_k.weight,
         k_bias=of_k.bias,
         k_slope=of_k.slope,
+        sinks=sinks if spec.has_window else None,
     )
     # The sums of a state come with the attention, unless autograd follows them or nothing else needs the features.
     together = spec.has_linear and not torch.is_grad_enabled()
@@ -71,6 +75,7 @@ def chunked_attention(
     maps: HybridMaps,
     spec: CallSpec,
     *,
+    sinks: Tensor | None = None,
     valid: Tensor | None = None,
     initial_state: KVState | None = None,
     return_state: bool = False,
@@ -81,8 +86,16 @@ def chunked_attention(
         valid = None
     if initial_state is not None and q.shape[2] == 1 and valid is None:
         return decode_step(
-            q, k, v, maps, spec, initial_state=initial_state, return_state=return_state, consume_state=consume_state
+            *(q, k, v, maps, spec),
+            sinks=sinks,
+            initial_state=initial_state,
+            return_state=return_state,
+            consume_state=consume_state,
         )
     return attend_in_rows(
-        _chunked_rows, q, k, v, maps, spec, valid=valid, initial_state=initial_state, return_state=return_state
+        partial(_chunked_rows, sinks=sinks),
+        *(q, k, v, maps, spec),
+        valid=valid,
+        initial_state=initial_state,
+        return_state=return_state,
     )

@@ -25,6 +25,7 @@ class SliceGradients:
     sums: Tensor
     norms: Tensor
     gamma: Tensor
+    sinks: Tensor | None
     m: Tensor
     dq: Tensor | None
     dk: Tensor | None
@@ -103,7 +104,7 @@ class SliceGradients:
         # of every key's weight; for the maps alone, of the older keys'
         dweights = dn @ tile.band(self.v, None if scored else num_older).transpose(-1, -2)
         dweights += dd
-        window = self._through_window(tile, dweights if scored else None)
+        window = self._through_window(tile, dweights if scored else None, dd)
         if self.dv is not None:
             weights = tile.add_older(window, weighted_q, self.phi_k)
             tile.add_to_band(self.dv[:, tile.seen], weights.transpose(-1, -2) @ dn)
@@ -115,7 +116,7 @@ class SliceGradients:
             if dphi_k is not None:
                 tile.add_to_band(dphi_k, dlinear.transpose(-1, -2) @ weighted_q)
 
-    def _through_window(self, tile: Tile, dweights: Tensor | None) -> Tensor | None:
+    def _through_window(self, tile: Tile, dweights: Tensor | None, dd: Tensor) -> Tensor | None:
         """The window's weights, where they are needed; with dweights the gradients through them, of q and k."""
         plan = self.plan
         if not plan.spec.has_window or (dweights is None and self.dv is None):
@@ -129,8 +130,11 @@ class SliceGradients:
         window = tile.window(scores, self.m, self.gamma)
         dscores = window * dweights
         if is_max is not None:
-            dm = dscores.sum(-1, keepdim=True) / is_max.sum(-1, keepdim=True).clamp_(min=1)  # ties share it
-            dscores -= dm * is_max
+            dm, count = dscores.sum(-1, keepdim=True), is_max.sum(-1, keepdim=True)
+            if self.sinks is not None:  # a sink's value is 0; where it is the largest, it keeps the gradient
+                dm += tile.sink_weights(self.sinks, self.m, self.gamma) * dd
+                count += (tile.by_row(self.sinks) >= tile.of(self.m)).flatten(0, 1)
+            dscores -= dm / count.clamp_(min=1) * is_max  # ties share it
         dscores *= plan.spec.scaling
         if slope is not None:
             dscores *= slope

@@ -41,6 +41,7 @@ class Inputs(NamedTuple):
     k_weight: Tensor | None
     k_bias: Tensor | None
     k_slope: Tensor | None  # [H, D]
+    sinks: Tensor | None  # [H]; None where there is no window
 
     @property
     def of_q(self) -> MapParameters:
@@ -79,7 +80,8 @@ class Results(NamedTuple):
 
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor gamma, Tensor? linear_weight, Tensor? query_logits, Tensor? initial_sums, "
-    "Tensor? initial_norms, Tensor? q_weight, Tensor? q_bias, Tensor? k_weight, Tensor? k_bias, Tensor? k_slope"
+    "Tensor? initial_norms, Tensor? q_weight, Tensor? q_bias, Tensor? k_weight, Tensor? k_bias, Tensor? k_slope, "
+    "Tensor? sinks"
 )
 _RESULTS = f"({', '.join(['Tensor'] * (3 + len(Kept._fields)))})"
 
@@ -181,6 +183,8 @@ def _attend(plan: Plan, part: RowSlice, inputs: Inputs, out: Tensor, kept: Kept)
             scores = tile.scores(q, k)
             m = tile.of(kept.m)
             m.copy_(scores.amax(-1).view(m.shape))
+            if inputs.sinks is not None:
+                torch.maximum(m, tile.by_row(inputs.sinks[part.heads]), out=m)
             weights = tile.window(scores, kept.m, gamma)
         if inputs.query_logits is not None:
             logits = kept.linear_weight[:, at]
@@ -192,6 +196,8 @@ def _attend(plan: Plan, part: RowSlice, inputs: Inputs, out: Tensor, kept: Kept)
         weights = tile.add_older(weights, weighted_q, kept.phi_k)
         y = weights @ tile.band(v, weights.shape[-1])
         denominator = weights.sum(-1, keepdim=True)
+        if inputs.sinks is not None:
+            denominator += tile.sink_weights(inputs.sinks[part.heads], kept.m, gamma)
         if plan.has_sums:
             y.baddbmm_(weighted_q, kept.sums[:, tile.chunks].flatten(0, 1))
             denominator += (weighted_q * kept.norms[:, tile.chunks].flatten(0, 1)[:, None]).sum(-1, keepdim=True)
@@ -266,13 +272,15 @@ def _add_gradients(
     of_q, of_k, dof_q, dof_k = (_of_heads(x, part.heads) for x in (inputs.of_q, inputs.of_k, totals.of_q, totals.of_k))
     # Of the linear weight or what it is made of. gamma's comes from it too, and cancels where there is one term alone.
     need_gamma = totals.gamma is not None and spec.has_window and spec.has_linear
+    m_has_gradient = inputs.query_logits is None
     need_linear_weight = need_gamma or totals.linear_weight is not None or totals.query_logits is not None
+    need_linear_weight |= totals.sinks is not None and m_has_gradient and spec.has_linear
     backward = SliceGradients(
-        *(plan, q, k, inputs.v[part.keys], kept.phi_k, kept.sums, kept.norms, inputs.gamma[part.heads], kept.m),
-        *(dq, dk, dv),
+        *(plan, q, k, inputs.v[part.keys], kept.phi_k, kept.sums, kept.norms, inputs.gamma[part.heads]),
+        *(_some(inputs.sinks, part.heads), kept.m, dq, dk, dv),
         need_phi_q=spec.has_linear and (need_linear_weight or dq is not None or _any(dof_q)),
         need_phi_k=spec.has_linear and (dk is not None or _any(dof_k)),
-        m_has_gradient=inputs.query_logits is None,
+        m_has_gradient=m_has_gradient,
     )
     dlog_weight = q.new_zeros(len(q))  # of the linear weight, summed over the queries
     for tile in reversed(plan.tiles()):
@@ -285,18 +293,25 @@ def _add_gradients(
         if linear_weight is not None:
             weighted_q = weighted_q * linear_weight
         dweighted_q, dphi_k = backward.tile(tile, weighted_q, dn, dd)
+        each = None
         if dweighted_q is not None:
             if need_linear_weight:
                 each = torch.linalg.vecdot(dweighted_q, weighted_q).view(len(q), -1)
                 dlog_weight += each.sum(-1)
-                if totals.query_logits is not None:  # the bound passes no gradient
-                    bounded = kept.linear_weight[:, at] >= math.exp(QUERY_BOUND)
-                    totals.query_logits[part.rows, at] = each[..., None].masked_fill_(bounded, 0)
+            if totals.query_logits is not None and each is not None:  # the bound passes no gradient
+                bounded = kept.linear_weight[:, at] >= math.exp(QUERY_BOUND)
+                totals.query_logits[part.rows, at] = each[..., None].masked_fill(bounded, 0)
             if linear_weight is not None:
                 dweighted_q *= linear_weight
             dphi_q = dweighted_q.view(len(q), -1, dweighted_q.shape[-1])
             dx = None if dq is None else dq[:, at]
             add_feature_gradients(record, kept.phi_q[:, at], dphi_q, q[:, at], of_q, dx, dof_q)
+        if totals.sinks is not None and inputs.sinks is not None:
+            sinks = inputs.sinks[part.heads]
+            dsinks = (tile.sink_weights(sinks, kept.m, inputs.gamma[part.heads]) * dd).view(len(q), -1)
+            if each is not None and m_has_gradient:  # of c_n, which is the linear term's: all gradients sum to 0
+                dsinks += each * (sinks[:, None] >= kept.m[:, at, 0])
+            totals.sinks[part.heads] += dsinks.sum(-1)
         if dphi_k is not None:
             dx = None if dk is None else dk[:, own]
             add_feature_gradients(record, kept.phi_k[:, own], dphi_k, k[:, own], of_k, dx, dof_k)

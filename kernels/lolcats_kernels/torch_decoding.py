@@ -21,6 +21,7 @@ def decode_step(
     maps: HybridMaps,
     spec: CallSpec,
     *,
+    sinks: Tensor | None,
     initial_state: KVState,
     return_state: bool,
     consume_state: bool = False,
@@ -60,10 +61,16 @@ def decode_step(
         seen = position >= window_start(state.length, config)[:, None]
         scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
         m = scores.amax(-1, keepdim=True)
+        b = None if sinks is None else sinks.view(num_key_value_heads, -1, 1)
+        if b is not None:
+            m = torch.maximum(m, b)
         weights = gamma * torch.exp(scores - m)
+        total = weights.sum(-1, keepdim=True)
+        if b is not None:
+            total = total + gamma * torch.exp(b - m)
         m = m.flatten(1, 2)[:, :, None]
         numerator = (weights @ values.to(dtype)).flatten(1, 2)[:, :, None]
-        denominator = weights.sum(-1).flatten(1, 2)[:, :, None, None]
+        denominator = total.flatten(1, 2)[:, :, None]
     if spec.has_linear:
         linear, linear_norm = _linear(maps, q, state.sums, state.norms, m)
         numerator = linear if numerator is None else numerator + linear

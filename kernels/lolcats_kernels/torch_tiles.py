@@ -157,6 +157,14 @@ class Tile:
         """x [r, M L, N] -> [r c, L, N]."""
         return self.of(x).flatten(0, 1)
 
+    def by_row(self, x: Tensor) -> Tensor:
+        """x [r] beside the tile's part of something: [r, 1, 1, 1]."""
+        return x[:, None, None, None]
+
+    def sink_weights(self, sinks: Tensor, m: Tensor, gamma: Tensor) -> Tensor:
+        """gamma exp(sinks - m): [r c, L, 1]; m [r, M L, 1], sinks and gamma [r]."""
+        return (self.by_row(gamma) * (self.by_row(sinks) - self.of(m)).exp_()).flatten(0, 1)
+
     def band(self, x: Tensor, first: int | None = None) -> Tensor:
         """Keys [r, (P - 1 + M) L, N] -> [r c, P L, N], or so many first keys of it; a view, in which bands overlap."""
         size = self.plan.reach * self.plan.chunk
@@ -186,7 +194,7 @@ class Tile:
         """gamma exp(scores - m), in the place of scores; m [r, M L, 1], gamma [r]."""
         scores.sub_(self.queries(m)).clamp_(min=_LEAST_EXPONENT).exp_()
         weights = scores.unflatten(0, (-1, self.last - self.first))
-        weights *= torch.where(self.plan.in_window == 0, gamma[:, None, None, None], 0)
+        weights *= torch.where(self.plan.in_window == 0, self.by_row(gamma), 0)
         return scores
 
     def add_older(self, window: Tensor | None, weighted_q: Tensor, phi_k: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -56,6 +57,7 @@ class Inputs(NamedTuple):
     linear_weight: Tensor  # [H]
     initial_sums: Tensor | None  # [B, H, N, Dv]
     initial_norms: Tensor | None  # [B, H, N]
+    sinks: Tensor | None  # [H]; None where there is no window
 
 
 class Results(NamedTuple):
@@ -65,7 +67,7 @@ class Results(NamedTuple):
     sums: Tensor  # [B, H, N, Dv], over the keys that were asked for and the initial state's
     norms: Tensor  # [B, H, N]
     m: Tensor  # [B, H, T]: c_n
-    m_index: Tensor  # [B, H, T]: the key that has it
+    m_index: Tensor  # [B, H, T]: the key that has it; -1 for the sink
     inv_denominator: Tensor  # [B, H, T]
 
 
@@ -105,7 +107,7 @@ class Needs(NamedTuple):
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight, Tensor? q_bias, Tensor? k_bias, "
     "Tensor? query_logits, Tensor? key_logits, Tensor gamma, Tensor linear_weight, Tensor? initial_sums, "
-    "Tensor? initial_norms"
+    "Tensor? initial_norms, Tensor? sinks"
 )
 
 
@@ -241,7 +243,8 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
         {
             **{"q": x.q, "k": x.k, "v": x.v, "q_weight": x.q_weight, "k_weight": x.k_weight, "q_bias": x.q_bias},
             **{"k_bias": x.k_bias, "query_logits": x.query_logits, "key_logits": x.key_logits, "gamma": x.gamma},
-            **{"linear_weight": x.linear_weight, "sums": sums, "norms": norms, "out": made.out},
+            **{"linear_weight": x.linear_weight, "sinks": x.sinks, "HAS_SINKS": x.sinks is not None},
+            **{"sums": sums, "norms": norms, "out": made.out},
             **{"m": made.m, "m_index": made.m_index, "inv_denominator": made.inv_denominator},
             **strides(q=x.q, k=x.k, v=x.v, out=made.out),
             **cut.sizes(),
@@ -428,9 +431,20 @@ def _differentiate(
         linear_weight=log_weight / x.linear_weight,
         initial_sums=found.dinitial_sums,
         initial_norms=found.dinitial_norms,
+        sinks=None if x.sinks is None else _sink_gradient(x, kept, grad, found.dlog_weight),
     )
     wanted = (x if n else None for x, n in zip(gradients, need, strict=True))
     return *wanted, *(None for _ in range(1 + len(ctx.spec)))
+
+
+def _sink_gradient(inputs: Inputs, kept: Kept, grad: Tensor, dlog_weight: Tensor) -> Tensor:
+    """Of the sinks [H], whose value is 0. Where a sink is c_n it has the gradient of that too, unless that cancels."""
+    assert inputs.sinks is not None
+    weights = inputs.gamma[:, None] * (inputs.sinks[:, None] - kept.m).exp()
+    each = -weights * kept.inv_denominator * (grad.float() * kept.out.float()).sum(-1)
+    if inputs.query_logits is None:
+        each = each + dlog_weight * (kept.m_index < 0)
+    return each.sum((0, 2))
 
 
 def _weight_gradient(x: Tensor, dy: Tensor) -> Tensor | None:
@@ -451,6 +465,7 @@ def _triton_rows(
     maps: HybridMaps,
     spec: CallSpec,
     *,
+    sinks: Tensor | None,
     initial_state: KVState | None,
     num_summed: Tensor | None,
 ) -> RowResults:
@@ -479,6 +494,7 @@ def _triton_rows(
         linear_weight=linear_weight if spec.has_linear else torch.zeros_like(gamma),
         initial_sums=initial_sums,
         initial_norms=initial_norms,
+        sinks=contiguous(sinks) if spec.has_window else None,
     )
     made = Results(*_forward(*inputs, num_summed, *spec.encode()))
     sums = from_kernel_order(made.sums, record, maps.feature_dim)
@@ -493,6 +509,7 @@ def triton_attention(
     maps: HybridMaps,
     spec: CallSpec,
     *,
+    sinks: Tensor | None = None,
     valid: Tensor | None = None,
     initial_state: KVState | None = None,
     return_state: bool = False,
@@ -504,6 +521,7 @@ def triton_attention(
     if initial_state is not None and q.shape[2] == 1 and not records_gradients(maps, initial_state, q, k, v):
         return triton_decode_step(
             *(q, k, v, maps, spec),
+            sinks=sinks,
             valid=valid,
             initial_state=initial_state,
             return_state=return_state,
@@ -512,5 +530,9 @@ def triton_attention(
     if valid is not None and bool(valid.all()):
         valid = None
     return attend_in_rows(
-        _triton_rows, q, k, v, maps, spec, valid=valid, initial_state=initial_state, return_state=return_state
+        partial(_triton_rows, sinks=sinks),
+        *(q, k, v, maps, spec),
+        valid=valid,
+        initial_state=initial_state,
+        return_state=return_state,
     )

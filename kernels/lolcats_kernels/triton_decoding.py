@@ -51,6 +51,7 @@ class Inputs(NamedTuple):
     k_slope: Tensor | None
     gamma: Tensor  # [H]
     linear_weight: Tensor  # [H]
+    sinks: Tensor | None  # [H]
     sums: Tensor  # of `KVState`, as are the next four
     norms: Tensor
     keys: Tensor
@@ -61,7 +62,8 @@ class Inputs(NamedTuple):
 
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight, Tensor? q_bias, Tensor? k_bias, "
-    "Tensor? linear_logit, Tensor? q_slope, Tensor? k_slope, Tensor gamma, Tensor linear_weight, Tensor(a!) sums, "
+    "Tensor? linear_logit, Tensor? q_slope, Tensor? k_slope, Tensor gamma, Tensor linear_weight, Tensor? sinks, "
+    "Tensor(a!) sums, "
     "Tensor(b!) norms, Tensor(c!) keys, Tensor(d!) values, Tensor(e!) length, Tensor? valid"
 )
 
@@ -80,6 +82,7 @@ def decode(
     k_slope,
     gamma,  # [H]
     linear_weight,  # [H]: constant λ
+    sinks,  # [H], with HAS_SINKS
     sums,  # [B, H, F', Dv], as in KVState; so are the next four
     norms,
     keys,
@@ -107,6 +110,7 @@ def decode(
     WINDOW: tl.constexpr,
     TERRACED: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GRADIENT: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
@@ -156,6 +160,11 @@ def decode(
         m = tl.sum(x * key.to(tl.float32), 0) * scaling
         if SOFTCAP:
             m, _ = capped(m, softcap)
+        if HAS_SINKS:
+            sink = tl.load(sinks + h)
+            new = tl.maximum(m, sink)
+            shrink = tl.exp(m - new)
+            window, window_norm, m = window * shrink, shrink + tl.exp(sink - new), new
         for first in range(0, C, BLOCK_C):
             slot = first + tl.arange(0, BLOCK_C)
             position = n - 1 - (n - 1 - slot + C) % C
@@ -270,6 +279,7 @@ def _decode(*arguments: Any) -> Tensor:
             **{"N": padded_features(record, feature_dim), "PRECISION": PRECISIONS[x.q.dtype]},
             **map_arguments(record, exp=spec.config.linear_factor == "exp"),
             **window_arguments(spec),
+            "HAS_SINKS": x.sinks is not None and spec.has_window,
         },
     )
     if update:
@@ -289,6 +299,7 @@ def triton_decode_step(
     maps: HybridMaps,
     spec: CallSpec,
     *,
+    sinks: Tensor | None,
     valid: Tensor | None,
     initial_state: KVState,
     return_state: bool,
@@ -315,6 +326,7 @@ def triton_decode_step(
         k_slope=contiguous(of_k.slope),
         gamma=gamma,
         linear_weight=linear_weight if spec.has_linear else torch.zeros_like(linear_weight),
+        sinks=contiguous(sinks),
         sums=after.sums,
         norms=after.norms,
         keys=after.keys,

@@ -103,11 +103,12 @@ def attend(
     key_logits,
     gamma,  # [H]
     linear_weight,  # [H]: constant λ
+    sinks,  # [H], with HAS_SINKS
     sums,
     norms,
     out,
     m,  # out [B, H, T]: c_n, the window's largest score (0 where there is no window)
-    m_index,  # out [B, H, T], int32: the first key that has it
+    m_index,  # out [B, H, T], int32: the first key that has it; -1 for the sink
     inv_denominator,  # out [B, H, T]: 1 / denominator; 0 where nothing was summed
     q_batch,
     q_head,
@@ -134,6 +135,7 @@ def attend(
     WINDOW: tl.constexpr,
     TERRACED: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GRADIENT: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
@@ -165,6 +167,8 @@ def attend(
 
     window, window_norm = tl.zeros([L, BLOCK_DV], tl.float32), tl.zeros([L], tl.float32)
     m_i, index = tl.full([L], float("-inf"), tl.float32), tl.zeros([L], tl.int32)
+    if HAS_SINKS:
+        m_i, index, window_norm = tl.zeros([L], tl.float32) + tl.load(sinks + h), index - 1, window_norm + 1
     last_start = window_start(c * L + L - 1, WINDOW, TERRACED)
     for j in range(first, c + 1):
         i = j * L + tl.arange(0, L)

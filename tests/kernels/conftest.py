@@ -41,10 +41,11 @@ class Case:
     terms: str = "both"
     cuts: Sequence[int] = field(default_factory=list)
     softcap: float | None = None
+    sinks: Tensor | None = None
 
     @property
     def leaves(self) -> list[Tensor]:
-        return [self.q, self.k, self.v, *self.maps.parameters()]
+        return [self.q, self.k, self.v, *self.maps.parameters(), *([] if self.sinks is None else [self.sinks])]
 
     def run(self, backend: str, **options: object) -> Tensor:
         return hybrid_attention(
@@ -54,6 +55,7 @@ class Case:
             self.maps,
             scaling=SCALING,
             softcap=self.softcap,
+            sinks=self.sinks,
             valid=self.valid,
             terms=self.terms,
             backend=backend,
@@ -63,18 +65,23 @@ class Case:
     def to(self, dtype: torch.dtype) -> "Case":
         """Inputs in this dtype, parameters in its compute dtype (in their place)."""
         self.maps.to(torch.promote_types(dtype, torch.float32))
-        return replace(self, q=self.q.to(dtype), k=self.k.to(dtype), v=self.v.to(dtype))
+        sinks = None if self.sinks is None else self.sinks.to(torch.promote_types(dtype, torch.float32))
+        return replace(self, q=self.q.to(dtype), k=self.k.to(dtype), v=self.v.to(dtype), sinks=sinks)
 
     def on(self, device: torch.device, dtype: torch.dtype) -> "Case":
         """The same values elsewhere and in another dtype, with maps of its own."""
         q, k, v = (x.detach().to(device, dtype) for x in (self.q, self.k, self.v))
         maps = deepcopy(self.maps).to(device, torch.promote_types(dtype, torch.float32))
-        return replace(self, q=q, k=k, v=v, maps=maps, valid=None if self.valid is None else self.valid.to(device))
+        sinks = (
+            None if self.sinks is None else self.sinks.detach().to(device, torch.promote_types(dtype, torch.float32))
+        )
+        valid = None if self.valid is None else self.valid.to(device)
+        return replace(self, q=q, k=k, v=v, maps=maps, valid=valid, sinks=sinks)
 
     def part(self, begin: int, end: int) -> "Case":
         valid = None if self.valid is None else self.valid[:, begin:end]
         q, k, v = (x[:, :, begin:end] for x in (self.q, self.k, self.v))
-        return Case(q, k, v, self.maps, valid, self.terms, softcap=self.softcap)
+        return Case(q, k, v, self.maps, valid, self.terms, softcap=self.softcap, sinks=self.sinks)
 
     def run_in_parts(self, backend: str, cuts: Sequence[int]) -> tuple[Tensor, KVState | None]:
         """The outputs of the parts between `cuts` put together, and the last state."""
@@ -110,9 +117,10 @@ def build_case(
     terms: str = "both",
     cuts: Sequence[int] = (),
     softcap: float | None = None,
+    sinks: float | None = None,
     **config: object,
 ) -> Case:
-    """padding: none, left, right, holes, or empty (a row without a token)."""
+    """sinks: about how large they are. padding: none, left, right, holes, or empty (a row without a token)."""
     rng = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -145,6 +153,7 @@ def build_case(
         terms=terms,
         cuts=cuts,
         softcap=softcap,
+        sinks=None if sinks is None else normal(heads) + sinks,
     )
 
 
@@ -160,6 +169,7 @@ _OPTIONS: dict[str, st.SearchStrategy] = dict(
     terms=st.sampled_from(TERMS),
     cuts=st.lists(st.integers(0, 210), max_size=4),
     softcap=st.sampled_from((None, None, 0.7, 5.0)),
+    sinks=st.sampled_from((None, None, 0.0, 3.0, -40.0)),
     feature_map=st.sampled_from(FEATURE_MAPS),
     feature_dim=st.integers(1, 8),
     window=st.sampled_from((0, 1, 3, 8, 64, 70, 300)),

@@ -104,7 +104,7 @@ def test_fp32_is_as_exact_as_the_reference_in_fp32(make_case, layout, feature_ma
 @pytest.mark.parametrize("tiles", [(1, 1), (1, 2), (2, 4)])
 def test_tiling_changes_nothing(make_case, monkeypatch, terms, layout, factor, tiles):
     """CPU computes a row at a time, other devices a sequence at a time."""
-    case = make_case(batch=3, key_heads=1, time=250, layout=layout, linear_factor=factor, value_dim=4)
+    case = make_case(batch=3, key_heads=1, time=250, layout=layout, linear_factor=factor, value_dim=4, sinks=1.0)
     maps = case.maps
 
     def run():
@@ -114,7 +114,7 @@ def test_tiling_changes_nothing(make_case, monkeypatch, terms, layout, factor, t
         inputs = Inputs(
             case.q, repeat_heads(case.k, 2), repeat_heads(case.v, 2), *maps.term_weights(torch.float64),
             maps.query_logits(case.q) if terms == "both" else None,  # no window, nothing to weigh against
-            start[0], start[1][..., 0], *of_q[:2], *of_k,
+            start[0], start[1][..., 0], *of_q[:2], *of_k, case.sinks if terms == "both" else None,
         )  # fmt: skip
         inputs = Inputs(*(x if x is None else x.detach().clone().requires_grad_() for x in inputs))
         spec = CallSpec(maps.config, 0.4, None, terms)

@@ -53,18 +53,19 @@ def token_by_token(case, scaling):
                 scores = {s: (q[b, h, t] @ k[b, key_head, s]).item() * scaling for s in window}
                 if case.softcap:
                     scores = {s: case.softcap * math.tanh(x / case.softcap) for s, x in scores.items()}
+                sink = case.sinks[h].item() if case.sinks is not None and window else None
+                top = max([*scores.values()] + [sink] * (sink is not None), default=None)
                 for s in window:
-                    weights[s] = gamma * math.exp(scores[s] - max(scores.values()))
+                    weights[s] = gamma * math.exp(scores[s] - top)
                 phi_q = features(q[b, h, t], maps, "q", h)
                 for s in older:
                     phi_k = features(k[b, key_head, s], maps, "k", h)
                     if config.linear_factor == "exp":
                         key = min(max((maps.k_slope[h] @ k[b, key_head, s]).item(), -20.0), 20.0)
                         query = maps.linear_logit[h].item() + (maps.q_slope[h] @ q[b, h, t]).item()
-                        top = max(scores.values()) if scores else query
-                        factor = math.exp(key + min(query - top, 60.0))
+                        factor = math.exp(key + min(0 if top is None else query - top, 60.0))
                     weights[s] = factor * sum(x * y for x, y in zip(phi_q, phi_k, strict=True))
-                total = sum(weights.values())
+                total = sum(weights.values()) + (0 if sink is None else gamma * math.exp(sink - top))
                 if total > 0:
                     out[b, h, t] = sum(w * v[b, key_head, s] for s, w in weights.items()) / total
     return out
@@ -87,6 +88,7 @@ def test_reference_is_the_equation(make_case, data):
         window=data.draw(st.sampled_from((0, 1, 2, 3, 5, 40))),
         layout=data.draw(st.sampled_from(LAYOUTS)),
         linear_factor=data.draw(st.sampled_from(LINEAR_FACTORS)),
+        sinks=data.draw(st.sampled_from((None, 0.0, 4.0))),
     )
     with torch.no_grad():
         torch.testing.assert_close(case.run("reference"), token_by_token(case, 0.4), rtol=1e-12, atol=1e-13)
@@ -116,7 +118,7 @@ def test_window_alone_is_softmax_over_the_last_keys(make_case):
 @given(data=st.data())
 def test_weights_sum_to_one_and_give_the_output(cases, data):
     case = data.draw(cases)
-    options = {"scaling": 0.4, "softcap": case.softcap, "valid": case.valid, "terms": case.terms}
+    options = {"scaling": 0.4, "softcap": case.softcap, "valid": case.valid, "terms": case.terms, "sinks": case.sinks}
     weights = hybrid_attention_weights(case.q, case.k, case.maps, **options)
     group = case.q.shape[1] // case.k.shape[1]
     valid = torch.ones(case.q.shape[0], case.q.shape[2]) if case.valid is None else case.valid
@@ -125,10 +127,21 @@ def test_weights_sum_to_one_and_give_the_output(cases, data):
     )
     assert (weights.triu(1) == 0).all()
     sums = weights.sum(-1)
-    if case.terms == "both" and case.maps.config.feature_map != "t2r":
+    if case.sinks is not None:
+        assert (sums < 1 + 1e-12).all()
+    elif case.terms == "both" and case.maps.config.feature_map != "t2r":
         torch.testing.assert_close(sums, valid[:, None].expand_as(sums).double(), rtol=1e-12, atol=1e-12)
     else:  # a query for which nothing is left to sum
         assert ((sums - 1).abs().minimum(sums.abs()) < 1e-12).all()
+
+
+@pytest.mark.parametrize("linear_factor", LINEAR_FACTORS)
+def test_sinks_are_keys_of_every_window_with_value_zero(make_case, linear_factor):
+    """Beside a first key whose score is the sink and whose value is 0, in a window over all."""
+    case = make_case(time=19, window=40, linear_factor=linear_factor, sinks=1.0, group=1)
+    scores = (case.q @ case.k.transpose(-1, -2) * 0.4).masked_fill(torch.ones(19, 19).triu(1).bool(), -torch.inf)
+    weights = torch.cat([case.sinks[:, None, None].expand(2, 2, 19, 1), scores], -1).softmax(-1)[..., 1:]
+    torch.testing.assert_close(case.run("reference"), weights @ case.v, rtol=1e-12, atol=1e-13)
 
 
 def test_query_with_nothing_to_sum_gets_zero_and_no_nan(make_case):

@@ -18,6 +18,8 @@ SPECS = {
     "window of one": AttentionSpec(0.5, sliding_window=1),
     "window longer than the row": AttentionSpec(0.5, sliding_window=40),
     "window and softcap": AttentionSpec(0.7, sliding_window=5, softcap=1.5),
+    "sinks": AttentionSpec(0.7, sinks=torch.tensor([-1.5, 0.0, 2.0, 9.0])),
+    "window and sinks": AttentionSpec(0.7, sliding_window=5, sinks=torch.tensor([-1.5, 0.0, 2.0, 9.0])),
 }
 PADDING = {
     "none": None,
@@ -49,6 +51,8 @@ def by_definition(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, valid: T
                 if spec.softcap is not None:
                     scores = [spec.softcap * math.tanh(score / spec.softcap) for score in scores]
                 total = sum(math.exp(score) for score in scores)
+                if spec.sinks is not None:
+                    total += math.exp(spec.sinks[h])
                 for s, score in zip(seen, scores, strict=True):
                     weights[b, h, t, s] = math.exp(score) / total
                     out[b, h, t] += weights[b, h, t, s] * values[s]
@@ -102,4 +106,6 @@ def test_weights_are_those_behind_the_output() -> None:
 
 def test_spec_round_trips_as_plain_data() -> None:
     for spec in SPECS.values():
-        assert AttentionSpec(**spec.to_dict()) == spec
+        again = AttentionSpec.from_dict(spec.to_dict())
+        assert again == spec
+        assert spec.sinks is None if again.sinks is None else torch.equal(again.sinks, spec.sinks)

@@ -22,6 +22,7 @@ def sparse_reference(
     size: int,
     scaling: float,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
     valid: Tensor | None = None,
 ) -> Tensor:
     """Hybrid attention with LoLA's sparse cache (arXiv 2505.23666), by the definition, one query after the other.
@@ -54,6 +55,8 @@ def sparse_reference(
                 window = list(range(start, n + 1))
                 scores = cap_scores(qs[0, heads, n] @ ks[0, h, window + stayed].T * scaling, softcap)
                 m = scores[:, : len(window)].amax(-1, keepdim=True)
+                if sinks is not None:
+                    m = torch.maximum(m, sinks[heads, None].to(dtype))
                 exact = gamma[heads, None] * bounded_exp(scores - m)
                 linear_weight = constant[heads, None]
                 if logits is not None:
@@ -61,6 +64,8 @@ def sparse_reference(
                 phi = linear_weight * phi_q[heads, n]
                 numerator = exact @ vs[0, h, window + stayed] + (phi[:, None] @ s)[:, 0]
                 denominator = exact.sum(-1, keepdim=True) + (phi * z).sum(-1, keepdim=True)
+                if sinks is not None:
+                    denominator += gamma[heads, None] * (sinks[heads, None].to(dtype) - m).exp()
                 out[b, heads, real[n]] = numerator / denominator
                 for j in range(start, after):
                     stayed.append(j)
@@ -74,7 +79,7 @@ def sparse_reference(
 
 
 def run(case, size, state=None):
-    options = {"scaling": 0.4, "softcap": case.softcap, "valid": case.valid}
+    options = {"scaling": 0.4, "softcap": case.softcap, "sinks": case.sinks, "valid": case.valid}
     with torch.no_grad():
         return sparse_attention(case.q, case.k, case.v, case.maps, size=size, initial_state=state, **options)
 
@@ -85,9 +90,8 @@ def test_it_is_the_definition(cases, data, size):
     case = data.draw(cases)
     assume(case.maps.config.window)
     with torch.no_grad():
-        expected = sparse_reference(
-            case.q, case.k, case.v, case.maps, size=size, scaling=0.4, softcap=case.softcap, valid=case.valid
-        )
+        options = {"scaling": 0.4, "softcap": case.softcap, "sinks": case.sinks, "valid": case.valid}
+        expected = sparse_reference(case.q, case.k, case.v, case.maps, size=size, **options)
     torch.testing.assert_close(run(case, size)[0], expected, **EXACT)
 
 
