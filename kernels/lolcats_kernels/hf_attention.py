@@ -5,7 +5,7 @@ Letters: see ../README.md; T new tokens.
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,10 +39,18 @@ class HybridAttention(HybridMaps):
         self.cache_layer: LolcatsCacheLayer | None = None
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scaling: float, softcap: float | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        valid: Tensor | None,
+        scaling: float,
+        softcap: float | None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
-        """query [B, H, T, D], key and value [B, K, T, D] (new tokens only), valid [B, T] bool or None
-        -> [B, T, H, D]. Continues from, and advances, the cache layer when there is one."""
+        """query [B, H, T, D], key [B, K, T, D] and value [B, K, T, Dv] (new tokens only), valid [B, T] bool or None,
+        sinks [H] or None -> [B, T, H, Dv]. Continues from, and advances, the cache layer when there is one."""
+        options: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sinks": sinks, "valid": valid}
         if self.sparse_cache_size and self.terms == "both":
             out, sparse = sparse_attention(
                 query,
@@ -50,26 +58,20 @@ class HybridAttention(HybridMaps):
                 value,
                 self,
                 size=self.sparse_cache_size,
-                scaling=scaling,
-                softcap=softcap,
-                valid=valid,
+                **options,
                 initial_state=None if self.cache_layer is None else cast(SparseState | None, self.cache_layer.state),
             )
             if self.cache_layer is not None:
                 self.cache_layer.advance(sparse, query.shape[2])
         elif self.cache_layer is None:
-            out = hybrid_attention(
-                query, key, value, self, scaling=scaling, softcap=softcap, valid=valid, terms=self.terms
-            )
+            out = hybrid_attention(query, key, value, self, **options, terms=self.terms)
         else:
             out, state = hybrid_attention(
                 query,
                 key,
                 value,
                 self,
-                scaling=scaling,
-                softcap=softcap,
-                valid=valid,
+                **options,
                 initial_state=cast(KVState | None, self.cache_layer.state),
                 return_state=True,
                 terms=self.terms,
@@ -87,14 +89,15 @@ def lolcats_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """The function behind the attention implementation "lolcats" -> ([B, T, H, D], None).
 
     The work is done by `module.hybrid`, so that students of different versions live in one process; a layer that was
     kept says so (`keeps_softmax`). A sliding window of the teacher is applied in kept layers alone: the maps were
-    trained to imitate it. Attention dropout is not applied.
-    Raises ValueError for what would silently give something else: a layer without maps, a custom 4-D mask, sinks.
+    trained to imitate it. s_aux [H] are the model's sinks. Attention dropout is not applied.
+    Raises ValueError for what would silently give something else: a layer without maps, a custom 4-D mask.
     """
     hybrid = getattr(module, "hybrid", None)
     kept = getattr(module, "keeps_softmax", False)
@@ -106,17 +109,15 @@ def lolcats_attention(
             f"{where} got a custom attention mask of shape {tuple(attention_mask.shape)}; linear attention is causal "
             "and takes a padding mask [batch, tokens] only."
         )
-    if kwargs.get("s_aux") is not None:
-        raise ValueError(f"{where} uses s_aux, which hybrid attention does not serve.")
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     if kept:
-        spec = AttentionSpec(scaling, cast(int | None, kwargs.get("sliding_window")), softcap)
+        spec = AttentionSpec(scaling, cast(int | None, kwargs.get("sliding_window")), softcap, s_aux)
         out = softmax_attention(query, key, value, spec, attention_mask)
         return out.transpose(1, 2).contiguous(), None
     assert hybrid is not None
     valid = None if attention_mask is None else attention_mask[:, -query.shape[2] :]
-    return hybrid(query, key, value, valid, scaling, softcap), None
+    return hybrid(query, key, value, valid, scaling, softcap, s_aux), None
 
 
 def lolcats_mask(

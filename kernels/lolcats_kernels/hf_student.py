@@ -9,7 +9,7 @@ Letters: see ../README.md.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Mapping
 from functools import cache, partial
 from typing import Any, cast
 
@@ -77,18 +77,20 @@ class LolcatsMixin:
 
 class MergedStudent(LolcatsMixin):
     """A student that is loaded as such, from a folder whose configuration has a `lolcats` entry:
-    {"hybrid": HybridConfig as a dict, "layers": indices, "num_heads", "head_dim"}."""
+    {"hybrid": HybridConfig as a dict, "layers": indices, "num_heads", "head_dim"}. The last two are numbers, or lists
+    of as many as there are layers, where these differ."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
         spec = getattr(config, "lolcats", None)
         if not spec:
             raise ValueError("config.json has no `lolcats` entry: this is not a merged student.")
-        sizes = {name: spec[name] for name in ("num_heads", "head_dim")}
+        sizes = [x if isinstance(x, list) else [x] * len(spec["layers"]) for x in (spec["num_heads"], spec["head_dim"])]
+        heads = dict(zip(spec["layers"], zip(*sizes, strict=True), strict=True))
         size = getattr(config, "sparse_cache_size", 0)
         if not isinstance(size, int) or size < 0:
             raise ValueError(f"sparse_cache_size is {size!r}; it must be a whole number, 0 for no sparse cache.")
-        for hybrid in attach(cast(PreTrainedModel, self), HybridConfig(**spec["hybrid"]), spec["layers"], **sizes):
+        for hybrid in attach(cast(PreTrainedModel, self), HybridConfig(**spec["hybrid"]), heads):
             hybrid.sparse_cache_size = size
 
     @classmethod
@@ -158,15 +160,14 @@ def layer_index(module: nn.Module) -> int:
     return cast(int, module.layer_idx)
 
 
-def attach(
-    model: PreTrainedModel, config: HybridConfig, layers: Iterable[int], *, num_heads: int, head_dim: int
-) -> list[HybridAttention]:
-    """Give `layers` of a model untrained maps and hybrid attention, in place; -> the new modules, in order.
+def attach(model: PreTrainedModel, config: HybridConfig, heads: Mapping[int, tuple[int, int]]) -> list[HybridAttention]:
+    """Give layers of a model untrained maps and hybrid attention, in place; -> the new modules, in order.
 
+    heads: by layer the number of query heads, and the size of their queries.
     The other layers keep their softmax attention, and a cache that grows or slides as it did.
     """
     modules = attention_modules(model)
-    wanted = set(layers)
+    wanted = set(heads)
     unknown = wanted - {layer_index(module) for module in modules}
     if unknown or not wanted:
         raise ValueError(f"The maps are for layers {sorted(wanted)}; the model has {len(modules)} attentions.")
@@ -175,7 +176,7 @@ def attach(
         if layer_index(module) not in wanted:
             module.keeps_softmax = True  # type: ignore[assignment]
             continue
-        hybrid = HybridAttention(config, num_heads, head_dim, layer_index(module))
+        hybrid = HybridAttention(config, *heads[layer_index(module)], layer_index(module))
         module.hybrid = hybrid.to(device=execution_device(module), dtype=torch.float32).requires_grad_(False)
         module.register_forward_pre_hook(_hand_cache_over, with_kwargs=True)
         module.register_forward_hook(_take_cache_back, always_call=True)

@@ -8,9 +8,9 @@ c_n = max_win s_ni:
     y_n = ----------------------------------------------------------------------------------
           sum_win gamma exp(s_ni - c_n)      +  lambda phi_q(q_n) . sum_old phi_k(k_i)
 
-A model's sinks are one more key in every window, with the score b and the value 0. gamma = sigmoid(window_logit); lambda is 1, or 1 - gamma ("affine"). The linear term is not shifted by c_n, so
+gamma = sigmoid(window_logit); lambda is 1, or 1 - gamma ("affine"). The linear term is not shifted by c_n, so
 c_n is part of the meaning, for the gradients too. With "exp" gamma is 1 and lambda is exp(query_logits - c_n), so
-that c_n cancels as in a softmax.
+that c_n cancels as in a softmax. A head's sink b is one more key of every window, with the score b and the value 0.
 """
 
 from __future__ import annotations

@@ -197,10 +197,9 @@ class Layout:
         """The tensors of one row in a file of a layer's q, k and v, or of hidden states (None)."""
         if layer is None:
             return {"hidden": (self.seq_len, self.hidden_size)}
-        info = self.layers[layer]
-        heads = {"q": info.num_heads, "k": info.num_key_value_heads, "v": info.num_key_value_heads}
-        shapes: dict[str, tuple[int, ...]] = {name: (n, self.seq_len, info.head_dim) for name, n in heads.items()}
-        return shapes | ({f"{name}{SUFFIX}": (n,) for name, n in heads.items()} if self.quantized else {})
+        heads = self.layers[layer].shapes
+        shapes: dict[str, tuple[int, ...]] = {name: (n, self.seq_len, size) for name, (n, size) in heads.items()}
+        return shapes | ({f"{name}{SUFFIX}": (n,) for name, (n, _) in heads.items()} if self.quantized else {})
 
     def statistics_shapes(self, block: int) -> dict[str, tuple[int, ...]]:
         """The tensors of one row in a file of a block's statistics."""

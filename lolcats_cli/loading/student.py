@@ -10,7 +10,7 @@ from lolcats_formats import Artifact
 from lolcats_kernels import HybridConfig
 from torch import Tensor
 
-from lolcats_cli.artifacts.maps import kept_layers, maps_file
+from lolcats_cli.artifacts.maps import kept_layers, maps_file, recorded_heads
 from lolcats_cli.errors import BadInput, UsageError
 from lolcats_cli.student.build import linearize
 from lolcats_cli.student.fold import CONFIG_FILE, WEIGHTS_FILE, Adapter
@@ -51,7 +51,8 @@ def load_student(artifact: Artifact, folder: Path, load: LoadOptions) -> PreTrai
     maps = {layer: artifact.load(name) for layer, name in layers.items()}
     for layer, tensors in maps.items():
         check_finite(artifact.path / layers[layer], tensors)
-    return linearize(load_model(folder, load), HybridConfig(**artifact.config["hybrid"]), maps, kept_layers(artifact))
+    hybrid, heads = HybridConfig(**artifact.config["hybrid"]), recorded_heads(artifact, list(maps))
+    return linearize(load_model(folder, load), hybrid, maps, kept_layers(artifact), heads)
 
 
 def check_on_devices(model: PreTrainedModel, reason: str) -> None:

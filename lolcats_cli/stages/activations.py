@@ -148,13 +148,12 @@ class StoredActivations(Source):
 
     def _count(self, layer: int, split: str, name: str) -> int:
         """The rows of a shard, whose header says what it should."""
-        header, info = self.capture.header(name), self.layers[layer]
+        header, heads = self.capture.header(name), self.layers[layer].shapes
         found = {tensor: tuple(header[tensor].shape) for tensor in header}
         count, length = next(iter(found.values()), (0,))[0], self.tokens[split].input_ids.shape[1]
-        heads = {"q": info.num_heads, "k": info.num_key_value_heads, "v": info.num_key_value_heads}
-        expected: dict[str, tuple[int, ...]] = {x: (count, n, length, info.head_dim) for x, n in heads.items()}
+        expected: dict[str, tuple[int, ...]] = {x: (count, n, length, size) for x, (n, size) in heads.items()}
         if self._quantized:
-            expected |= {f"{x}{SUFFIX}": (count, n) for x, n in heads.items()}
+            expected |= {f"{x}{SUFFIX}": (count, n) for x, (n, _) in heads.items()}
         if found != expected:
             raise BadInput(f"{self.capture.path / name} holds {found}, which is not q, k and v of layer {layer}.")
         return count

@@ -72,7 +72,7 @@ def sizes_of(model: PreTrainedModel, layers: list[LayerInfo], rows: int, seq_len
     weights = tuple(sum(part.nbytes for part in module.parameters()) for module in modules)
     widest = max(max(part.shape[-2:]) for module in modules for part in module.parameters() if part.ndim > 1)
     hidden = model.config.get_text_config().hidden_size
-    heads = max(info.num_heads * info.head_dim for info in layers)
+    heads = max(info.num_heads * max(info.head_dim, info.v_head_dim) for info in layers)
     return Sizes(
         rows=rows,
         seq_len=seq_len,

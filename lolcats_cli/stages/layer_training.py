@@ -410,7 +410,7 @@ def _errors(
                 errors.errors[term] += (out.float() - target).square().sum((0, 2, 3), dtype=torch.float64).cpu()
             errors.powers += target.square().sum((0, 2, 3), dtype=torch.float64).cpu()
             tokens = batch.q.shape[0] * batch.q.shape[2] if batch.valid is None else int(batch.valid.sum())
-            errors.count += tokens * info.num_heads * info.head_dim
+            errors.count += tokens * info.num_heads * info.v_head_dim
     return found
 
 
@@ -422,9 +422,14 @@ def _hybrid(batch: Batch, maps: HybridMaps, info: LayerInfo, terms: str = "both"
         maps,
         scaling=info.spec.scaling,
         softcap=info.spec.softcap,
+        sinks=_sinks(batch, info),
         valid=batch.valid,
         terms=terms,
     )
+
+
+def _sinks(batch: Batch, info: LayerInfo) -> Tensor | None:
+    return None if info.spec.sinks is None else info.spec.sinks.to(batch.q.device)
 
 
 def _drops_window(options: TransferOptions, index: int, total: int) -> bool:
@@ -442,7 +447,7 @@ def _loss(batch: Batch, maps: HybridMaps, info: LayerInfo, options: TransferOpti
         with torch.no_grad():
             target = softmax_attention(batch.q, batch.k, batch.v, info.spec, batch.valid).float()
         error = (_hybrid(batch, maps, info, terms).float() - target).square().sum()
-        loss = loss + options.mse_factor * error / (tokens * info.num_heads * info.head_dim)
+        loss = loss + options.mse_factor * error / (tokens * info.num_heads * info.v_head_dim)
     if options.xent_factor:
         with torch.no_grad():
             wanted = softmax_weights(batch.q, batch.k, info.spec, batch.valid)
@@ -452,6 +457,7 @@ def _loss(batch: Batch, maps: HybridMaps, info: LayerInfo, options: TransferOpti
             maps,
             scaling=info.spec.scaling,
             softcap=info.spec.softcap,
+            sinks=_sinks(batch, info),
             valid=batch.valid,
             terms=terms,
         ).clamp_min(FEATURE_FLOOR)

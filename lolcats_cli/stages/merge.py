@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lolcats_cli import __version__, stopping
 from lolcats_cli.artifacts.disk import check_space, human
-from lolcats_cli.artifacts.maps import kept_config, kept_layers, maps_file
+from lolcats_cli.artifacts.maps import kept_config, kept_layers, maps_file, recorded_heads
 from lolcats_cli.errors import IdentityMismatch, UsageError
 from lolcats_cli.evaluation import golden_logits
 from lolcats_cli.loading.student import check_finite, load_adapter, teacher_folder
@@ -116,7 +116,7 @@ class _Plan:
 
     teacher: TeacherFiles
     hybrid: HybridConfig
-    layers: list[int]  # with maps
+    heads: dict[int, tuple[int, int]]  # of the layers with maps
     adapter: Adapter | None
     folded: dict[str, str]  # a tensor that the adapter changes, as the files and as the model call it
     maps: dict[str, tuple[Artifact, str, str]]  # tensor name -> artifact, file and name there
@@ -148,16 +148,16 @@ def _plan(artifact: Artifact, folder: Path) -> _Plan:
     hybrid = HybridConfig(**artifact.config["hybrid"])
     kept = kept_layers(artifact)
     layers = [layer for layer in teacher.modules if layer not in kept]
-    maps = _map_tensors(artifact, teacher.modules, layers, HybridMaps(hybrid, teacher.num_heads, teacher.head_dim))
+    heads = recorded_heads(artifact, layers)
+    maps = _map_tensors(artifact, teacher.modules, heads, hybrid)
     adapter = load_adapter(artifact) if artifact.kind == "lora" else None
     folded = {}
     for name in sorted(adapter.weights if adapter else ()):
         teacher.check_foldable(name)
         folded[teacher.places[name]] = name
-    elements = HybridMaps(hybrid, teacher.num_heads, teacher.head_dim).state_dict()
     sizes = {name: info.nbytes for name, (_, info) in teacher.weights.items()}
-    sizes |= {name: elements[key].numel() * 4 for name, (_, _, key) in maps.items()}
-    return _Plan(teacher, hybrid, layers, adapter, folded, maps, sizes)
+    sizes |= {name: artifact.header(file)[key].nbytes for name, (_, file, key) in maps.items()}
+    return _Plan(teacher, hybrid, heads, adapter, folded, maps, sizes)
 
 
 def plan_shards(sizes: dict[str, int], max_bytes: int) -> dict[str, list[str]]:
@@ -176,22 +176,23 @@ def plan_shards(sizes: dict[str, int], max_bytes: int) -> dict[str, list[str]]:
 
 
 def _map_tensors(
-    artifact: Artifact, modules: dict[int, str], layers: list[int], like: HybridMaps
+    artifact: Artifact, modules: dict[int, str], heads: dict[int, tuple[int, int]], hybrid: HybridConfig
 ) -> dict[str, tuple[Artifact, str, str]]:
-    """Where every tensor of the maps comes from. Raises IdentityMismatch unless they are there for `layers` alone."""
+    """Where every tensor of the maps comes from. Raises IdentityMismatch unless they are there for the
+    layers of `heads` alone."""
     found: dict[str, tuple[Artifact, str, str]] = {}
-    for layer in layers:
+    for layer in heads:
         module, file = modules[layer], maps_file(layer)
         if file not in artifact.files:
             raise IdentityMismatch(
                 f"{artifact.path} has no maps for layer {layer} of {len(modules)}: transfer the missing layers."
             )
         header = {name: tuple(info.shape) for name, info in artifact.header(file).items()}
-        wanted = {name: tuple(tensor.shape) for name, tensor in like.state_dict().items()}
+        wanted = {name: tuple(tensor.shape) for name, tensor in HybridMaps(hybrid, *heads[layer]).state_dict().items()}
         if header != wanted:
             raise IdentityMismatch(f"The maps of layer {layer} are {header}; the teacher and options need {wanted}.")
         found |= {f"{module}.hybrid.{name}": (artifact, file, name) for name in wanted}
-    extra = {name for name in artifact.files if name.startswith("maps/")} - {maps_file(layer) for layer in layers}
+    extra = {name for name in artifact.files if name.startswith("maps/")} - {maps_file(layer) for layer in heads}
     if extra:
         raise IdentityMismatch(f"{artifact.path} holds {min(extra)}, of a layer that the student has no maps for.")
     return found
@@ -203,9 +204,7 @@ def _write_model_files(writer: ArtifactWriter, plan: _Plan, artifact: Artifact) 
     config = export.student_config(
         plan.teacher.config,
         asdict(plan.hybrid),
-        layers=plan.layers,
-        num_heads=plan.teacher.num_heads,
-        head_dim=plan.teacher.head_dim,
+        heads=plan.heads,
         dtype=plan.teacher.dtype(),
     )
     writer.write_json("config.json", config)

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from lolcats_cli.errors import BadInput, is_out_of_memory
 from lolcats_cli.evaluation import golden_logits
 from lolcats_cli.student import export
-from lolcats_cli.student.build import check_servable, model_heads, projections
+from lolcats_cli.student.build import check_servable, projections, stated_heads
 from lolcats_cli.teacher import identity
 from lolcats_cli.teacher.load import first_line
 
@@ -38,6 +38,7 @@ class TeacherFiles:
         places: name of a parameter in the model -> name of the tensor in the files that holds it as it is.
         modules: the attention modules' names by layer.
         projections: the names of the linear layers of the attentions.
+        first_heads: query heads of the first attention, and the size of their queries.
         tied: the parameters that share their values with others.
     """
 
@@ -48,8 +49,7 @@ class TeacherFiles:
     places: dict[str, str]
     modules: dict[int, str]
     projections: list[str]
-    num_heads: int
-    head_dim: int
+    first_heads: tuple[int, int]
     tied: set[str]
 
     def dtype(self) -> str:
@@ -94,7 +94,7 @@ def teacher_files(folder: Path) -> TeacherFiles:
         _places(model, weights),
         {layer_index(module): names[id(module)] for module in attention_modules(model)},
         list(projections(model)),
-        *model_heads(model),
+        stated_heads(model, attention_modules(model)[0]),
         set(tied) | set(tied.values()),
     )
 
@@ -192,17 +192,12 @@ def _write_student(files: TeacherFiles, folder: Path) -> None:
     config = export.student_config(
         files.config,
         asdict(TRIED),
-        layers=[min(files.modules)],
-        num_heads=files.num_heads,
-        head_dim=files.head_dim,
+        heads={min(files.modules): files.first_heads},
         dtype=files.dtype(),
     )
     (folder / "config.json").write_text(json.dumps(config))
     first = f"{files.modules[min(files.modules)]}.hybrid."
-    maps = {
-        f"{first}{name}": tensor
-        for name, tensor in HybridMaps(TRIED, files.num_heads, files.head_dim).state_dict().items()
-    }
+    maps = {f"{first}{name}": tensor for name, tensor in HybridMaps(TRIED, *files.first_heads).state_dict().items()}
     save_file(maps, folder / "maps.safetensors")
     links = {
         path: f"teacher-{number}.safetensors"

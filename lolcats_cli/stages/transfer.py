@@ -163,7 +163,7 @@ def _choose(
         raise UsageError(f"Layer {other[0]} has no softmax attention to be converted. Leave it out of --layers.")
     if kept.intersection(chosen):
         raise UsageError(f"Layer {min(kept.intersection(chosen))} is in --layers and in --keep-softmax: choose one.")
-    head_dim = max(info.head_dim for info in source.layers)
+    head_dim = max(max(info.head_dim, info.v_head_dim) for info in source.layers)
     if max(head_dim, options.hybrid.feature_dim) > MAX_SIZE:
         raise UsageError(
             f"Heads of {head_dim} with --feature-dim {options.hybrid.feature_dim} cannot be served: "

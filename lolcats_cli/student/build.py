@@ -30,9 +30,9 @@ __all__ = [
     "hybrid_modules",
     "linear_layers",
     "linearize",
-    "model_heads",
     "projections",
     "set_terms",
+    "stated_heads",
 ]
 
 
@@ -41,11 +41,13 @@ def linearize(
     config: HybridConfig,
     maps: Mapping[int, HybridMaps | Mapping[str, Tensor]],
     keep_softmax: Collection[int] = (),
+    heads: Mapping[int, tuple[int, int]] | None = None,
 ) -> PreTrainedModel:
     """Replace the attentions of a loaded teacher, in place, by hybrid attention with trained maps; -> the model.
 
     maps: per layer index, a `HybridMaps` or its state dict; the values are copied, to the layer's device, in fp32.
     keep_softmax: the layers that stay as they are, and have no maps.
+    heads: by layer the number of query heads, and the size of their queries; None: what the model states.
     The new parameters do not require gradients. Cached generation works; `save_pretrained` is refused.
 
     Raises IdentityMismatch if layers or shapes do not fit the model, BadInput if its attention cannot be replaced.
@@ -66,10 +68,10 @@ def linearize(
     states = {
         index: layer.state_dict() if isinstance(layer, nn.Module) else dict(layer) for index, layer in maps.items()
     }
-    num_heads, head_dim = model_heads(model)
+    heads = {layer_index(module): stated_heads(model, module) for module in modules} if heads is None else heads
     for index, state in states.items():
-        _check_shapes(index, state, HybridMaps(config, num_heads, head_dim).state_dict())
-    for hybrid in attach(model, config, indices, num_heads=num_heads, head_dim=head_dim):
+        _check_shapes(index, state, HybridMaps(config, *heads[index]).state_dict())
+    for hybrid in attach(model, config, {index: heads[index] for index in indices}):
         hybrid.load_state_dict(states[hybrid.layer_idx])
     # generate() and transformers ask the model's class, so the instance gets one with the student's behaviour in front.
     model.__class__ = _student_class(cast(Any, type(model)))
@@ -80,15 +82,13 @@ def check_servable(model: PreTrainedModel) -> None:
     """Raise BadInput, naming the model and the reason, unless a student of this teacher can be built."""
     name = type(model).__name__
     try:
-        modules = attention_modules(model)
+        attention_modules(model)
     except ValueError as error:
         raise BadInput(f"{error} lolcats cannot convert it.") from error
     for module in model.modules():
         by_type = getattr(module, "rope_type", None)
         if isinstance(by_type, dict) and set(by_type.values()) & set(LENGTH_DEPENDENT_ROPE):
             raise BadInput(f"{name} has RoPE that depends on the length for some layers, which is not served yet.")
-    if any(getattr(module, "sinks", None) is not None for module in modules):
-        raise BadInput(f"{name} has attention sinks, which lolcats does not serve yet.")
 
 
 def hybrid_modules(model: nn.Module) -> list[HybridAttention]:
@@ -128,11 +128,11 @@ def as_teacher(model: PeftModel) -> Iterator[None]:
         model.train(training)
 
 
-def model_heads(model: PreTrainedModel) -> tuple[int, int]:
-    """(query heads, head size) of a model's attentions, as its configuration and modules state them."""
+def stated_heads(model: PreTrainedModel, module: nn.Module) -> tuple[int, int]:
+    """(query heads, size of their queries) of one of a model's attentions, as the module or the configuration says."""
     config = model.config.get_text_config()
-    module = attention_modules(model)[0]
-    heads = config.num_attention_heads
+    counts = [getattr(module, name, None) for name in ("num_heads", "num_attention_heads")]
+    heads = next((count for count in counts if isinstance(count, int)), None) or config.num_attention_heads
     sizes = [getattr(module, name, None) for name in ("qk_head_dim", "head_dim", "head_size")]
     sizes.append(getattr(config, "head_dim", None))
     return heads, next((size for size in sizes if isinstance(size, int)), config.hidden_size // heads)

@@ -74,15 +74,13 @@ def student_config(
     teacher: Mapping[str, Any],
     hybrid: Mapping[str, Any],
     *,
-    layers: list[int],
-    num_heads: int,
-    head_dim: int,
+    heads: Mapping[int, tuple[int, int]],
     dtype: str,
 ) -> dict[str, Any]:
     """config.json of the student.
 
-    layers: those with maps; the others keep softmax. dtype: of the weights, for teachers whose configuration does not
-    say.
+    heads: by layer with maps, the number of query heads and the size of their queries; the others keep softmax.
+    dtype: of the weights, for teachers whose configuration does not say.
     """
     config = {key: value for key, value in teacher.items() if key not in ("_name_or_path", "torch_dtype")}
     config["dtype"] = teacher.get("dtype") or teacher.get("torch_dtype") or dtype
@@ -91,11 +89,16 @@ def student_config(
     config["auto_map"] = AUTO_MAP
     config["lolcats"] = {
         "hybrid": dict(hybrid),
-        "layers": layers,
-        "num_heads": num_heads,
-        "head_dim": head_dim,
+        "layers": list(heads),
+        "num_heads": _once([count for count, _ in heads.values()]),
+        "head_dim": _once([size for _, size in heads.values()]),
     }
     return config
+
+
+def _once(values: list[int]) -> int | list[int]:
+    """The value, if all are the same."""
+    return values[0] if len(set(values)) == 1 else values
 
 
 def generation_config(teacher: Mapping[str, Any]) -> dict[str, Any]:

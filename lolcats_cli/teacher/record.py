@@ -33,12 +33,29 @@ Sink = Callable[[int, Tensor, Tensor, Tensor, AttentionSpec], None]
 
 @dataclass(frozen=True)
 class LayerInfo:
-    """One layer as the probe saw it; 0 heads if it has no softmax attention."""
+    """One layer as the probe saw it; 0 heads if it has no softmax attention.
+
+    Attributes:
+        head_dim: the size of a head's queries and keys.
+        value_dim: the size of a head's values; 0: the same.
+    """
 
     num_heads: int
     num_key_value_heads: int
     head_dim: int
     spec: AttentionSpec
+    value_dim: int = 0
+
+    @property
+    def v_head_dim(self) -> int:
+        """The size of a head's values."""
+        return self.value_dim or self.head_dim
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Heads, and the size of each, of q, k and v."""
+        k = self.num_key_value_heads
+        return {"q": (self.num_heads, self.head_dim), "k": (k, self.head_dim), "v": (k, self.v_head_dim)}
 
     @property
     def has_attention(self) -> bool:
@@ -49,17 +66,19 @@ class LayerInfo:
             "num_heads": self.num_heads,
             "num_key_value_heads": self.num_key_value_heads,
             "head_dim": self.head_dim,
+            **({} if self.v_head_dim == self.head_dim else {"v_head_dim": self.v_head_dim}),
             **self.spec.to_dict(),
         }
 
     @classmethod
     def from_dict(cls, layer: dict) -> LayerInfo:
         heads = {key: layer[key] for key in ("num_heads", "num_key_value_heads", "head_dim")}
-        return cls(**heads, spec=AttentionSpec(**{k: v for k, v in layer.items() if k not in heads}))
+        spec = {key: value for key, value in layer.items() if key not in {*heads, "v_head_dim"}}
+        return cls(**heads, spec=AttentionSpec.from_dict(spec), value_dim=layer.get("v_head_dim", 0))
 
     def bytes_per_token(self, dtype: torch.dtype) -> int:
         """Bytes that q, k and v of one token take in this layer."""
-        return (self.num_heads + 2 * self.num_key_value_heads) * self.head_dim * dtype.itemsize
+        return sum(heads * size for heads, size in self.shapes.values()) * dtype.itemsize
 
 
 NO_ATTENTION = LayerInfo(0, 0, 0, AttentionSpec(1.0))
@@ -110,9 +129,6 @@ def checking(model: PreTrainedModel, valid: Tensor | None = None) -> Iterator[di
         name, layer = f"{type(model).__name__} cannot be linearized", module.layer_idx
         if not all(bool(part.isfinite().all()) for part in (q, k, v)):
             raise BadInput(f"{name}: the queries, keys or values of layer {layer} are NaN or infinite. {FINITE_ADVICE}")
-        if not q.shape[-1] == k.shape[-1] == v.shape[-1]:
-            sizes = f"{q.shape[-1]}, {k.shape[-1]}, {v.shape[-1]}"
-            raise BadInput(f"{name}: the queries, keys and values of layer {layer} differ in head size ({sizes}).")
         spec = _spec(q, options)
         q32, k32, v32 = q.float(), k.float(), v.float()
         mask = attention_mask
@@ -126,14 +142,16 @@ def checking(model: PreTrainedModel, valid: Tensor | None = None) -> Iterator[di
         if not error <= TOLERANCE * largest:
             raise BadInput(
                 f"{name}: the attention of layer {layer} is not reproduced by softmax attention over its queries, keys "
-                f"and values (largest difference {error:.2g} where outputs reach {largest:.2g}). It may use sinks, a "
+                f"and values (largest difference {error:.2g} where outputs reach {largest:.2g}). It may use a "
                 "bias or another mask that lolcats does not know."
             )
         if layer in found:
             raise BadInput(
                 f"{name}: layer {layer} computes its attention more than once, as differential attention does."
             )
-        found[int(module.layer_idx)] = LayerInfo(q.shape[1], k.shape[1], q.shape[-1], spec)  # type: ignore[arg-type]
+        sizes = q.shape[1], k.shape[1], q.shape[-1]
+        value_dim = 0 if v.shape[-1] == q.shape[-1] else v.shape[-1]
+        found[int(module.layer_idx)] = LayerInfo(*sizes, spec, value_dim)  # type: ignore[arg-type]
         return own.to(q.dtype), None
 
     with _intercepted(model, attention, eager_mask):
@@ -192,7 +210,9 @@ def _spec(q: Tensor, options: dict[str, Any]) -> AttentionSpec:
     """What besides q, k and v decides the attention, from the options that a module calls its function with."""
     scaling = options.get("scaling")
     scaling = q.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    return AttentionSpec(scaling, options.get("sliding_window"), options.get("softcap"))
+    sinks = options.get("s_aux")  # what transformers calls them
+    sinks = None if sinks is None else sinks.detach().float()
+    return AttentionSpec(scaling, options.get("sliding_window"), options.get("softcap"), sinks)
 
 
 def _own_attention(module: nn.Module) -> Callable:

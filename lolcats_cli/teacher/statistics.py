@@ -25,12 +25,12 @@ def attention_statistics(
     Args:
         q: [H, T, D], after RoPE.
         k: [K, T, D], not repeated to the query heads.
-        spec: the layer's scaling, sliding window and soft cap.
+        spec: the layer's scaling, sliding window, soft cap and sinks.
         valid: [T] bool, true for real tokens; the others are left out.
 
     Returns:
         Entropy Σ_i Σ_j −a_ij log a_ij, in nats, and effective sequence length Σ_i Σ_j (i − j) a_ij (LoLCATs,
-        arXiv 2410.10254), both [H] in fp32.
+        arXiv 2410.10254), both [H] in fp32. A sink is one more key of every query, at no distance.
     """
     if valid is not None:
         q, k = q[:, valid], k[:, valid]
@@ -50,12 +50,17 @@ def attention_statistics(
         age = place[start:stop, None] - place[None, first:stop]
         seen = age >= 0 if spec.sliding_window is None else (age >= 0) & (age < spec.sliding_window)
         scores += torch.where(seen, 0.0, UNSEEN)
+        if spec.sinks is not None:
+            sinks = spec.sinks.to(scores)[:, None, None].expand(heads, stop - start, 1)
+            scores = torch.cat([scores, sinks], -1)
         scores -= scores.amax(-1, keepdim=True)
         weights = scores.softmax(-1)
         # log a_ij = scores_ij - log of the sum of their exponentials, which is 1 / the largest weight.
         entropy -= weights.amax(-1).log().sum(1, dtype=torch.float64)
         entropy -= (weights * scores).sum(-1).sum(1, dtype=torch.float64)
+        weights = weights[..., : stop - first]
         # i - j is the place of i in the block + the distance of j from the block's start.
-        back = (weights.view(-1, stop - first) @ (start - place[first:stop]).float()).view(heads, -1)
-        distance += (back + (place[start:stop] - start)).sum(1, dtype=torch.float64)
+        back = (weights.reshape(-1, stop - first) @ (start - place[first:stop]).float()).view(heads, -1)
+        seen_by = 1 if spec.sinks is None else weights.sum(-1)
+        distance += (back + seen_by * (place[start:stop] - start)).sum(1, dtype=torch.float64)
     return entropy.float(), distance.float()

@@ -49,6 +49,7 @@ SIZES = {
     "initializer_range": 0.2,
     "pad_token_id": 0,
 }
+LAYER = {"num_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "scaling": 0.25}
 IDS = torch.randint(3, 128, (2, 23), generator=torch.Generator().manual_seed(2))
 
 
@@ -82,7 +83,7 @@ def save_artifact(folder: Path, teacher: Path, adapter: Path | None = None, laye
         folder,
         "lora" if adapter else "transfer",
         config={"hybrid": asdict(CONFIG)},
-        teacher={"path": str(teacher), "architecture": "LlamaForCausalLM", "layers": [], **identify(teacher)},
+        teacher={"path": str(teacher), "architecture": "LlamaForCausalLM", "layers": [LAYER] * 2, **identify(teacher)},
         data={"tokens": 0},
         tool="test",
     ) as writer:

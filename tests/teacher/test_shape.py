@@ -46,7 +46,7 @@ def test_weights_and_heads_are_those_of_the_model(kind: str, tmp_path: Path) -> 
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from lolcats_cli.student.build import model_heads
+    from lolcats_cli.student.build import attention_modules, stated_heads
 
     config = AutoConfig.for_model(kind, **{"pad_token_id": 0, **OF_TYPE.get(kind, SIZES)})
     with torch.device("meta"):
@@ -56,7 +56,7 @@ def test_weights_and_heads_are_those_of_the_model(kind: str, tmp_path: Path) -> 
     assert shape.weights == pytest.approx(
         sum(p.numel() for p in model.parameters()), rel=0.03 if kind == "gpt2" else 0.005
     )
-    assert (shape.num_heads, shape.head_dim) == model_heads(model)
+    assert (shape.num_heads, shape.head_dim) == stated_heads(model, attention_modules(model)[0])
     assert len(shape.layers) == model.config.num_hidden_layers
     assert all(layer.active <= layer.mlp for layer in shape.layers)
 
