@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
-from lolcats_cli.errors import Stopped
+from lolcats_cli.errors import Stopped, UsageError
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -38,6 +38,12 @@ def rank() -> int:
 def local_rank() -> int:
     """Which one this is on its machine, from 0: the number of its GPU."""
     return int(os.environ.get("LOCAL_RANK", "0")) if size() > 1 else 0
+
+
+def check_alone(command: str) -> None:
+    """Raise UsageError in one of several processes, for a command that one process does."""
+    if size() > 1:
+        raise UsageError(f"{command} is done by one process: run it without torchrun, accelerate or srun.")
 
 
 @contextmanager

@@ -10,26 +10,25 @@ The teacher's layers run block by block: all rows pass through a block before th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lolcats_formats import Artifact, ArtifactWriter
+from lolcats_formats import Artifact
 from lolcats_formats.place import Resume
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lolcats_cli import __version__, ranks, stopping
+from lolcats_cli import ranks, stopping
 from lolcats_cli.artifacts.disk import check_space, free_space, human
 from lolcats_cli.artifacts.layout import SPLITS, Layout, candidates_name, summarize, tokens_name
 from lolcats_cli.errors import BadInput, UsageError
 from lolcats_cli.progress import Progress
 from lolcats_cli.stages.auto_store import device_memory, pick, sizes_of, store_config
 from lolcats_cli.stages.mergeable import check_mergeable
-from lolcats_cli.stages.shared import completed_files, part_writer
 from lolcats_cli.stages.units import Statistics, record_units
+from lolcats_cli.stages.writing import Making, make_artifact
 from lolcats_cli.teacher import identity
 from lolcats_cli.teacher.blocks import Run, block
 from lolcats_cli.teacher.data import DataOptions, Rows, describe_rows, read_rows, split_numbers, split_rows
@@ -102,7 +101,7 @@ def capture(
     _check_length(config, options.seq_len, teacher)
     device = load.resolved_device()
     memory = memory or device_memory(device)
-    with ranks.joined(device.type), ExitStack() as stack:
+    with ranks.joined(device.type):
         found = ranks.share(lambda: _read(data, folder, options, config, load, progress))
         if keep is not None and keep > len(found):
             raise UsageError(f"--keep {keep} is more than the {len(found)} rows that the data gives. Keep fewer.")
@@ -132,21 +131,16 @@ def capture(
             "config": {**settings, **kept},
             "teacher": described,
             "data": _describe_data(found, data, keep, val_fraction, seed),
-            "tool": f"lolcats {__version__}",
         }
-        writer = None
-        if ranks.rank() == 0:
-            layout = Layout.of(fields)
-            if not any((Path(output) / name).exists() for name in ("manifest.json", "progress.json")):
-                check_space(layout.bytes, output, ADVICE)  # before the directory is bound to these options
-            create = ArtifactWriter.create(output, "capture", **fields, resume=resume, force=force)
-            writer = stack.enter_context(create)
-        if ranks.share(lambda: writer is not None and writer.finished is not None):
-            progress.note(f"{output} is finished already")
-        else:
-            run = _Run(model, device, batch_size, writer, fields, progress)
-            run.capture(found if keep is None else run.select(found, keep))
-    return Artifact.open(output)
+        begun = any((Path(output) / name).exists() for name in ("manifest.json", "progress.json"))
+        if ranks.rank() == 0 and not begun:
+            check_space(Layout.of(fields).bytes, output, ADVICE)  # before the directory is bound to these options
+
+        def work(making: Making) -> dict[str, Any]:
+            run = _Run(model, device, batch_size, making, progress)
+            return run.capture(found if keep is None else run.select(found, keep))
+
+        return make_artifact(output, "capture", fields, work, resume=resume, force=force, progress=progress)
 
 
 def _check_length(config, seq_len: int, teacher: str) -> None:
@@ -221,22 +215,21 @@ def _check_teacher(model: PreTrainedModel, device: torch.device) -> list[LayerIn
 
 @dataclass
 class _Run:
-    """What a capture computes and writes, on one rank. Rank 0 has the artifact's writer."""
+    """What a capture computes and writes, on one rank."""
 
     model: PreTrainedModel
     device: torch.device
     batch_size: int
-    writer: ArtifactWriter | None
-    fields: dict[str, Any]
+    making: Making
     progress: Progress
 
     def select(self, rows: Rows, keep: int) -> Rows:
         """The rows with the largest ESL, in order; of equals the earlier ones."""
         everything = range(self.model.config.get_text_config().num_hidden_layers)
-        written = completed_files(self.writer)
+        written = self.making.completed_files()
         parts = list(enumerate(torch.arange(len(rows)).split(CANDIDATES)))[ranks.rank() :: ranks.size()]
         with (
-            part_writer(self.writer, "capture", self.fields) as (writer, whole),
+            self.making.part() as (writer, whole),
             block(self.model, everything, self.device) as run,
             self.progress.task("select", sum(len(index) for _, index in parts), "rows") as advance,
         ):
@@ -258,26 +251,25 @@ class _Run:
         layers = [found.double().mean(1) for key, found in figures.tensors().items() if key.startswith("esl.")]
         return torch.stack(layers).mean(0)
 
-    def capture(self, found: Rows) -> None:
-        """Compute and write what is stored of the rows, and finish the artifact."""
-        layout, config = Layout.of(self.fields), self.fields["config"]
+    def capture(self, found: Rows) -> dict[str, Any]:
+        """Compute and write what is stored of the rows. Returns the artifact's summary, on rank 0."""
+        layout, config, main = Layout.of(self.making.fields), self.making.fields["config"], self.making.main
         rows = dict(zip(SPLITS, split_rows(found, config["val_fraction"], config["seed"]), strict=True))
-        written = completed_files(self.writer)
+        written = self.making.completed_files()
         mine = [unit for unit in layout.all_units() if unit.number % ranks.size() == ranks.rank()]
         todo = [unit for unit in mine if not written.issuperset(unit.files)]
-        if self.writer:
+        if main:
             missing = (unit for unit in layout.all_units() if not written.issuperset(unit.files))
             needed = sum(len(u.rows) * layout.row_file_bytes(layer) for u in missing for layer in u.activations)
-            self.progress.note(f"capture will write {check_space(needed, self.writer.path, ADVICE)}")
+            self.progress.note(f"capture will write {check_space(needed, main.path, ADVICE)}")
             for split in SPLITS:
-                if not self.writer.has(tokens_name(split)):
-                    self.writer.save(tokens_name(split), rows[split].to_tensors())
+                if not main.has(tokens_name(split)):
+                    main.save(tokens_name(split), rows[split].to_tensors())
         with (
-            part_writer(self.writer, "capture", self.fields) as (writer, whole),
+            self.making.part() as (writer, whole),
             self.progress.task("capture", sum(len(unit.computed) for unit in mine), "rows") as advance,
             stopping.deferred(),
         ):
             advance(sum(len(unit.computed) for unit in mine) - sum(len(unit.computed) for unit in todo))
             record_units(self.model, layout, todo, rows, self.device, self.batch_size, writer, whole, advance)
-        if self.writer:
-            self.writer.finish({"bytes": layout.bytes, "layers": summarize(whole, layout, rows)})
+        return {"bytes": layout.bytes, "layers": summarize(whole, layout, rows)} if main else {}

@@ -19,17 +19,18 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from lolcats_formats import Artifact, ArtifactWriter
+from lolcats_formats import Artifact
 from lolcats_formats.place import Resume
 from lolcats_kernels import HybridConfig, HybridMaps
 from torch import Tensor
 
-from lolcats_cli import __version__
+from lolcats_cli import ranks
 from lolcats_cli.artifacts.maps import kept_config, maps_file
 from lolcats_cli.errors import BadInput, IdentityMismatch, UsageError
 from lolcats_cli.loading.student import check_finite, teacher_folder
 from lolcats_cli.progress import Progress
 from lolcats_cli.stages.capture import describe_teacher
+from lolcats_cli.stages.writing import Making, make_artifact
 from lolcats_cli.student.build import check_servable
 from lolcats_cli.teacher.load import LoadOptions, first_line, load_model, resolve_folder
 from lolcats_cli.teacher.record import probe
@@ -59,6 +60,7 @@ def import_maps(
         BadInput: a file that is no such checkpoint, or a teacher that cannot be linearized.
         IdentityMismatch: maps of other shapes than the teacher and options need.
     """
+    ranks.check_alone("import")
     weights, digest = _read(checkpoint)
     found: dict[int, dict[str, Tensor]] = {}
     for name, tensor in weights.items():
@@ -83,27 +85,24 @@ def import_maps(
         for layer, maps in sorted(found.items())
     }
     kept = sorted(set(range(len(infos))) - set(states))
-    with ArtifactWriter.create(
-        output,
-        "transfer",
-        config={
+    fields = {
+        "config": {
             "hybrid": asdict(hybrid),
             "layers": sorted(states),
             "imported": {"path": str(checkpoint), "sha256": digest},
             **({"keep_softmax": kept} if kept else {}),
         },
-        teacher=describe_teacher(model, folder, None, infos),
-        data={"path": str(checkpoint)},
-        tool=f"lolcats {__version__}",
-        resume=resume,
-        force=force,
-    ) as writer:
-        if writer.finished:
-            return writer.finished
+        "teacher": describe_teacher(model, folder, None, infos),
+        "data": {"path": str(checkpoint)},
+    }
+
+    def work(making: Making) -> dict[str, Any]:
         for layer, state in states.items():
-            writer.save(maps_file(layer), state)
+            making.writer.save(maps_file(layer), state)
         progress.note(f"{checkpoint}: maps of {len(states)} layers, {len(kept)} stay softmax")
-        return writer.finish({"layers": {}})
+        return {"layers": {}}
+
+    return make_artifact(output, "transfer", fields, work, resume=resume, force=force, progress=progress)
 
 
 def import_adapter(
@@ -128,6 +127,7 @@ def import_adapter(
     """
     parent = Artifact.open(transfer, "transfer")
     folder = teacher_folder(parent, teacher)
+    ranks.check_alone("import")
     weights, digest = _read(checkpoint)
     pairs: dict[str, dict[str, Tensor]] = {}
     for name, tensor in weights.items():
@@ -135,37 +135,34 @@ def import_adapter(
         if match is None:
             raise BadInput(f"{checkpoint} holds {name}, which is not a weight of a LoRA adapter.")
         pairs.setdefault(match[1], {})[match[2]] = tensor.contiguous()
-    ranks = {pair["lora_A"].shape[0] for pair in pairs.values() if "lora_A" in pair}
-    if len(ranks) != 1 or 0 in ranks or any(pair.keys() != {"lora_A", "lora_B"} for pair in pairs.values()):
+    found_ranks = {pair["lora_A"].shape[0] for pair in pairs.values() if "lora_A" in pair}
+    if len(found_ranks) != 1 or 0 in found_ranks or any(pair.keys() != {"lora_A", "lora_B"} for pair in pairs.values()):
         raise BadInput(f"{checkpoint} does not hold LoRA's A and B, of one rank, for every module.")
     _check_adapter(checkpoint, folder, pairs)
-    rank = ranks.pop()
+    rank = found_ranks.pop()
     config = {
         "rank": rank,
         "alpha": float(2 * rank if alpha is None else alpha),
         "targets": sorted({name.rsplit(".", 1)[-1] for name in pairs}),
     }
     attention = {"hybrid": parent.config["hybrid"], **kept_config(parent)}
-    with ArtifactWriter.create(
-        output,
-        "lora",
-        config={**config, **attention, "imported": {"path": str(checkpoint), "sha256": digest}},
-        teacher=parent.teacher,
-        data={"path": str(checkpoint)},
-        parents=[parent],
-        tool=f"lolcats {__version__}",
-        resume=resume,
-        force=force,
-    ) as writer:
-        if writer.finished:
-            return writer.finished
+    fields = {
+        "config": {**config, **attention, "imported": {"path": str(checkpoint), "sha256": digest}},
+        "teacher": parent.teacher,
+        "data": {"path": str(checkpoint)},
+        "parents": [parent],
+    }
+
+    def work(making: Making) -> dict[str, Any]:
         for name in sorted(file for file in parent.files if file.startswith("maps/")):
-            writer.copy(name, (parent, name))
+            making.writer.copy(name, (parent, name))
         tensors = {f"base_model.model.{m}.{name}.weight": t for m, pair in pairs.items() for name, t in pair.items()}
-        writer.save("adapter/adapter_model.safetensors", tensors)
-        writer.write_json("adapter/adapter_config.json", _adapter_config(config))
+        making.writer.save("adapter/adapter_model.safetensors", tensors)
+        making.writer.write_json("adapter/adapter_config.json", _adapter_config(config))
         progress.note(f"{checkpoint}: LoRA of rank {rank} on {len(pairs)} modules")
-        return writer.finish({"layers": parent.summary.get("layers", {})})
+        return {"layers": parent.summary.get("layers", {})}
+
+    return make_artifact(output, "lora", fields, work, resume=resume, force=force, progress=progress)
 
 
 def holds_adapter(checkpoint: Path) -> bool:

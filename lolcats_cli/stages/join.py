@@ -15,13 +15,14 @@ from lolcats_formats import Artifact, ArtifactWriter, differences
 from lolcats_formats.place import Resume
 from torch import Tensor
 
-from lolcats_cli import __version__
+from lolcats_cli import ranks
 from lolcats_cli.artifacts.disk import check_space
 from lolcats_cli.artifacts.layout import SPLITS, Layout, is_measured, summarize, tokens_name
 from lolcats_cli.artifacts.maps import kept_layers, maps_file
 from lolcats_cli.errors import IdentityMismatch, UsageError
 from lolcats_cli.progress import Progress
 from lolcats_cli.stages.capture import ADVICE
+from lolcats_cli.stages.writing import Making, make_artifact
 from lolcats_cli.teacher.data import Rows, describe_rows, split_numbers
 
 # What parts have in common, and what of their config tells them apart.
@@ -50,15 +51,15 @@ def join(
         NotEnoughSpace: the disk lacks the bytes.
         FormatError: a part that is no finished artifact, or damaged; `output` holds something else.
     """
+    ranks.check_alone("join")
     opened = [Artifact.open(part, tuple(PART)) for part in parts]
     kind = opened[0].kind if opened else ""
     if len(opened) < 2 or any(part.kind != kind for part in opened):
         raise UsageError("join takes two or more parts of one kind: captures, or transfers.")
     for other in opened[1:]:
-        fields = differences(_identity(opened[0]), _identity(other))
-        if fields:
+        if different := differences(_identity(opened[0]), _identity(other)):
             raise IdentityMismatch(
-                f"{other.path} does not belong to {opened[0].path}: they differ in {', '.join(fields)}."
+                f"{other.path} does not belong to {opened[0].path}: they differ in {', '.join(different)}."
             )
     if "select" in opened[0].config:
         raise IdentityMismatch(
@@ -69,21 +70,17 @@ def join(
     if lacking:
         raise IdentityMismatch(f"{opened[0].path} does not say its {', '.join(lacking)}. Make the parts again.")
     joined = _Captures(opened) if kind == "capture" else _Transfers(opened)
-    with ArtifactWriter.create(
-        output,
-        kind,
-        config={**opened[0].config, PART[kind]: joined.covered},
-        teacher=opened[0].teacher,
-        data=joined.data,
-        parents=opened[0].parents,
-        tool=f"lolcats {__version__}",
-        resume=resume,
-        force=force,
-    ) as writer:
-        if writer.finished:
-            progress.note(f"{output} is finished already")
-            return writer.finished
-        return writer.finish(joined.write(writer, progress))
+    fields = {
+        "config": {**opened[0].config, PART[kind]: joined.covered},
+        "teacher": opened[0].teacher,
+        "data": joined.data,
+        "parents": opened[0].parents,
+    }
+
+    def work(making: Making) -> dict:
+        return joined.write(making.writer, progress)
+
+    return make_artifact(output, kind, fields, work, resume=resume, force=force, progress=progress)
 
 
 def _identity(part: Artifact) -> dict:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from os.path import isfile, join
 from pathlib import Path
@@ -18,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 from lolcats_formats import Artifact, ArtifactWriter
 from lolcats_formats.place import Resume
 
-from lolcats_cli import __version__, ranks
+from lolcats_cli import ranks
 from lolcats_cli.artifacts.layout import SPLITS, tokens_name
 from lolcats_cli.artifacts.maps import kept_config, maps_file
 from lolcats_cli.errors import BadInput, IdentityMismatch, UsageError
 from lolcats_cli.loading.student import check_on_devices, load_student, teacher_folder
 from lolcats_cli.progress import Progress
+from lolcats_cli.stages.writing import Making, make_artifact
 from lolcats_cli.student.build import hybrid_modules, linear_layers, projections
 from lolcats_cli.teacher.data import DataOptions, Rows, describe_rows, read_rows, split_rows
 from lolcats_cli.teacher.load import LoadOptions, load_tokenizer, model_limit
@@ -132,7 +132,7 @@ def lora(
             )
     device = load.resolved_device()
     parent = Artifact.open(transfer, "transfer")
-    with ranks.joined(device.type), ExitStack() as stack:
+    with ranks.joined(device.type):
         with ranks.one_first():  # it hashes the teacher, and the others find its hashes
             folder = teacher_folder(parent, teacher)
         data_options = replace(data_options, completion=options.loss_on == "completion")
@@ -148,27 +148,17 @@ def lora(
         if gradient_checkpointing:
             student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model = _with_adapter(student, options, parent)
-        writer = None
-        if ranks.rank() == 0:
-            config = {**_config(options, parent), "dtype": str(student.dtype).removeprefix("torch.")}
-            writer = stack.enter_context(
-                ArtifactWriter.create(
-                    output,
-                    "lora",
-                    config=config,
-                    teacher=parent.teacher,
-                    data=describe_rows(splits, source),
-                    parents=[parent],
-                    tool=f"lolcats {__version__}",
-                    resume=resume,
-                    force=force,
-                )
-            )
-        if ranks.share(lambda: writer is not None and writer.finished is not None):
-            progress.note(f"{output} is finished already")
-        else:
-            _run(model, splits, options, device, writer, progress, layers=parent.summary["layers"])
-    return Artifact.open(output)
+        fields = {
+            "config": {**_config(options, parent), "dtype": str(student.dtype).removeprefix("torch.")},
+            "teacher": parent.teacher,
+            "data": describe_rows(splits, source),
+            "parents": [parent],
+        }
+
+        def work(making: Making) -> dict[str, Any]:
+            return _train(model, splits, options, device, making.main, progress) | {"layers": parent.summary["layers"]}
+
+        return make_artifact(output, "lora", fields, work, resume=resume, force=force, progress=progress)
 
 
 def _config(options: LoraOptions, parent: Artifact) -> dict[str, Any]:
@@ -176,25 +166,24 @@ def _config(options: LoraOptions, parent: Artifact) -> dict[str, Any]:
     return {**given, "targets": list(options.targets or ()), "hybrid": parent.config["hybrid"], **kept_config(parent)}
 
 
-def _run(
+def _train(
     model: PeftModel,
     splits: dict[str, Rows],
     options: LoraOptions,
     device: torch.device,
     writer: ArtifactWriter | None,
     progress: Progress,
-    layers: Any,
-) -> None:
-    """Train, and finish the artifact on the rank that has the writer."""
+) -> dict[str, Any]:
+    """Train, and write what was trained on the rank that has the writer. Returns the training's figures."""
     from lolcats_cli.stages.lora_training import train
 
-    summary = train(model, splits, options, device, writer, progress)
-    if writer is None:
-        return
-    for hybrid in hybrid_modules(model.get_base_model()):
-        writer.save(maps_file(hybrid.layer_idx), {name: tensor.cpu() for name, tensor in hybrid.state_dict().items()})
-    _save_adapter(model, writer)
-    writer.finish({**summary, "layers": layers})
+    figures = train(model, splits, options, device, writer, progress)
+    if writer is not None:
+        for hybrid in hybrid_modules(model.get_base_model()):
+            tensors = {name: tensor.cpu() for name, tensor in hybrid.state_dict().items()}
+            writer.save(maps_file(hybrid.layer_idx), tensors)
+        _save_adapter(model, writer)
+    return figures
 
 
 def _rows(

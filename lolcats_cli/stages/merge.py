@@ -18,7 +18,7 @@ from lolcats_kernels import HybridConfig, HybridMaps
 from safetensors import safe_open
 from torch import Tensor
 
-from lolcats_cli import __version__, stopping
+from lolcats_cli import ranks, stopping
 from lolcats_cli.artifacts.disk import check_space, human
 from lolcats_cli.artifacts.maps import kept_config, kept_layers, maps_file, recorded_heads
 from lolcats_cli.errors import IdentityMismatch, UsageError
@@ -26,6 +26,7 @@ from lolcats_cli.evaluation import golden_logits
 from lolcats_cli.loading.student import check_finite, load_adapter, teacher_folder
 from lolcats_cli.progress import Progress
 from lolcats_cli.stages.mergeable import TeacherFiles, teacher_files, tokenizer_config
+from lolcats_cli.stages.writing import Making, make_artifact
 from lolcats_cli.student import export
 from lolcats_cli.student.fold import Adapter
 from lolcats_cli.teacher import identity
@@ -61,53 +62,54 @@ def merge(
         NotEnoughSpace: the disk lacks the bytes.
         FormatError: `source` is no such artifact, or is damaged; `output` holds something else.
     """
+    ranks.check_alone("merge")
     if max_shard_bytes < 1:
         raise UsageError(f"--max-shard-size is {max_shard_bytes} bytes; it must be at least 1.")
     artifact = Artifact.open(source, kind=("lora", "transfer"))
     plan = _plan(artifact, teacher_folder(artifact, None if teacher is None else str(teacher)))
     progress.note(f"merge will write {len(plan.sizes)} tensors, {human(sum(plan.sizes.values()))}, to {output}")
-    with ArtifactWriter.create(
-        output,
-        "student",
-        config={"hybrid": asdict(plan.hybrid), "max_shard_bytes": max_shard_bytes, **kept_config(artifact)},
-        teacher={**artifact.teacher, "path": str(plan.teacher.folder)},
-        data=artifact.data,
-        parents=[artifact],
-        tool=f"lolcats {__version__}",
-        resume=resume,
-        force=force,
-    ) as writer:
-        if writer.finished:
-            progress.note(f"{output} is finished already")
-            return writer.finished
+    fields = {
+        "config": {"hybrid": asdict(plan.hybrid), "max_shard_bytes": max_shard_bytes, **kept_config(artifact)},
+        "teacher": {**artifact.teacher, "path": str(plan.teacher.folder)},
+        "data": artifact.data,
+        "parents": [artifact],
+    }
+
+    def work(making: Making) -> dict[str, Any]:
         shards = plan_shards(plan.sizes, max_shard_bytes)
-        needed = sum(plan.sizes[name] for file in shards if not writer.has(file) for name in shards[file])
-        check_space(needed, output, "Free some, or merge to another disk.")
-        with progress.task("merge", len(shards), "files") as advance:
-            for file, names in shards.items():
-                if not writer.has(file):
-                    with stopping.deferred():
-                        writer.save(file, plan.load(names), {"format": "pt"})
-                    stopping.check()
-                advance(1)
-        if len(shards) > 1:
-            index = {
-                "metadata": {"total_size": sum(plan.sizes.values())},
-                "weight_map": {name: file for file, names in shards.items() for name in names},
-            }
-            writer.write_json("model.safetensors.index.json", index)
-        _write_model_files(writer, plan, artifact)
-        if not writer.has(GOLDEN):
+        _write_weights(making.writer, plan, shards, progress)
+        _write_model_files(making.writer, plan, artifact)
+        if not making.writer.has(GOLDEN):
             progress.note("merge runs the student over two prompts, for its golden logits")
-            writer.save(GOLDEN, golden_logits.golden(writer.path, writer.scratch / "golden"))
-        return writer.finish(
-            {
-                "tensors": len(plan.sizes),
-                "bytes": sum(plan.sizes.values()),
-                "shards": len(shards),
-                "folded": len(plan.adapter.modules) if plan.adapter else 0,
-            }
-        )
+            logits = golden_logits.golden(making.writer.path, making.writer.scratch / "golden")
+            making.writer.save(GOLDEN, logits)
+        return {
+            "tensors": len(plan.sizes),
+            "bytes": sum(plan.sizes.values()),
+            "shards": len(shards),
+            "folded": len(plan.adapter.modules) if plan.adapter else 0,
+        }
+
+    return make_artifact(output, "student", fields, work, resume=resume, force=force, progress=progress)
+
+
+def _write_weights(writer: ArtifactWriter, plan: _Plan, shards: dict[str, list[str]], progress: Progress) -> None:
+    """Write the files of weights that are missing, and their index if there are several."""
+    needed = sum(plan.sizes[name] for file in shards if not writer.has(file) for name in shards[file])
+    check_space(needed, writer.path, "Free some, or merge to another disk.")
+    with progress.task("merge", len(shards), "files") as advance:
+        for file, names in shards.items():
+            if not writer.has(file):
+                with stopping.deferred():
+                    writer.save(file, plan.load(names), {"format": "pt"})
+                stopping.check()
+            advance(1)
+    if len(shards) > 1:
+        index = {
+            "metadata": {"total_size": sum(plan.sizes.values())},
+            "weight_map": {name: file for file, names in shards.items() for name in names},
+        }
+        writer.write_json("model.safetensors.index.json", index)
 
 
 @dataclass(frozen=True)

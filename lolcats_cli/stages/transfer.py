@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
-from contextlib import ExitStack
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +19,7 @@ from lolcats_formats import Artifact, ArtifactWriter
 from lolcats_formats.place import Resume
 from safetensors import safe_open
 
-from lolcats_cli import __version__, ranks, stopping
+from lolcats_cli import ranks, stopping
 from lolcats_cli.artifacts.maps import maps_file
 from lolcats_cli.errors import UsageError
 from lolcats_cli.loading.student import teacher_folder
@@ -29,7 +28,7 @@ from lolcats_cli.stages.activations import ComputedActivations, Source, StoredAc
 from lolcats_cli.stages.checkpoints import Checkpoints
 from lolcats_cli.stages.layer_training import Trained, TransferOptions, train_layers, window_errors
 from lolcats_cli.stages.rolling import RollingActivations
-from lolcats_cli.stages.shared import completed_files, part_writer
+from lolcats_cli.stages.writing import Making, make_artifact
 from lolcats_cli.teacher.load import LoadOptions, load_model
 
 CARRIED = ("entropy", "head_entropy", "esl")  # of a layer's figures in the capture: shown without it too
@@ -71,7 +70,7 @@ def transfer(
     """
     parent = Artifact.open(capture, "capture")
     device = load.resolved_device()
-    with ranks.joined(device.type), ExitStack() as stack:
+    with ranks.joined(device.type):
         rolling = Path(output) / f".hidden-{ranks.rank()}"
         source = _source(parent, teacher, load, device, block_size, rolling, progress)
         chosen, kept = _choose(source, options, layers, _kept(source, keep_softmax, keep_auto), keep_auto)
@@ -90,22 +89,18 @@ def transfer(
             "teacher": parent.teacher,
             "data": parent.data,
             "parents": [parent],
-            "tool": f"lolcats {__version__}",
         }
-        writer = None
-        if ranks.rank() == 0:
-            create = ArtifactWriter.create(output, "transfer", **fields, resume=resume, force=force)
-            writer = stack.enter_context(create)
-        if ranks.share(lambda: writer is not None and writer.finished is not None):
-            progress.note(f"{output} is finished already")
-        else:
-            _train(source, chosen, options, device, writer, fields, progress)
+
+        def work(making: Making) -> dict[str, Any]:
+            _train(source, chosen, options, device, making, progress)
             if isinstance(source, RollingActivations):
                 source.remove()
-            if writer:
-                writer.order_metrics(lambda event: event["layer"])
-                writer.finish({"layers": {str(layer): _figures(writer, parent, layer) for layer in chosen}})
-    return Artifact.open(output)
+            if making.main is None:
+                return {}
+            making.main.order_metrics(lambda event: event["layer"])
+            return {"layers": {str(layer): _figures(making.main, parent, layer) for layer in chosen}}
+
+        return make_artifact(output, "transfer", fields, work, resume=resume, force=force, progress=progress)
 
 
 def _train(
@@ -113,15 +108,14 @@ def _train(
     chosen: list[int],
     options: TransferOptions,
     device: torch.device,
-    main: ArtifactWriter | None,
-    fields: dict[str, Any],
+    making: Making,
     progress: Progress,
 ) -> None:
-    """Train this rank's share of the layers. Rank 0 passes the artifact's writer."""
-    written = completed_files(main)
+    """Train this rank's share of the layers."""
+    written = making.completed_files()
     steps, mine = options.total_steps(source.rows["train"]), _share(_together(source, chosen))
     with (
-        part_writer(main, "transfer", fields) as (writer, _),
+        making.part() as (writer, _),
         progress.task("transfer", sum(map(len, mine)) * steps, "steps") as advance,
         stopping.deferred(),
     ):

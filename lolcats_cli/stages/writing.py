@@ -1,0 +1,102 @@
+"""The artifact that a stage makes. Every stage creates or continues it here, does its work unless that is done already,
+and finishes it.
+
+Where several ranks run a stage, rank 0 has the artifact's writer. Each other rank writes a part, which rank 0 takes in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lolcats_formats import Artifact, ArtifactWriter
+from lolcats_formats.limits import PART_PREFIX
+from lolcats_formats.place import Resume
+
+from lolcats_cli import __version__, ranks
+from lolcats_cli.progress import Progress
+
+
+@dataclass(frozen=True)
+class Making:
+    """An unfinished artifact, as one of the ranks that make it sees it.
+
+    Attributes:
+        kind, fields: what it is made as (see `make_artifact`).
+        main: the artifact's writer on rank 0, None on the others.
+    """
+
+    kind: str
+    fields: dict[str, Any]
+    main: ArtifactWriter | None
+
+    @property
+    def writer(self) -> ArtifactWriter:
+        """The artifact's writer, on rank 0."""
+        assert self.main is not None, "rank 0 has the artifact's writer"
+        return self.main
+
+    @contextmanager
+    def part(self) -> Iterator[tuple[ArtifactWriter, Path]]:
+        """This rank's writer, and the directory of the whole artifact.
+
+        When every rank has left the block, the files of all are in the artifact.
+        """
+        whole = Path(ranks.share(lambda: str(self.writer.path)))
+        if self.main is not None:
+            yield self.main, whole
+        else:
+            part = whole / f"{PART_PREFIX}{ranks.rank()}"
+            with ArtifactWriter.create(part, self.kind, **self.fields, tool=_tool()) as writer:
+                yield writer, whole
+        ranks.barrier()
+        self.completed_files()
+
+    def completed_files(self) -> set[str]:
+        """The names of the artifact's files that are complete, on every rank. Rank 0 takes in all parts first, also
+        those of an earlier run."""
+        return ranks.share(self._absorb_parts)
+
+    def _absorb_parts(self) -> set[str]:
+        for part in self.writer.parts():
+            self.writer.absorb(part)
+        return set(self.writer.files)
+
+
+def make_artifact(
+    output: Path | str,
+    kind: str,
+    fields: dict[str, Any],
+    work: Callable[[Making], Mapping[str, Any]],
+    *,
+    resume: Resume,
+    force: bool,
+    progress: Progress,
+) -> Artifact:
+    """The finished artifact in `output`. `work` writes its files and returns its summary; it is not called if the
+    artifact is finished already.
+
+    fields: the artifact's `config`, `teacher`, `data`, and `parents` if it has any, which its id is made of.
+    resume, force: what to do with an artifact that `output` holds. These and the errors are of `ArtifactWriter.create`.
+    """
+    with ExitStack() as stack:
+        main = None
+        if ranks.rank() == 0:
+            create = ArtifactWriter.create(output, kind, **fields, tool=_tool(), resume=resume, force=force)
+            main = stack.enter_context(create)
+        making = Making(kind, fields, main)
+        if ranks.share(lambda: making.writer.finished is not None):
+            progress.note(f"{output} is finished already")
+        else:
+            summary = work(making)
+            if main is not None:
+                main.finish(summary)
+    ranks.barrier()
+    return Artifact.open(output)
+
+
+def _tool() -> str:
+    return f"lolcats {__version__}"
