@@ -25,6 +25,7 @@ from lolcats_cli.commands.join import join
 from lolcats_cli.commands.lora import lora
 from lolcats_cli.commands.merge import merge
 from lolcats_cli.commands.plan import plan
+from lolcats_cli.commands.report import report
 from lolcats_cli.commands.transfer import transfer
 from lolcats_cli.commands.verify import verify
 from lolcats_cli.errors import LolcatsError, NotEnoughSpace, Stopped, shortage
@@ -54,6 +55,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "join": join,
     "inspect": inspect,
     "verify": verify,
+    "report": report,
     "eval": evaluate,
     "generate": generate,
     "import": import_published,

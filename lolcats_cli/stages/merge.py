@@ -7,12 +7,12 @@ them (`…self_attn.hybrid.*`, fp32), the code that computes them, configuration
 from __future__ import annotations
 
 import re
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from lolcats_formats import GOLDEN, Artifact, ArtifactWriter, FormatError
+from lolcats_formats import GOLDEN, Artifact, ArtifactWriter
 from lolcats_formats.place import Resume
 from lolcats_kernels import HybridConfig, HybridMaps
 from safetensors import safe_open
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lolcats_cli import ranks, stopping
 from lolcats_cli.artifacts.disk import check_space, human
+from lolcats_cli.artifacts.history import figures, history, layer_figures, transfer_summary
 from lolcats_cli.artifacts.maps import kept_config, kept_layers, maps_file, recorded_heads
 from lolcats_cli.errors import IdentityMismatch, UsageError
 from lolcats_cli.evaluation import golden_logits
@@ -29,9 +30,12 @@ from lolcats_cli.stages.mergeable import TeacherFiles, teacher_files, tokenizer_
 from lolcats_cli.stages.writing import Making, make_artifact
 from lolcats_cli.student import export
 from lolcats_cli.student.fold import Adapter
+from lolcats_cli.student.memory import cache_bytes, student_bytes
 from lolcats_cli.teacher import identity
+from lolcats_cli.teacher.load import DTYPES
 
 MAX_SHARD_BYTES = 5_000_000_000
+CONTEXT = 32768  # tokens of the memory that the model card tells
 LICENCE_FILES = re.compile(r"(?i)^(licen[cs]e|notice|use_policy)(\.(txt|md))?$")
 
 
@@ -223,27 +227,24 @@ def _write_model_files(writer: ArtifactWriter, plan: _Plan, artifact: Artifact) 
             writer.write_json(name, tokenizer)
         else:
             writer.copy(name, folder / name)
-    card = export.model_card(
+    writer.write_text("README.md", _card(plan, artifact, "tokenizer_config.json" in copied))
+
+
+def _card(plan: _Plan, artifact: Artifact, has_tokenizer: bool) -> str:
+    """The model card, with the figures of those ancestors that still lie where they were."""
+    steps = history(artifact)
+    layers, kept = artifact.teacher["layers"], kept_layers(artifact)
+    itemsize = DTYPES[plan.teacher.dtype()].itemsize
+    return export.model_card(
         teacher=artifact.teacher,
         hybrid=plan.hybrid,
-        kept=kept_layers(artifact),
-        lineage=_lineage(artifact),
-        has_tokenizer="tokenizer_config.json" in copied,
+        kept=kept,
+        lineage=[(step.kind, step.id) for step in steps],
+        figures=[(figure.stage, figure.name, figure.value) for figure in figures(steps)],
+        layers=layer_figures(transfer_summary(steps)),
+        memory=(
+            human(student_bytes(layers, plan.hybrid, kept, CONTEXT, itemsize)),
+            human(cache_bytes(layers, CONTEXT, itemsize)),
+        ),
+        has_tokenizer=has_tokenizer,
     )
-    writer.write_text("README.md", card)
-
-
-def _lineage(artifact: Artifact) -> list[dict[str, Any]]:
-    """The source and all it was made from, nearest first; figures of those that still lie where they were."""
-    steps = [{"kind": artifact.kind, "id": artifact.id, "summary": artifact.summary}]
-    todo = list(artifact.parents)
-    while todo:
-        parent = todo.pop(0)
-        step = {"kind": parent["kind"], "id": parent["id"]}
-        with suppress(FormatError):
-            ancestor = artifact.ancestor(parent["kind"])
-            if ancestor.id == parent["id"]:
-                step["summary"] = ancestor.summary
-        steps.append(step)
-        todo += parent["parents"]
-    return steps

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -111,19 +111,21 @@ def model_card(
     teacher: Mapping[str, Any],
     hybrid: HybridConfig,
     kept: Sequence[int],
-    lineage: Iterable[Mapping[str, Any]],
+    lineage: Sequence[tuple[str, str]],
+    figures: Sequence[tuple[str, str, str]],
+    layers: Mapping[int, Mapping[str, float]],
+    memory: tuple[str, str],
     has_tokenizer: bool,
 ) -> str:
     """README.md of a merged folder.
 
-    kept: the layers that stay softmax. lineage: of each artifact from the source backwards: kind, id and summary
-    (numbers worth showing), if known.
+    kept: the layers that stay softmax. lineage: (kind, id) of each artifact from the source backwards. figures: (stage,
+    name, value) of their results. layers: a transfer's figures by layer. memory: what the student and its teacher
+    keep of 32,768 tokens, in words.
     """
     base = teacher.get("name") or teacher.get("architecture", "the teacher")
     window = f"{hybrid.window} ({hybrid.layout})" if hybrid.window else "none (pure linear attention)"
-    lineage = list(lineage)
-    steps = [f"- {step['kind']}: `{step['id']}`" for step in lineage]
-    metrics = _metrics(lineage)
+    steps = [f"- {kind}: `{artifact_id}`" for kind, artifact_id in lineage]
     load = [
         "```python",
         "from transformers import AutoModelForCausalLM" + (", AutoTokenizer" if has_tokenizer else ""),
@@ -157,13 +159,14 @@ def model_card(
         f"- feature map: {hybrid.feature_map}, size {hybrid.feature_dim}",
         f"- softmax window: {window}; linear factor: {hybrid.linear_factor}",
         *([f"- layers that stay softmax: {', '.join(map(str, kept))}"] if kept else []),
+        f"- memory of one sequence of 32,768 tokens: {memory[0]}; the teacher's KV cache takes {memory[1]}",
         "- cached generation equals recomputation; padding is honoured; the cache cannot be rolled back, so assisted",
         "  generation is not possible",
         "",
         "## Lineage",
         "",
         *steps,
-        *metrics,
+        *_results(figures, layers),
         "",
         "## Licence",
         "",
@@ -179,32 +182,27 @@ def model_card(
     return "\n".join(lines)
 
 
-def _metrics(lineage: list[Mapping[str, Any]]) -> list[str]:
-    """A table of each stage's figures, and one of the layers as the nearest stage tells them."""
-    figures = [
-        f"| {step['kind']} | {name} | {value:.6g} |"
-        for step in lineage
-        for name, value in _numbers({**step.get("summary", {}), "layers": None}).items()
-    ]
-    lines = ["", "## Metrics", "", "| stage | figure | value |", "| --- | --- | --- |", *figures] if figures else []
-    layers: Any = next((step["summary"]["layers"] for step in lineage if step.get("summary", {}).get("layers")), {})
-    rows = {layer: _numbers(values) for layer, values in layers.items()} if isinstance(layers, Mapping) else {}
-    names = list(dict.fromkeys(name for row in rows.values() for name in row))
-    if names:
-        lines += ["", "| layer | " + " | ".join(names) + " |", "| --- " * (len(names) + 1) + "|"]
-        lines += [
-            f"| {layer} | " + " | ".join(f"{row[name]:.4g}" if name in row else "" for name in names) + " |"
-            for layer, row in sorted(rows.items(), key=lambda item: int(item[0]))
-        ]
+# A layer's figures in the card: the column's name, and how a value is written.
+LAYER_COLUMNS = {
+    "relative_mse": ("error", "{:.2%}"),
+    "relative_window_mse": ("error of the window alone", "{:.2%}"),
+    "heads_off": ("heads off", "{:.0f}"),
+    "entropy": ("attention entropy, nats", "{:.3g}"),
+}
+
+
+def _results(figures: Sequence[tuple[str, str, str]], layers: Mapping[int, Mapping[str, float]]) -> list[str]:
+    """A table of the stages' results, and one of the layers."""
+    lines: list[str] = []
+    if figures:
+        rows = [f"| {stage} | {name} | {value} |" for stage, name, value in figures]
+        lines += ["", "## Results", "", "| stage | | |", "| --- | --- | --- |", *rows]
+    columns = {key: value for key, value in LAYER_COLUMNS.items() if any(key in layer for layer in layers.values())}
+    if columns:
+        names = [name for name, _ in columns.values()]
+        lines += ["", "Errors are squared errors of the attention's output, beside the power of the teacher's.", ""]
+        lines += ["| layer | " + " | ".join(names) + " |", "| --- " * (len(names) + 1) + "|"]
+        for number, layer in layers.items():
+            cells = [form.format(layer[key]) if key in layer else "" for key, (_, form) in columns.items()]
+            lines.append(f"| {number} | " + " | ".join(cells) + " |")
     return lines
-
-
-def _numbers(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """The numbers among some values, nested names joined by dots; lists are left out."""
-    found: dict[str, float] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            found |= _numbers(value, f"{prefix}{name}.")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            found[f"{prefix}{name}"] = value
-    return found

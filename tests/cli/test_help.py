@@ -18,6 +18,7 @@ COMMANDS = (
     "join",
     "inspect",
     "verify",
+    "report",
     "eval",
     "generate",
     "import",

@@ -91,7 +91,7 @@ def save_artifact(folder: Path, teacher: Path, adapter: Path | None = None, laye
             writer.save(f"maps/layer-{layer:03d}.safetensors", layer_maps()[layer])
         for file in sorted(adapter.iterdir()) if adapter else ():
             writer.copy(f"adapter/{file.name}", file)
-        return writer.finish({"loss": 1.25, "layers": {"0": {"mse": 0.5}, "1": {"gamma": {"mean": 0.1}}}})
+        return writer.finish({"loss": 1.25, "layers": {"0": {"relative_mse": 0.5}, "1": {"gamma": {"mean": 0.1}}}})
 
 
 def save_adapter(folder: Path, teacher: Path, **options: object) -> Path:
@@ -173,7 +173,8 @@ def test_it_is_an_artifact_with_everything_a_model_folder_has(merged, lora):
     assert code | rest <= set(artifact.files)
     card = (merged / "README.md").read_text()
     assert Artifact.open(lora).id in card and "2410.10254" in card and "trust_remote_code=True" in card
-    assert "| lora | loss | 1.25 |" in card and "| layer | mse |" in card and "| 0 | 0.5 |" in card
+    assert "| lora | validation loss, nats per token | 1.250 |" in card
+    assert "| layer | error |" in card and "| 0 | 50.00% |" in card and "| 1 |  |" in card
     assert str(merged.parent) not in card
     assert AutoTokenizer.from_pretrained(merged, trust_remote_code=True)("w5 w9")["input_ids"] == [5, 9]
 

@@ -1,0 +1,93 @@
+"""lolcats report"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lolcats_cli.commands import _checks as checks
+from lolcats_cli.commands import _options as o
+
+
+def report(
+    student: Annotated[
+        str,
+        typer.Argument(help="A merged folder, a LoRA or a transfer artifact, or - to read its path from stdin."),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file to write.")],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Held-out data, as for capture (repeatable). With it the student and its teacher are run on it."
+        ),
+    ] = None,
+    seq_len: o.SeqLen = 1024,
+    samples: Annotated[int, typer.Option(min=1, help="The most rows to take of --data.")] = 64,
+    recall: Annotated[int, typer.Option(min=0, help="Rows per recall distance; 0 leaves recall out.")] = 32,
+    pack: o.Pack = True,
+    format: o.Format = "auto",
+    template: o.Template = "auto",
+    text_field: o.TextField = "text",
+    subset: o.Subset = None,
+    split: o.Split = "train",
+    on_bad_row: o.OnBadRow = "error",
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 4,
+    teacher: o.Teacher = None,
+    trust_remote_code: o.TrustRemoteCode = False,
+    dtype: o.Dtype = "auto",
+    device: o.Device = "auto",
+    device_map: o.DeviceMap = None,
+    seed: o.Seed = 0,
+) -> None:
+    """Write what is known of a student into one HTML page: lineage, curves, errors by head, memory.
+
+    Without --data no model is run, and the page is made within seconds. With it the page also compares perplexity,
+    recall, samples and decoding speed with the teacher's.
+    """
+    from lolcats_formats import Artifact, atomic
+
+    from lolcats_cli.errors import UsageError
+
+    given = o.artifact_path(student, data)
+    if "-" in (data or ()):
+        raise UsageError("report reads --data twice, so it cannot come from stdin. Name a file.")
+    opened = Artifact.open(given, ("transfer", "lora", "student"))
+    if data:
+        checks.model(given, teacher)
+        checks.data(data)
+    if not output.absolute().parent.is_dir():
+        raise UsageError(f"--output {output}: its folder does not exist. Make it first.")
+
+    from lolcats_cli.report.page import page
+
+    measured = None
+    if data:
+        from lolcats_cli.report.measure import measure
+        from lolcats_cli.teacher.data import DataOptions
+        from lolcats_cli.teacher.load import LoadOptions
+
+        measured = measure(
+            opened,
+            data,
+            options=DataOptions(
+                seq_len,
+                pack,
+                template,
+                text_field,
+                split,
+                samples=samples,
+                format=format,
+                subset=subset,
+                on_bad_row=on_bad_row,
+            ),
+            recall_count=recall,
+            batch_size=batch_size,
+            teacher=teacher,
+            load=LoadOptions(dtype, device, trust_remote_code, device_map=device_map),
+            seed=seed,
+            progress=o.progress(),
+        )
+    atomic.write(output, [page(opened, measured).encode()])
+    o.print_result(output, {}, False)

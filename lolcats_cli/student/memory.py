@@ -1,0 +1,53 @@
+"""How many bytes a student and its teacher keep of one sequence while they generate."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from math import prod
+from typing import Any
+
+import torch
+from lolcats_kernels import HybridConfig, HybridMaps
+from lolcats_kernels.state import KVState
+
+SUM_BYTES = 4  # of an element of S and z: fp32
+POSITION_BYTES = 8  # of the length
+
+
+def cache_bytes(layers: Sequence[Mapping[str, Any]], tokens: int, itemsize: int) -> int:
+    """Bytes of the keys and values of so many tokens in softmax layers.
+
+    layers: as in a manifest's `teacher.layers`. itemsize: bytes of a key's element.
+    """
+    total = 0
+    for layer in layers:
+        window = layer.get("sliding_window")
+        seen = tokens if window is None else min(tokens, window)
+        total += layer["num_key_value_heads"] * (layer["head_dim"] + value_dim(layer)) * itemsize * seen
+    return total
+
+
+def value_dim(layer: Mapping[str, Any]) -> int:
+    """The size of a head's values."""
+    return layer.get("v_head_dim") or layer["head_dim"]
+
+
+def student_bytes(
+    layers: Sequence[Mapping[str, Any]], hybrid: HybridConfig, kept: Collection[int], tokens: int, itemsize: int
+) -> int:
+    """Bytes of a student's state after so many tokens: constant in its hybrid layers, growing in the `kept` ones."""
+    total = cache_bytes([layers[number] for number in kept if number < len(layers)], tokens, itemsize)
+    for number, layer in enumerate(layers):
+        if number not in kept and layer["num_heads"]:
+            with torch.device("meta"):  # shapes alone
+                maps = HybridMaps(hybrid, layer["num_heads"], layer["head_dim"])
+            shapes = KVState.shapes(maps, 1, layer["num_key_value_heads"], value_dim(layer))
+            sizes = {
+                "sums": SUM_BYTES,
+                "norms": SUM_BYTES,
+                "keys": itemsize,
+                "values": itemsize,
+                "length": POSITION_BYTES,
+            }
+            total += sum(prod(shape) * sizes[name] for name, shape in shapes.items())
+    return total
