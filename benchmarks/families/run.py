@@ -156,7 +156,8 @@ def check_student(folder: Path, teacher, unmerged, note: Callable[[str], None]) 
         note("load")
         student = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
         tokens = torch.randint(3, 260, (2, 23), generator=torch.Generator().manual_seed(2))
-        expected = student(tokens, labels=tokens, use_cache=False)
+        labels = tokens if holds(lambda: teacher(tokens, labels=tokens)) else None  # some want an image before them
+        expected = student(tokens, labels=labels, use_cache=False)
         own = unmerged(tokens, use_cache=False).logits
         torch.testing.assert_close(expected.logits, own, atol=1e-4, rtol=1e-4)
         of_teacher = checks(teacher, tokens, teacher(tokens, use_cache=False).logits)
@@ -172,9 +173,10 @@ def check_student(folder: Path, teacher, unmerged, note: Callable[[str], None]) 
         student.save_pretrained(folder.with_name("again"))
         again = AutoModelForCausalLM.from_pretrained(folder.with_name("again"), trust_remote_code=True).eval()
         for model in (again, load_merged(folder, LoadOptions(device="cpu"))):  # that with the code that is installed
-            found = model(tokens, labels=tokens, use_cache=False)
+            found = model(tokens, labels=labels, use_cache=False)
             torch.testing.assert_close(found.logits, expected.logits, atol=1e-6, rtol=1e-6)
-            torch.testing.assert_close(found.loss, expected.loss)
+            if labels is not None:
+                torch.testing.assert_close(found.loss, expected.loss)
     return excused
 
 

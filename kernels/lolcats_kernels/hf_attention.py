@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from .hf_adapters import has_indexer, key_mask
 from .hf_cache import LolcatsCacheLayer
 from .hybrid import hybrid_attention
 from .maps import HybridMaps
@@ -104,6 +105,7 @@ def lolcats_attention(
     where = f"layer {getattr(module, 'layer_idx', '?')} ({type(module).__name__})"
     if hybrid is None and not kept:
         raise ValueError(f"{where} has no feature maps: the attention implementation {NAME!r} is for students only.")
+    attention_mask = key_mask(module, attention_mask)
     if attention_mask is not None and attention_mask.ndim != 2:
         raise ValueError(
             f"{where} got a custom attention mask of shape {tuple(attention_mask.shape)}; linear attention is causal "
@@ -126,12 +128,18 @@ def lolcats_mask(
     kv_length: int,
     *args: object,
     attention_mask: Tensor | None = None,
+    config: Any = None,
+    device: Any = None,
     **kwargs: object,
 ) -> Tensor | None:
     """Which tokens are real, [B, tokens seen + T] bool; None if all are. Causality is the attention's own matter.
 
-    attention_mask [B, tokens seen + T]: what transformers hands to mask functions.
+    attention_mask [B, tokens seen + T]: what transformers hands to mask functions. Models with indexers get [B, 1, 1,
+    tokens seen + T] in any case.
     """
+    if has_indexer(config):
+        ones = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
+        return (ones if attention_mask is None else attention_mask.bool())[:, None, None]
     if attention_mask is None:
         return None
     if attention_mask.shape[1] < q_length:

@@ -56,6 +56,14 @@ class LolcatsCacheLayer(CacheLayerMixin):
         return -1
 
     @property
+    def indexer_position_ids(self) -> None:
+        """Where Qwen 4 keeps all positions for its indexer, which chooses nothing in a student."""
+
+    @indexer_position_ids.setter
+    def indexer_position_ids(self, positions: object) -> None:
+        pass
+
+    @property
     def nbytes(self) -> int:
         return 0 if self.state is None else self.state.nbytes
 

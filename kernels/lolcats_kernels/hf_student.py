@@ -15,12 +15,13 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, initialization
 from transformers.cache_utils import Cache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.utils import logging
 
-from .hf_attention import NAME, HybridAttention, register
+from .hf_adapters import adapt, adapter, number_by_name
+from .hf_attention import NAME, HybridAttention, lolcats_attention, register
 from .hf_cache import LolcatsCache, LolcatsCacheLayer
 from .spec import HybridConfig
 
@@ -69,8 +70,9 @@ class LolcatsMixin:
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, HybridAttention):
-            fresh = HybridAttention(module.config, module.num_heads, module.head_dim, module.layer_idx)
-            module.load_state_dict(fresh.state_dict())
+            fresh = HybridAttention(module.config, module.num_heads, module.head_dim, module.layer_idx).state_dict()
+            for name, parameter in module.named_parameters():
+                initialization.copy_(parameter, fresh[name])  # not those that were loaded
         else:
             super()._init_weights(module)  # type: ignore[misc]
 
@@ -92,6 +94,11 @@ class MergedStudent(LolcatsMixin):
             raise ValueError(f"sparse_cache_size is {size!r}; it must be a whole number, 0 for no sparse cache.")
         for hybrid in attach(cast(PreTrainedModel, self), HybridConfig(**spec["hybrid"]), heads):
             hybrid.sparse_cache_size = size
+
+    def is_custom_code(self) -> bool:
+        """The teacher's modules are transformers' own: what they compute when a model is made, as buffers that no file
+        holds, is computed as theirs."""
+        return False
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
@@ -122,13 +129,14 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
     """
     found: dict[int, nn.Module] = {}
     for name, module in model.named_modules():
-        index = getattr(module, "layer_idx", None)
         parts = name.split(".")
+        number_by_name(name, module)
+        index = getattr(module, "layer_idx", None)
         if (
             isinstance(index, int)
             and not {"hybrid", *TO_ENCODER}.intersection(parts)
             and "attention" in type(module).__name__.lower()
-            and _uses_interface(cast(Any, type(module)))
+            and (adapter(module) is not None or _uses_interface(cast(Any, type(module))))
         ):
             if index in found:
                 raise ValueError(
@@ -185,6 +193,7 @@ def attach(model: PreTrainedModel, config: HybridConfig, heads: Mapping[int, tup
         parameters = list(inspect.signature(type(holder).forward).parameters)[1:]
         holder.register_forward_pre_hook(partial(_prepare_inputs, parameters), with_kwargs=True)
     _fix_rotation(model)
+    adapt(model, lolcats_attention)
     # Loaded maps stay in fp32 whatever dtype the model is loaded in: features are computed in fp32.
     model._keep_in_fp32_modules_strict = set(model._keep_in_fp32_modules_strict or ()) | {"hybrid"}
     register()

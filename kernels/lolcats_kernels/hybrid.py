@@ -32,11 +32,13 @@ _BACKENDS: dict[str, Callable[..., tuple[Tensor, KVState | None]]] = {
     "triton": _triton_attention,
 }
 BACKENDS = ("auto", *_BACKENDS)
+LARGEST = 256  # heads and feature maps that the Triton kernels take
 HAS_TRITON = find_spec("triton") is not None
 
 
-def _backend_for(q: Tensor) -> str:
+def _backend_for(q: Tensor, v: Tensor, maps: HybridMaps) -> str:
     fits = HAS_TRITON and q.is_cuda and q.dtype != torch.float64
+    fits = fits and max(q.shape[3], v.shape[3], maps.feature_dim) <= LARGEST
     return "triton" if fits and torch.cuda.get_device_properties(q.device).major >= 8 else "chunked"
 
 
@@ -105,8 +107,8 @@ def hybrid_attention(
         A query for which nothing is left to sum gets output 0.
     consume_state: the state given is not used again, so that the one returned may take its tensors: decoding in place.
     backend: "reference" (the definition, quadratic), "chunked" (linear time and memory, on any device), "triton"
-        (the same by GPU kernels: fp32, bf16 and fp16, compute capability 8.0), or "auto": triton where it can be,
-        else chunked.
+        (the same by GPU kernels: fp32, bf16 and fp16, sizes up to 256, compute capability 8.0), or "auto": triton where
+        it can be, else chunked.
 
     Returns out [B, H, T, Dv] in q's dtype, or (out, state). Sums are in fp32 (fp64 for fp64 inputs).
     Differentiable in q, k, v, sinks and the parameters of `maps`.
@@ -119,7 +121,7 @@ def hybrid_attention(
         raise ValueError(f"sinks must be one for each of {maps.num_heads} query heads; got {list(sinks.shape)}.")
     wanted = q.dtype
     q, k, v = (x.to(common_dtype(q, k, v)) for x in (q, k, v))
-    run = _BACKENDS[_backend_for(q) if backend == "auto" else backend]
+    run = _BACKENDS[_backend_for(q, v, maps) if backend == "auto" else backend]
     with torch.autocast(q.device.type, enabled=False):  # sums stay in fp32
         out, after = run(
             q,

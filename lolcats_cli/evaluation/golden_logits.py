@@ -66,7 +66,7 @@ def try_one_block(folder: Path, scratch: Path) -> None:
     whole: Any = student_class(folder)
 
     class FirstBlock(whole):  # type: ignore[misc, valid-type]
-        config_class = whole.config_class
+        config_class, __module__ = whole.config_class, whole.__module__
 
         def __init__(self, config: Any) -> None:
             super().__init__(config)
@@ -127,25 +127,33 @@ def _tokens(folder: Path, vocabulary: int) -> list[list[int]]:
 def _logits(kind: Any, folder: Path, input_ids: Tensor, scratch: Path) -> tuple[Tensor, torch.dtype]:
     """Those after the last token [P, V], in fp32, computed on the CPU; and the dtype of the computation.
 
-    The layers stay on the disk until they are run; what is around them is loaded, as code of some models asks where
-    the embeddings lie.
+    Weights are mapped from their files. Where modules hold them in another form, as those of experts, the layers are
+    laid out anew on the disk, and stay there until they are run.
     """
     disable_progress_bar()
-    with torch.device("meta"):
-        stack, _ = _place(skeleton := kind(kind.config_class.from_pretrained(folder)))
     steps = get_checkpoint_conversion_mapping(kind.config_class.model_type) or ()
     if any(isinstance(step, WeightConverter) for step in steps):
-        size = sum(file.stat().st_size for file in identity.weight_files(folder))
-        check_space(size, scratch, "The weights of experts are laid out anew there for a while.")
+        model = _offloaded(kind, folder, scratch)
+    else:
+        model = kind.from_pretrained(folder, dtype="auto")
+    out = model.eval()(input_ids, use_cache=False).logits[:, -1]
+    return out.float().contiguous(), out.dtype
+
+
+def _offloaded(kind: Any, folder: Path, scratch: Path) -> Any:
+    """A student whose layers lie on the disk; what is around them is loaded, as code of some models asks where the
+    embeddings lie."""
+    with torch.device("meta"):
+        stack, _ = _place(skeleton := kind(kind.config_class.from_pretrained(folder)))
+    size = sum(file.stat().st_size for file in identity.weight_files(folder))
+    check_space(size, scratch, "The weights of experts are laid out anew there for a while.")
     logger = logging.getLogger("accelerate.big_modeling")
     level = logger.level
     logger.setLevel(logging.ERROR)  # that weights stay on the disk is the point
     try:
-        model = kind.from_pretrained(folder, dtype="auto", device_map=_devices(skeleton, stack), offload_folder=scratch)
+        return kind.from_pretrained(folder, dtype="auto", device_map=_devices(skeleton, stack), offload_folder=scratch)
     finally:
         logger.setLevel(level)
-    out = model.eval()(input_ids, use_cache=False).logits[:, -1]
-    return out.float().contiguous(), out.dtype
 
 
 def _place(model: nn.Module) -> tuple[str, int]:

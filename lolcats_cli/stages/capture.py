@@ -34,6 +34,7 @@ from lolcats_cli.teacher.blocks import Run, block
 from lolcats_cli.teacher.data import DataOptions, Rows, describe_rows, read_rows, split_numbers, split_rows
 from lolcats_cli.teacher.load import (
     LoadOptions,
+    indexer_limit,
     load_model,
     load_tokenizer,
     longrope_limit,
@@ -144,13 +145,18 @@ def capture(
 
 
 def _check_length(config, seq_len: int, teacher: str) -> None:
-    limit, short = model_limit(config), longrope_limit(config)
+    limit, short, chosen = model_limit(config), longrope_limit(config), indexer_limit(config)
     if limit is not None and seq_len > limit:
         raise BadInput(f"--seq-len {seq_len} is over the {limit} tokens that {teacher} was made for.")
     if short is not None and seq_len > short:
         raise BadInput(
             f"--seq-len {seq_len} is over the {short} tokens beyond which {teacher} rotates by other factors "
             "(longrope). Its student keeps those of short sequences at any length: capture shorter ones."
+        )
+    if chosen is not None and seq_len > chosen:
+        raise BadInput(
+            f"--seq-len {seq_len} is over the {chosen} keys that the attention of {teacher} chooses by an indexer. Its "
+            "student learns from attention that sees all: capture rows of that length at most."
         )
 
 

@@ -33,7 +33,6 @@ from lolcats_cli.teacher.load import LoadOptions, load_model
 
 CARRIED = ("entropy", "head_entropy", "esl")  # of a layer's figures in the capture: shown without it too
 T = TypeVar("T")
-MAX_SIZE = 256  # of heads and feature maps, in the kernels
 
 
 def transfer(
@@ -157,12 +156,6 @@ def _choose(
         raise UsageError(f"Layer {other[0]} has no softmax attention to be converted. Leave it out of --layers.")
     if kept.intersection(chosen):
         raise UsageError(f"Layer {min(kept.intersection(chosen))} is in --layers and in --keep-softmax: choose one.")
-    head_dim = max(max(info.head_dim, info.v_head_dim) for info in source.layers)
-    if max(head_dim, options.hybrid.feature_dim) > MAX_SIZE:
-        raise UsageError(
-            f"Heads of {head_dim} with --feature-dim {options.hybrid.feature_dim} cannot be served: "
-            f"head and feature sizes go up to {MAX_SIZE}."
-        )
     return chosen, kept
 
 

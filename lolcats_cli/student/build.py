@@ -133,9 +133,10 @@ def stated_heads(model: PreTrainedModel, module: nn.Module) -> tuple[int, int]:
     config = model.config.get_text_config()
     counts = [getattr(module, name, None) for name in ("num_heads", "num_attention_heads")]
     heads = next((count for count in counts if isinstance(count, int)), None) or config.num_attention_heads
-    sizes = [getattr(module, name, None) for name in ("qk_head_dim", "head_dim", "head_size")]
-    sizes.append(getattr(config, "head_dim", None))
-    return heads, next((size for size in sizes if isinstance(size, int)), config.hidden_size // heads)
+    for name in ("qk_head_dim", "head_dim", "head_size"):
+        if isinstance(size := getattr(module, name, None), int):
+            return heads, size
+    return heads, getattr(config, "head_dim", None) or config.hidden_size // heads
 
 
 def linear_layers(model: nn.Module) -> set[str]:

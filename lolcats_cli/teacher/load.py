@@ -152,6 +152,12 @@ def longrope_limit(config) -> int | None:
     return rope["original_max_position_embeddings"] if rope.get("rope_type") == "longrope" else None
 
 
+def indexer_limit(config) -> int | None:
+    """How many keys a query sees where an indexer chooses them (DeepSeek's sparse attention); None for others."""
+    text = config.get_text_config()
+    return getattr(text, "index_topk", None) or getattr(text, "indexer_budget", None)
+
+
 def first_line(error: Exception) -> str:
     """What an error says in its first line; its type's name if it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

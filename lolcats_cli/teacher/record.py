@@ -8,10 +8,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lolcats_kernels.equation import repeat_heads
+from lolcats_kernels.hf_adapters import adapt, adapter, key_mask
+from lolcats_kernels.hf_attention import lolcats_mask
 from lolcats_kernels.softmax import AttentionSpec, softmax_attention
 from torch import Tensor, nn
 
@@ -90,17 +94,16 @@ def recording(model: PreTrainedModel, sink: Sink) -> Iterator[None]:
 
     q is [B, H, T, D]; k and v are [B, K, T, D], as the attention function receives them.
     """
-    from transformers.masking_utils import flash_attention_mask
 
     def attention(
         module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, **options: Any
     ) -> tuple[Tensor, None]:
         spec = _spec(q, options)
         sink(int(module.layer_idx), q, k, v, spec)  # type: ignore[arg-type]
-        valid = None if attention_mask is None else attention_mask.bool()
+        valid = key_mask(module, attention_mask)
         return softmax_attention(q, k, v, spec, valid).transpose(1, 2).contiguous(), None
 
-    with _intercepted(model, attention, flash_attention_mask):
+    with _intercepted(model, attention, lolcats_mask):
         yield
 
 
@@ -154,7 +157,7 @@ def checking(model: PreTrainedModel, valid: Tensor | None = None) -> Iterator[di
         found[int(module.layer_idx)] = LayerInfo(*sizes, spec, value_dim)  # type: ignore[arg-type]
         return own.to(q.dtype), None
 
-    with _intercepted(model, attention, eager_mask):
+    with _intercepted(model, attention, eager_mask), _compare_adapters(model, valid):
         yield found
 
 
@@ -200,9 +203,13 @@ def _intercepted(model: PreTrainedModel, attention: Callable, mask: Callable) ->
     AttentionMaskInterface.register(NAME, mask)  # without it padding would be ignored
     before = model.config._attn_implementation
     model.set_attn_implementation(NAME)
+    model.config._attn_implementation = NAME  # also where transformers thinks that a model cannot
+    undo = adapt(model, attention)
     try:
         yield
     finally:
+        undo()
+        model.config._attn_implementation = before
         model.set_attn_implementation(before)
 
 
@@ -217,9 +224,12 @@ def _spec(q: Tensor, options: dict[str, Any]) -> AttentionSpec:
 
 def _own_attention(module: nn.Module) -> Callable:
     """The attention function that the module's own code falls back to; every file of transformers has it by one name.
+    Modules with an adapter have none, and are compared as a whole (`_compare_adapters`).
 
     Raises `BadInput` for code that has not.
     """
+    if adapter(module) is not None:
+        return _plain_attention
     own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     if own is None:
         raise BadInput(
@@ -227,3 +237,53 @@ def _own_attention(module: nn.Module) -> Callable:
             "recorded attention would be compared."
         )
     return own
+
+
+def _plain_attention(
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    sliding_window: int | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Softmax attention with an additive mask; causal where the mask is one of keys."""
+    scores = q @ repeat_heads(k, q.shape[1]).transpose(2, 3) * scaling
+    age = torch.arange(q.shape[2], device=q.device)[:, None] - torch.arange(q.shape[2], device=q.device)
+    seen = (age >= 0) & (age < (sliding_window or age.shape[0]))
+    scores = scores.masked_fill(~seen, torch.finfo(scores.dtype).min) + (0 if mask is None else mask)
+    return (scores.softmax(-1) @ repeat_heads(v, q.shape[1])).transpose(1, 2), None
+
+
+@contextmanager
+def _compare_adapters(model: PreTrainedModel, valid: Tensor | None) -> Iterator[None]:
+    """While open, what an attention with an adapter gives is compared with what its own code gives, in fp32.
+
+    Raises `BadInput` from inside the forward pass, as `checking` does.
+    """
+
+    def compare(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        plain = deepcopy(module).float()
+        for name in ("forward", "_old_forward", "_attn"):
+            plain.__dict__.pop(name, None)
+        floats = [x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args]
+        options = {k: x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for k, x in kwargs.items()}
+        own, ours = type(plain).forward(plain, *floats, **options)[0], output[0].float()
+        if valid is not None:
+            own, ours = own[valid], ours[valid]
+        largest, error = own.abs().max(), (own - ours).abs().max()
+        if not error <= (TOLERANCE if output[0].dtype == torch.float32 else 0.05) * largest:
+            raise BadInput(
+                f"{type(model).__name__} cannot be linearized: with lolcats' adapter the attention of layer "
+                f"{module.layer_idx} differs by {error:.2g} where outputs reach {largest:.2g}."
+            )
+
+    adapted = [module for module in model.modules() if adapter(module) is not None]
+    handles = [module.register_forward_hook(compare, with_kwargs=True) for module in adapted]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -80,16 +80,15 @@ SERVED: dict[str, tuple[str, dict, tuple[str, ...]]] = {
     "Qwen3-MoE": ("qwen3_moe", {"head_dim": 16, **EXPERTS}, ()),
 }
 REFUSED = {
-    "gpt-oss": ("gpt_oss", {"head_dim": 16, "num_local_experts": 4}, "sinks"),
     "BLOOM": ("bloom", {}, "attention interface"),
 }
 HYBRID = HybridConfig(window=6, feature_dim=8, linear_factor="exp")
 NEAR = {"atol": 1e-4, "rtol": 1e-4}
 # Of every kind one: a wrapper around a text model, a decoder of an encoder, positions read off tokens, latent
-# attention, experts, recurrences beside attention, code of its own for attention, sinks.
+# attention, an indexer, experts, recurrences beside attention, code of its own for attention, sinks, heads that differ.
 KINDS = (
     "gemma3", "bart", "roberta", "deepseek_v3", "llama4_text", "qwen3_next", "lfm2", "jamba", "cohere2", "gpt2",
-    "bloom", "gpt_oss",
+    "bloom", "gpt_oss", "glm4_moe_lite", "deepseek_v32", "falcon", "gptj", "falcon_h1", "gemma4_text",
 )  # fmt: skip
 
 

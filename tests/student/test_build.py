@@ -106,14 +106,12 @@ def test_a_student_is_not_linearized_again(make_student, make_maps):
 
 
 def test_a_model_outside_the_attention_interface_is_refused(make_maps):
-    from transformers import FalconConfig, FalconForCausalLM
+    from transformers import BloomConfig, BloomForCausalLM
 
-    falcon = FalconForCausalLM(
-        FalconConfig(vocab_size=32, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, ffn_hidden_size=64)
-    )
+    bloom = BloomForCausalLM(BloomConfig(vocab_size=32, hidden_size=64, n_layer=2, n_head=4))
     config = HybridConfig(window=6, feature_dim=8)
-    with pytest.raises(BadInput, match="FalconForCausalLM"):
-        linearize(falcon, config, make_maps(config))
+    with pytest.raises(BadInput, match="BloomForCausalLM"):
+        linearize(bloom, config, make_maps(config))
 
 
 def test_attention_weights_are_refused_with_the_reason(make_student, tokens):

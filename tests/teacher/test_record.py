@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
+from lolcats_kernels import hf_adapters
 from lolcats_kernels.softmax import AttentionSpec, softmax_attention, softmax_scores
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -101,18 +105,53 @@ def test_recording_ends_on_an_exception() -> None:
     assert model.config._attn_implementation == before
 
 
-@pytest.mark.parametrize("name", ["Falcon", "Bloom"])
-def test_model_without_the_interface_is_refused_by_name(name: str) -> None:
-    model = make(name, n_head=4, n_layer=2)
-    with pytest.raises(
-        BadInput, match=rf"{name}ForCausalLM cannot be linearized: none of its 2 layers has an attention"
-    ):
+def test_model_without_the_interface_is_refused_by_name() -> None:
+    model = make("Bloom", n_head=4, n_layer=2)
+    with pytest.raises(BadInput, match="BloomForCausalLM cannot be linearized: none of its 2 layers has an attention"):
         probe(model)
 
 
-def test_sinks_are_refused_by_layer() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_attention_of_its_own_is_reached_by_its_adapter_and_compared(dtype, monkeypatch) -> None:
+    model = make("Falcon", num_attention_heads=4, ffn_hidden_size=32).to(dtype)
+    assert [(x.num_heads, x.num_key_value_heads) for x in probe(model)] == [(4, 1)] * 2
+    with recording(model, lambda layer, q, k, v, spec: None):
+        pass
+    assert "forward" not in vars(model.transformer.h[0].self_attention)  # as it was
+    method, falcon = hf_adapters.ADAPTERS["FalconAttention"]
+
+    def wrong(attend, module, *args, **options):
+        out, weights = falcon(attend, module, *args, **options)
+        return out * 1.1, weights
+
+    monkeypatch.setitem(hf_adapters.ADAPTERS, "FalconAttention", (method, wrong))
+    with pytest.raises(BadInput, match="with lolcats' adapter the attention of layer 0 differs"):
+        probe(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sinks_are_recorded(dtype: torch.dtype) -> None:
+    model = make("GptOss", num_local_experts=2, num_experts_per_tok=1, head_dim=8).to(dtype)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.sinks.copy_(torch.tensor([-2.0, 0.0, 1.0, 6.0]))
+    for info in probe(model):
+        assert info.spec.sinks.tolist() == [-2.0, 0.0, 1.0, 6.0]
+        again = LayerInfo.from_dict(json.loads(json.dumps(info.to_dict())))
+        assert again == info and again.spec.sinks.tolist() == info.spec.sinks.tolist()
+
+
+def test_other_sinks_than_those_that_are_told_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make("GptOss", num_local_experts=2, num_experts_per_tok=1, head_dim=8)
-    with pytest.raises(BadInput, match=r"GptOssForCausalLM cannot be linearized: the attention of layer 0 .* sinks"):
+    modeling = transformers.models.gpt_oss.modeling_gpt_oss
+    own = modeling.eager_attention_forward
+
+    def other(module, *args, **options):
+        module = SimpleNamespace(**vars(module), sinks=module.sinks + 0.1)
+        return own(module, *args, **options)
+
+    monkeypatch.setattr(modeling, "eager_attention_forward", other)
+    with pytest.raises(BadInput, match="GptOssForCausalLM cannot be linearized: the attention of layer 0"):
         probe(model)
 
 
@@ -205,7 +244,7 @@ def test_a_last_layer_that_overflows_is_named() -> None:
         probe(model)
 
 
-def test_latent_attention_of_two_head_sizes_is_refused() -> None:
+def test_latent_attention_is_recorded_behind_its_up_projections() -> None:
     model = make(
         "DeepseekV3",
         num_key_value_heads=4,
@@ -216,5 +255,19 @@ def test_latent_attention_of_two_head_sizes_is_refused() -> None:
         v_head_dim=6,
         first_k_dense_replace=2,
     )
-    with pytest.raises(BadInput, match=r"DeepseekV3ForCausalLM cannot be linearized: .* of layer 0 .* \(8, 8, 6\)"):
-        probe(model)
+    for info in probe(model):
+        assert info.shapes == {"q": (4, 8), "k": (4, 8), "v": (4, 6)}
+        assert info.bytes_per_token(torch.bfloat16) == 4 * (8 + 8 + 6) * 2
+        assert LayerInfo.from_dict(info.to_dict()) == info and info.to_dict()["v_head_dim"] == 6
+
+
+def test_an_indexer_chooses_nothing_while_it_is_recorded() -> None:
+    sizes = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+    indexer = {"index_topk": 4, "index_head_dim": 8, "index_n_heads": 2, "mlp_layer_types": ["dense"] * 2}
+    model = make("DeepseekV32", num_key_value_heads=4, **sizes, **indexer)
+    assert [info.num_heads for info in probe(model)] == [4, 4]
+    seen = {}
+    with recording(model, lambda layer, q, k, v, spec: seen.update({layer: softmax_attention(q, k, v, spec)})):
+        model.model(torch.arange(3, 23)[None])
+    assert set(seen) == {0, 1}
+    assert "forward" not in vars(model.model.layers[0].self_attn.indexer)
