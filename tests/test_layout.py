@@ -71,6 +71,7 @@ ARROWS: dict[str, set[str]] = {
     "lolcats_cli.artifacts": {"lolcats_cli.teacher.data", "lolcats_cli.teacher.record", "lolcats_formats"},
     "lolcats_cli.teacher": {"lolcats_kernels"},
     "lolcats_cli.student": {"lolcats_cli.teacher.load", "lolcats_cli.teacher.identity", "lolcats_kernels"},
+    "lolcats_cli.serving": {"lolcats_kernels"},
     "lolcats_cli.assets": set(),
     "lolcats_cli.errors": set(),
     "lolcats_cli.progress": set(),

@@ -192,7 +192,7 @@ def attach(model: PreTrainedModel, config: HybridConfig, heads: Mapping[int, tup
     for holder in _holders(model, modules):
         parameters = list(inspect.signature(type(holder).forward).parameters)[1:]
         holder.register_forward_pre_hook(partial(_prepare_inputs, parameters), with_kwargs=True)
-    _fix_rotation(model)
+    fix_rotation(model)
     adapt(model, lolcats_attention)
     # Loaded maps stay in fp32 whatever dtype the model is loaded in: features are computed in fp32.
     model._keep_in_fp32_modules_strict = set(model._keep_in_fp32_modules_strict or ()) | {"hybrid"}
@@ -211,7 +211,7 @@ def execution_device(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
 
 
-def _fix_rotation(model: nn.Module) -> None:
+def fix_rotation(model: nn.Module) -> None:
     """Keep the RoPE frequencies of the teacher's own length ("dynamic", "longrope"), whatever the length.
 
     Those types change all frequencies once a sequence is longer; a state has summed keys that were rotated by the old.

@@ -36,7 +36,8 @@ LARGEST = 256  # heads and feature maps that the Triton kernels take
 HAS_TRITON = find_spec("triton") is not None
 
 
-def _backend_for(q: Tensor, v: Tensor, maps: HybridMaps) -> str:
+def backend_for(q: Tensor, v: Tensor, maps: HybridMaps) -> str:
+    """What "auto" takes for such inputs."""
     fits = HAS_TRITON and q.is_cuda and q.dtype != torch.float64
     fits = fits and max(q.shape[3], v.shape[3], maps.feature_dim) <= LARGEST
     return "triton" if fits and torch.cuda.get_device_properties(q.device).major >= 8 else "chunked"
@@ -121,7 +122,7 @@ def hybrid_attention(
         raise ValueError(f"sinks must be one for each of {maps.num_heads} query heads; got {list(sinks.shape)}.")
     wanted = q.dtype
     q, k, v = (x.to(common_dtype(q, k, v)) for x in (q, k, v))
-    run = _BACKENDS[_backend_for(q, v, maps) if backend == "auto" else backend]
+    run = _BACKENDS[backend_for(q, v, maps) if backend == "auto" else backend]
     with torch.autocast(q.device.type, enabled=False):  # sums stay in fp32
         out, after = run(
             q,

@@ -25,6 +25,17 @@ class KeySums(NamedTuple):
     norms: Tensor
 
 
+class SlotStates(NamedTuple):
+    """States of one layer that lie in N numbered slots, each of which holds any sequence's; contiguous but for their
+    first dimension. Tensors as in `KVState`, where N takes the place of B. How many tokens a slot's sequence has seen
+    is told with every call, and says what of the slot counts: nothing, if it is 0."""
+
+    sums: Tensor
+    norms: Tensor
+    keys: Tensor
+    values: Tensor
+
+
 class Slots(NamedTuple):
     """Of a ring's slots: the positions of the keys that they hold, and whether these are not in the sums; [B, C]."""
 

@@ -129,6 +129,6 @@ def _fold(
     batch, heads, _, features = phi.shape
     # Query heads of one key head lie together, so that they share its values without a copy.
     grouped = phi.unflatten(1, (keys.shape[1], -1)).permute(0, 1, 2, 4, 3).flatten(2, 3)  # [B, K, G F', N]
-    added = (grouped @ values.to(phi.dtype)).view(batch, heads, features, -1)
+    added = (grouped @ values.to(phi.dtype)).view(batch, heads, features, values.shape[3])
     add = Tensor.add_ if in_place else Tensor.add
     return add(sums, added), add(norms, phi.sum(2))

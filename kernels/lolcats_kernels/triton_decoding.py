@@ -1,4 +1,5 @@
 """One token after a state by one Triton kernel, which updates the state in place. `torch_decoding` is its definition.
+The states may be those of a batch's rows, or lie in numbered slots (see `slots`).
 
 Letters: see ../README.md and `triton_parts`. A program takes one query head of one sequence. Keys that leave the window
 go into its sums, L at a time; the first query head of a key head writes the ring.
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from .maps import HybridMaps
 from .spec import CallSpec, op_name
-from .state import KVState
+from .state import KVState, SlotStates
 from .triton_parts import (
     PRECISIONS,
     capped,
@@ -37,7 +38,8 @@ WARPS = {128: 8, 256: 16}
 
 
 class Inputs(NamedTuple):
-    """Tensors of a step; the state's are contiguous, and become those after the token if it is updated."""
+    """Tensors of a step; the state's are contiguous but for their first dimension, and become those after the token if
+    it is updated."""
 
     q: Tensor  # [B, H, 1, D]
     k: Tensor  # [B, K, 1, D]
@@ -52,19 +54,20 @@ class Inputs(NamedTuple):
     gamma: Tensor  # [H]
     linear_weight: Tensor  # [H]
     sinks: Tensor | None  # [H]
-    sums: Tensor  # of `KVState`, as are the next four
+    sums: Tensor  # of `KVState`, as are the next four; of `SlotStates` if there are slots
     norms: Tensor
     keys: Tensor
     values: Tensor
-    length: Tensor
+    length: Tensor  # [B]; read only
     valid: Tensor | None  # [B] bool: False is padding, which changes nothing and gets 0
+    slots: Tensor | None  # [B]: where each row's state lies; negative is padding
 
 
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight, Tensor? q_bias, Tensor? k_bias, "
     "Tensor? linear_logit, Tensor? q_slope, Tensor? k_slope, Tensor gamma, Tensor linear_weight, Tensor? sinks, "
-    "Tensor(a!) sums, "
-    "Tensor(b!) norms, Tensor(c!) keys, Tensor(d!) values, Tensor(e!) length, Tensor? valid"
+    "Tensor(a!) sums, Tensor(b!) norms, Tensor(c!) keys, Tensor(d!) values, Tensor length, Tensor? valid, "
+    "Tensor? slots"
 )
 
 
@@ -89,6 +92,7 @@ def decode(
     values,
     length,  # [B]; read only
     valid,  # [B], with HAS_VALID: False is padding, which changes nothing and gets 0
+    slots,  # [B], with HAS_SLOTS: which of the states is the row's; negative is padding
     out,  # [B, H, Dv]
     q_batch,
     q_head,
@@ -96,6 +100,10 @@ def decode(
     k_head,
     v_batch,
     v_head,
+    sums_batch,
+    norms_batch,
+    keys_batch,
+    values_batch,
     scaling,
     softcap,
     D,
@@ -117,6 +125,7 @@ def decode(
     HAS_BIAS: tl.constexpr,
     EXP: tl.constexpr,
     HAS_VALID: tl.constexpr,
+    HAS_SLOTS: tl.constexpr,
     UPDATE: tl.constexpr,
     L: tl.constexpr,
     BLOCK_C: tl.constexpr,  # slots at a time
@@ -132,20 +141,27 @@ def decode(
     live = n >= 0
     if HAS_VALID:
         live = tl.load(valid + b) != 0
+    place = b
+    if HAS_SLOTS:
+        place = tl.load(slots + b).to(tl.int64)
+        live &= place >= 0
+        place = tl.maximum(place, 0)  # of padding nothing is read but this, and nothing written
     query = tl.load(q + b * q_batch + h * q_head + d, mask=d < D, other=0)
     key = tl.load(k + b * k_batch + h // G * k_head + d, mask=d < D, other=0)
     value = tl.load(v + b * v_batch + h // G * v_head + dv, mask=dv < Dv, other=0)
-    keys += (b * (H // G) + h // G) * C * D
-    values += (b * (H // G) + h // G) * C * Dv
-    r = b * H + h
+    keys += place * keys_batch + h // G * C * D
+    values += place * values_batch + h // G * C * Dv
 
-    # S in the kernels' order of num_features.
+    # S in the kernels' order of num_features. Until the ring is full nothing has left it, and S and z are 0, whatever a
+    # slot holds.
     i = tl.arange(0, N)
     feature = i % EACH * F + i // EACH
     inside = i // EACH < F
-    place = sums + (r * num_features + feature[:, None]) * Dv + dv[None, :]
-    state = tl.load(place, mask=inside[:, None] & (dv[None, :] < Dv), other=0)
-    norm = tl.load(norms + r * num_features + feature, mask=inside, other=0)
+    sums += place * sums_batch + (h * num_features + feature[:, None]) * Dv + dv[None, :]
+    norms += place * norms_batch + h * num_features + feature
+    summed = i // EACH < tl.where((n >= C) & (n > 0), F, 0)
+    state = tl.load(sums, mask=summed[:, None] & (dv[None, :] < Dv), other=0)
+    norm = tl.load(norms, mask=summed, other=0)
 
     # The keys that leave with this token; pure linear attention's own comes before its query.
     if WINDOW == 0:
@@ -233,8 +249,8 @@ def decode(
         linear, linear_norm = tl.sum(phi_q[:, None] * state, 0), tl.sum(phi_q * norm, 0)
     if UPDATE:
         inside &= i < tl.where(leaving > 0, N, 0)
-        tl.store(place, state, mask=inside[:, None] & (dv[None, :] < Dv))
-        tl.store(norms + r * num_features + feature, norm, mask=inside)
+        tl.store(sums, state, mask=inside[:, None] & (dv[None, :] < Dv))
+        tl.store(norms, norm, mask=inside)
         if WINDOW > 0 and h % G == 0:
             slot = n % C
             tl.store(keys + slot * D + d, key, mask=d < tl.where(live, D, 0))
@@ -247,12 +263,12 @@ def decode(
         total += g * window_norm
         result += g * window
     result = tl.where(live & (total > 0), result / tl.where(total > 0, total, 1), 0)
-    tl.store(out + r * Dv + dv, result.to(out.dtype.element_ty), mask=dv < Dv)
+    tl.store(out + (b * H + h) * Dv + dv, result.to(out.dtype.element_ty), mask=dv < Dv)
 
 
 @torch.library.custom_op(
     op_name(__name__, "decode"),
-    mutates_args=("sums", "norms", "keys", "values", "length"),
+    mutates_args=("sums", "norms", "keys", "values"),
     schema=f"({_INPUTS}, bool update, {CallSpec.SCHEMA}) -> Tensor",
 )
 def _decode(*arguments: Any) -> Tensor:
@@ -272,9 +288,11 @@ def _decode(*arguments: Any) -> Tensor:
             "out": out,
             **{f"{name}_batch": tensor.stride(0) for name, tensor in (("q", x.q), ("k", x.k), ("v", x.v))},
             **{f"{name}_head": tensor.stride(1) for name, tensor in (("q", x.q), ("k", x.k), ("v", x.v))},
+            **{f"{name}_batch": getattr(x, name).stride(0) for name in ("sums", "norms", "keys", "values")},
             **{"D": size, "Dv": value_size, "F": feature_dim, "C": slots, "num_features": x.sums.shape[2]},
             **{"H": heads, "G": heads // x.k.shape[1], "EACH": record.features_each},
-            **{"HAS_VALID": x.valid is not None, "UPDATE": update, "L": 16, "BLOCK_C": min(padded(slots), 64)},
+            **{"HAS_VALID": x.valid is not None, "HAS_SLOTS": x.slots is not None, "UPDATE": update, "L": 16},
+            "BLOCK_C": min(padded(slots), 64),
             **{"BLOCK_D": padded(size), "BLOCK_DV": padded(value_size), "BLOCK_F": padded(feature_dim)},
             **{"N": padded_features(record, feature_dim), "PRECISION": PRECISIONS[x.q.dtype]},
             **map_arguments(record, exp=spec.config.linear_factor == "exp"),
@@ -282,8 +300,6 @@ def _decode(*arguments: Any) -> Tensor:
             "HAS_SINKS": x.sinks is not None and spec.has_window,
         },
     )
-    if update:
-        x.length.add_(1 if x.valid is None else x.valid)
     return out
 
 
@@ -309,11 +325,51 @@ def triton_decode_step(
     after = KVState(*(x.contiguous() for x in initial_state.tensors()))
     if return_state and not consume_state:
         after = KVState(*(x.clone() for x in after.tensors()))
+    valid = valid if valid is None else valid[:, 0].contiguous()
+    sums, norms, keys, values, length = after.tensors()
+    inputs = _inputs(q, k, v, maps, spec, sinks, SlotStates(sums, norms, keys, values), length, valid=valid)
+    out = _decode(*inputs, return_state, *spec.encode())
+    if not return_state:
+        return out, None
+    length.add_(1 if valid is None else valid)
+    return out, after
+
+
+def triton_decode_in_slots(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    maps: HybridMaps,
+    spec: CallSpec,
+    sinks: Tensor | None,
+    states: SlotStates,
+    slots: Tensor,
+    length: Tensor,
+) -> Tensor:
+    """`decode_in_slots` by one kernel, without gradients or synchronisation; q [R, H, 1, D], k and v [R, K, 1, ·]
+    -> [R, H, 1, Dv]."""
+    inputs = _inputs(q, k, v, maps, spec, sinks, states, length, slots=slots)
+    return _decode(*inputs, True, *spec.encode())
+
+
+def _inputs(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    maps: HybridMaps,
+    spec: CallSpec,
+    sinks: Tensor | None,
+    states: SlotStates,
+    length: Tensor,
+    *,
+    valid: Tensor | None = None,
+    slots: Tensor | None = None,
+) -> Inputs:
     of_q, of_k = maps.q_parameters(torch.float32), maps.k_parameters(torch.float32)
     gamma, linear_weight = maps.term_weights()
     linear_logit, q_slope = (maps.parameter(name, torch.float32) for name in ("linear_logit", "q_slope"))
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    inputs = Inputs(
+    return Inputs(
         q=q,
         k=k,
         v=v,
@@ -327,12 +383,8 @@ def triton_decode_step(
         gamma=gamma,
         linear_weight=linear_weight if spec.has_linear else torch.zeros_like(linear_weight),
         sinks=contiguous(sinks),
-        sums=after.sums,
-        norms=after.norms,
-        keys=after.keys,
-        values=after.values,
-        length=after.length,
-        valid=valid if valid is None else valid[:, 0].contiguous(),
+        **states._asdict(),
+        length=length,
+        valid=valid,
+        slots=slots,
     )
-    out = _decode(*inputs, return_state, *spec.encode())
-    return out, after if return_state else None

@@ -98,7 +98,7 @@ def merge(
 
 
 def _write_weights(writer: ArtifactWriter, plan: _Plan, shards: dict[str, list[str]], progress: Progress) -> None:
-    """Write the files of weights that are missing, and their index if there are several."""
+    """Write the files of weights that are missing, and their index."""
     needed = sum(plan.sizes[name] for file in shards if not writer.has(file) for name in shards[file])
     check_space(needed, writer.path, "Free some, or merge to another disk.")
     with progress.task("merge", len(shards), "files") as advance:
@@ -108,12 +108,12 @@ def _write_weights(writer: ArtifactWriter, plan: _Plan, shards: dict[str, list[s
                     writer.save(file, plan.load(names), {"format": "pt"})
                 stopping.check()
             advance(1)
-    if len(shards) > 1:
-        index = {
-            "metadata": {"total_size": sum(plan.sizes.values())},
-            "weight_map": {name: file for file, names in shards.items() for name in names},
-        }
-        writer.write_json("model.safetensors.index.json", index)
+    # Of one file too: servers take every file of tensors for weights, the golden logits as well, without it.
+    index = {
+        "metadata": {"total_size": sum(plan.sizes.values())},
+        "weight_map": {name: file for file, names in shards.items() for name in names},
+    }
+    writer.write_json("model.safetensors.index.json", index)
 
 
 @dataclass(frozen=True)
@@ -210,6 +210,7 @@ def _write_model_files(writer: ArtifactWriter, plan: _Plan, artifact: Artifact) 
     config = export.student_config(
         plan.teacher.config,
         asdict(plan.hybrid),
+        attentions=plan.teacher.modules,
         heads=plan.heads,
         dtype=plan.teacher.dtype(),
     )

@@ -192,6 +192,7 @@ def _write_student(files: TeacherFiles, folder: Path) -> None:
     config = export.student_config(
         files.config,
         asdict(TRIED),
+        attentions=files.modules,
         heads={min(files.modules): files.first_heads},
         dtype=files.dtype(),
     )

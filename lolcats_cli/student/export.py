@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -74,11 +74,13 @@ def student_config(
     teacher: Mapping[str, Any],
     hybrid: Mapping[str, Any],
     *,
+    attentions: Collection[int],
     heads: Mapping[int, tuple[int, int]],
     dtype: str,
 ) -> dict[str, Any]:
     """config.json of the student.
 
+    attentions: the layers of the teacher that have softmax attention.
     heads: by layer with maps, the number of query heads and the size of their queries; the others keep softmax.
     dtype: of the weights, for teachers whose configuration does not say.
     """
@@ -93,7 +95,20 @@ def student_config(
         "num_heads": _once([count for count, _ in heads.values()]),
         "head_dim": _once([size for _, size in heads.values()]),
     }
+    if sorted(attentions) == list(range(len(attentions))) and not _has_layer_kinds(teacher["model_type"]):
+        # What servers read.
+        kinds = ["linear_attention" if layer in heads else "attention" for layer in range(len(attentions))]
+        config["layers_block_type"] = kinds
     return config
+
+
+def _has_layer_kinds(model_type: str) -> bool:
+    """Whether configurations of a type give `layers_block_type` a meaning of their own: models that have, or may have,
+    layers of other kinds."""
+    from transformers import CONFIG_MAPPING
+
+    kind = CONFIG_MAPPING[model_type]
+    return hasattr(kind, "layers_block_type") or "layers_block_type" in (kind.attribute_map or {})
 
 
 def _once(values: list[int]) -> int | list[int]:

@@ -169,8 +169,12 @@ def test_it_is_an_artifact_with_everything_a_model_folder_has(merged, lora):
     code = {"modeling_lolcats.py", "configuration_lolcats.py", "teacher.py", "hf_student.py", "hf_cache.py", "maps.py"}
     code |= {f"triton_{part}.py" for part in ("attention", "parts", "forward", "backward", "decoding")}
     rest = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-    rest.add("golden.safetensors")
+    rest |= {"golden.safetensors", "model.safetensors.index.json"}
     assert code | rest <= set(artifact.files)
+    # For servers: which files are the weights, and which layers have a state.
+    index = json.loads((merged / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == dict.fromkeys(load_file(merged / "model.safetensors"), "model.safetensors")
+    assert json.loads((merged / "config.json").read_text())["layers_block_type"] == ["linear_attention"] * 2
     card = (merged / "README.md").read_text()
     assert Artifact.open(lora).id in card and "2410.10254" in card and "trust_remote_code=True" in card
     assert "| lora | validation loss, nats per token | 1.250 |" in card

@@ -1,0 +1,157 @@
+"""The configuration of a student as vLLM sees it, and what is refused before any weights are loaded."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from transformers import CONFIG_MAPPING, PreTrainedConfig
+
+from lolcats_cli import __version__
+
+# The internals of vLLM change between minor versions: those that the tests ran with.
+VLLM_VERSIONS = ((0, 32),)
+STUDENT_FIELDS = {"hybrid", "layers", "num_heads", "head_dim"}
+# Of the configurations of mixtures of experts: how many there are.
+EXPERT_COUNTS = ("num_experts", "moe_num_experts", "n_routed_experts", "num_local_experts")
+PREFIX = "lolcats_"
+
+
+def vllm_is_known() -> bool:
+    """Whether the installed vLLM is of a version that students were tested with."""
+    return _vllm_version()[:2] in VLLM_VERSIONS
+
+
+@cache
+def placeholder(model_type: str) -> type[PreTrainedConfig]:
+    """What transformers is told of students of a teacher's type: the class proper is made when it is asked for, as the
+    teachers' classes are many and take their time to import."""
+
+    def from_dict(cls: Any, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        return student_config_class(model_type).from_dict(config_dict, **kwargs)
+
+    body = {"model_type": PREFIX + model_type, "from_dict": classmethod(from_dict)}
+    return type("StudentConfig", (PreTrainedConfig,), body)
+
+
+class _Student:
+    """What is a student's own in its configuration; stands before the teacher's class."""
+
+    lolcats: dict[str, Any] | None = None
+    sparse_cache_size: int = 0
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        _check_versions(config_dict)
+        made = super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+        config = made[0] if isinstance(made, tuple) else made
+        if any(getattr(config, name, 0) for name in EXPERT_COUNTS):
+            config.architectures = ["LolcatsMoEForCausalLM"]
+        # vLLM asks for the layers' kinds here too, and takes a model whose layers all say "full_attention" for plain.
+        config.teacher_layer_types = getattr(config, "layer_types", None)
+        kinds = config.teacher_layer_types or ["full_attention"] * config.num_hidden_layers
+        converted = set(config.lolcats["layers"])
+        config.layer_types = ["linear_attention" if i in converted else kind for i, kind in enumerate(kinds)]
+        return made
+
+    def teacher_config(self) -> PreTrainedConfig:
+        """The teacher's own configuration, with what vLLM's options changed in this one."""
+        values = self.to_dict()  # type: ignore[attr-defined]
+        values["layer_types"] = values.pop("teacher_layer_types")
+        if values["layer_types"] is None:
+            del values["layer_types"]
+        for name in ("lolcats", "sparse_cache_size", "layers_block_type", "auto_map", "architectures"):
+            values.pop(name, None)
+        model_type = values.pop("model_type").removeprefix(PREFIX)
+        return CONFIG_MAPPING[model_type].from_dict(values)
+
+
+@cache
+def student_config_class(model_type: str) -> type[PreTrainedConfig]:
+    """The class of the configurations of students of a teacher's type."""
+    name = f"StudentConfig_{model_type}"
+    body = {"model_type": PREFIX + model_type, "__module__": __name__, "__qualname__": name}
+    return type(name, (_Student, CONFIG_MAPPING[model_type]), body)
+
+
+def __getattr__(name: str) -> Any:
+    """The classes above by their names, where a configuration is unpickled in another process."""
+    if name.startswith("StudentConfig_"):
+        return student_config_class(name.removeprefix("StudentConfig_"))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+class OptionChecks:
+    """vLLM calls these for students, with what it has worked out of its options."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: Any) -> None:
+        """Raises ValueError for a student that vLLM cannot serve."""
+        config = model_config.hf_config
+        if getattr(config, "sparse_cache_size", 0):
+            raise ValueError(
+                f"vLLM does not serve the sparse cache (sparse_cache_size={config.sparse_cache_size}): set it to 0, or "
+                "generate with transformers."
+            )
+        if isinstance(config.lolcats["num_heads"], list) or isinstance(config.lolcats["head_dim"], list):
+            raise ValueError("vLLM does not serve students whose layers differ in their heads.")
+        if config.get_text_config() is not config:
+            raise ValueError(f"vLLM serves students of plain language models; {config.model_type} has more than text.")
+        if getattr(config, "kv_lora_rank", None) is not None:
+            raise ValueError(
+                f"vLLM does not serve students of teachers with latent attention (MLA), as {config.model_type} is."
+            )
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: Any) -> None:
+        """Raises ValueError for options that cannot work with students."""
+        if vllm_config.speculative_config is not None:
+            raise ValueError(
+                "Speculative decoding takes tokens back, which the state of a student cannot do: leave out "
+                "--speculative-config."
+            )
+        cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
+        if cache.enable_prefix_caching and cache.mamba_cache_mode == "all":
+            raise ValueError("Prefix caching of students works with --mamba-cache-mode align, not with all.")
+        for name in ("mamba_cache_dtype", "mamba_ssm_cache_dtype"):
+            if getattr(cache, name) not in ("auto", "float32"):
+                raise ValueError(f"A student's state is kept in float32: leave out --{name.replace('_', '-')}.")
+        if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
+            raise ValueError(
+                "A student's state is not spread over a context: leave out --decode-context-parallel-size and "
+                "--prefill-context-parallel-size."
+            )
+
+
+def _check_versions(config: dict[str, Any]) -> None:
+    """Raises ValueError for a vLLM that this lolcats was not tested with, or a student that a newer lolcats made."""
+    if not vllm_is_known():
+        import vllm
+
+        known = " and ".join(f"{major}.{minor}" for major, minor in VLLM_VERSIONS)
+        kind = "older" if _vllm_version() < VLLM_VERSIONS[0] else "newer"
+        raise ValueError(
+            f"lolcats {__version__} serves students with vLLM {known}; vLLM {vllm.__version__} is {kind}. Install "
+            f"vllm=={known}.*" + (", or a newer lolcats." if kind == "newer" else ".")
+        )
+    student = config.get("lolcats")
+    if not isinstance(student, dict) or not student.keys() >= STUDENT_FIELDS:
+        raise ValueError("config.json does not describe a merged student. Merge it again.")
+    from lolcats_kernels import HybridConfig
+
+    unknown = sorted(student.keys() - STUDENT_FIELDS)
+    try:
+        HybridConfig(**student["hybrid"])
+    except (TypeError, ValueError) as error:
+        unknown.append(str(error))
+    if unknown:
+        raise ValueError(
+            f"A newer lolcats than {__version__} made this student: its config.json has what this one does not know "
+            f"({', '.join(unknown)}). Install a newer lolcats."
+        )
+
+
+def _vllm_version() -> tuple[int, ...]:
+    import vllm
+
+    return tuple(int(part) for part in vllm.__version__.split(".")[:2] if part.isdigit())

@@ -1,0 +1,178 @@
+"""A converted attention layer in vLLM: its state in vLLM's pages, and how a step's tokens find it.
+
+Letters: see kernels/README.md; A tokens of a step, R of its sequences that decode.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lolcats_kernels import HybridConfig, HybridMaps, hybrid_attention
+from lolcats_kernels.slots import PaddedRows, attend_in_slots, decode_in_slots, pad_rows
+from lolcats_kernels.state import KVState, SlotStates
+from torch import Tensor, nn
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.mamba.abstract import MambaBase
+from vllm.model_executor.layers.mamba.linear import minimax_linear_attn  # noqa: F401
+from vllm.model_executor.model_loader.weight_utils import sharded_weight_loader
+from vllm.model_executor.utils import set_weight_attrs
+from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder, CommonAttentionMetadata
+from vllm.v1.attention.backends.linear_attn import LinearAttentionBackend
+from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
+from vllm.v1.attention.backends.utils import mamba_get_block_table_tensor, split_decodes_and_prefills
+
+
+@dataclass(frozen=True)
+class StepMetadata:
+    """Which tokens of a step belong to whom. Those of sequences that decode come first, one each.
+
+    slots [R], length [R]: as for `decode_in_slots`.
+    prompts: the other sequences, in groups.
+    num_tokens: how many tokens there are; what follows them is padding.
+    """
+
+    slots: Tensor
+    length: Tensor
+    prompts: list[PaddedRows]
+    num_tokens: int
+
+
+class StepMetadataBuilder(AttentionMetadataBuilder):
+    """Makes `StepMetadata`, once a step for all layers."""
+
+    reorder_batch_threshold = 1
+    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        # A CUDA graph of decoding reads these again and again, so they stay where they are.
+        most = vllm_config.scheduler_config.max_num_seqs
+        self._slots = torch.full((most,), -1, dtype=torch.int32, device=device)
+        self._length = torch.zeros(most, dtype=torch.int32, device=device)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> StepMetadata:
+        step = common_attn_metadata
+        mode = self.vllm_config.cache_config.mamba_cache_mode
+        blocks = mamba_get_block_table_tensor(step.block_table_tensor, step.seq_lens, self.kv_cache_spec, mode)[:, 0]
+        decoding, others, *_ = split_decodes_and_prefills(step, decode_threshold=self.reorder_batch_threshold)
+        slots, length = self._slots[:decoding], self._length[:decoding]
+        # Rows without a sequence fill a graph's batch.
+        slots.copy_(torch.where(step.seq_lens[:decoding] > 0, blocks[:decoding], -1))
+        length.copy_(step.compute_num_computed_tokens()[:decoding])
+        prompts = []
+        if others:
+            starts = step.query_start_loc_cpu[decoding : decoding + others + 1]
+            seen = step.seq_lens_cpu_upper_bound  # exact for prompts
+            seen = step.seq_lens.cpu() if seen is None else seen
+            prompts = pad_rows(starts, seen[decoding : decoding + others] - starts.diff(), blocks[decoding:])
+        return StepMetadata(slots, length, prompts, step.num_actual_tokens)
+
+
+class StudentBackend(LinearAttentionBackend):
+    @staticmethod
+    def get_name() -> str:
+        return "LOLCATS"
+
+    @staticmethod
+    def get_builder_cls() -> type[StepMetadataBuilder]:
+        return StepMetadataBuilder
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """The heads of a layer on one rank, and how its state is held: the sums in fp32, `dtype` is the model's."""
+
+    hybrid: HybridConfig
+    num_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    def state_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Those of a slot's tensors, in the order of `SlotStates`. vLLM knows no empty tensors: without a window one
+        key and value are held in vain."""
+        with torch.device("meta"):
+            maps = HybridMaps(self.hybrid, self.num_heads, self.head_dim)
+        shapes = KVState.shapes(maps, 1, self.num_key_value_heads, self.head_dim)
+        return tuple(tuple(max(size, 1) for size in shapes[name][1:]) for name in SlotStates._fields)
+
+    def state_dtypes(self) -> tuple[torch.dtype, ...]:
+        return torch.float32, torch.float32, self.dtype, self.dtype
+
+
+class HybridAttentionLayer(nn.Module, MambaBase):
+    """Serves one converted attention. vLLM gives it pages of memory, one or more for a sequence, and calls `_forward`
+    at the end of `forward`, outside of what it compiles."""
+
+    kv_cache: tuple[Tensor, ...]
+
+    def __init__(
+        self,
+        shape: LayerShape,
+        vllm_config: Any,
+        prefix: str,
+        *,
+        scaling: float,
+        softcap: float | None,
+        sinks: nn.Parameter | None,
+    ) -> None:
+        super().__init__()
+        self.maps = HybridMaps(shape.hybrid, shape.num_heads, shape.head_dim).float().requires_grad_(False)
+        for parameter in self.maps.parameters():
+            set_weight_attrs(parameter, {"weight_loader": sharded_weight_loader(0)})  # all begin with the heads
+        self.shape, self.prefix = shape, prefix
+        # The sinks are the attention module's, and stay its parameter alone.
+        self.options: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
+        self.has_sink = sinks is not None
+        vllm_config.compilation_config.static_forward_context[prefix] = self
+
+    def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
+        return self.shape.state_shapes()
+
+    def get_state_dtype(self) -> tuple[torch.dtype, ...]:
+        return self.shape.state_dtypes()
+
+    @property
+    def mamba_type(self) -> MambaAttentionBackendEnum:
+        return MambaAttentionBackendEnum.LINEAR
+
+    def get_attn_backend(self) -> type[StudentBackend]:
+        return StudentBackend
+
+    def bind_kv_cache(self, kv_cache: Tensor) -> None:
+        super().bind_kv_cache(kv_cache)
+        sums, norms, keys, values = self.kv_cache
+        slots = self.shape.hybrid.slots
+        self.states = SlotStates(sums, norms, keys[:, :, :slots], values[:, :, :slots])
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """query [A, H D], key and value [A, K D], after RoPE -> [A, H D]."""
+        packed = torch.cat((query, key, value), -1).to(self.shape.dtype)
+        output = torch.empty_like(query)
+        # Registered by the import of minimax_linear_attn; vLLM cuts what it compiles there.
+        torch.ops.vllm.linear_attention(packed, output, packed, self.prefix)
+        return output
+
+    def _forward(self, hidden_states: Tensor, output: Tensor, positions: Tensor) -> None:
+        """Fills output [A, H D] from q, k and v beside each other in hidden_states."""
+        shape = self.shape
+        heads = [shape.num_heads, shape.num_key_value_heads, shape.num_key_value_heads]
+        q, k, v = hidden_states.unflatten(-1, (-1, shape.head_dim)).split(heads, 1)
+        out = output.view(len(output), shape.num_heads, shape.head_dim)
+        found = get_forward_context().attn_metadata
+        if found is None:  # vLLM measures the memory that a step takes, before there are pages
+            q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+            out.copy_(hybrid_attention(q, k, v, self.maps, **self.options)[0].transpose(0, 1))
+            return
+        step: StepMetadata = found[self.prefix]
+        first = slice(0, len(step.slots))
+        out[first] = decode_in_slots(
+            q[first], k[first], v[first], self.maps, self.states, step.slots, step.length, **self.options
+        )
+        for rows in step.prompts:
+            attend_in_slots(q, k, v, self.maps, self.states, rows, out, **self.options)
+        out[step.num_tokens :] = 0
