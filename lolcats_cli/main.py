@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import io
-import math
 import os
 import sys
 import warnings
 from collections.abc import Callable
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperCommand
 
 from lolcats_cli import __version__, ranks, stopping
+from lolcats_cli.commands._everywhere import with_common_options
+from lolcats_cli.commands._help import Command, Group
 from lolcats_cli.commands.capture import capture
 from lolcats_cli.commands.demo import demo
 from lolcats_cli.commands.eval import evaluate
@@ -29,18 +28,17 @@ from lolcats_cli.commands.report import report
 from lolcats_cli.commands.transfer import transfer
 from lolcats_cli.commands.verify import verify
 from lolcats_cli.errors import LolcatsError, NotEnoughSpace, Stopped, shortage
-from lolcats_cli.progress import printable
+from lolcats_cli.progress import printable, set_level
 
 EXIT_CODES = """Exit codes: 0 done, 1 a bug, 2 wrong usage, 3 bad input, 4 things that do not belong together,
-5 not enough disk or memory, 75 stopped by a signal and resumable."""
+5 not enough disk or memory, 75 stopped by a signal and resumable. docs/glossary.md explains the words."""
 
-MAX_INTEGER, MAX_FLOAT = 2**32 - 1, 1e9  # of an option; the former is the largest seed
 BROKEN_PIPE = 128 + 13  # as if SIGPIPE had ended us
 
 app = typer.Typer(
     name="lolcats",
     no_args_is_help=True,
-    add_completion=False,
+    cls=Group,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -63,24 +61,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 
 
-class Command(TyperCommand):
-    """A command whose numbers are finite and of sane size: Typer's ranges let NaN through, and few have an end."""
-
-    def invoke(self, ctx: Any) -> Any:
-        for param in self.params:
-            named: Any = param
-            value = ctx.params.get(param.name or "")
-            if not isinstance(value, int | float):
-                continue
-            if isinstance(value, float) and not math.isfinite(value):
-                raise typer.BadParameter(f"{value} is not a finite number.", ctx, named)
-            if abs(value) > (MAX_FLOAT if isinstance(value, float) else MAX_INTEGER):
-                raise typer.BadParameter(f"{str(value)[:40]} is too large a number.", ctx, named)
-        return super().invoke(ctx)
-
-
 for name, command in COMMANDS.items():
-    app.command(name, cls=Command)(command)
+    app.command(name, cls=Command)(with_common_options(command))
 
 
 def _print_version(wanted: bool) -> None:
@@ -90,48 +72,13 @@ def _print_version(wanted: bool) -> None:
 
 
 @app.callback()
+@with_common_options
 def options(
-    ctx: typer.Context,
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            help="A YAML file of options by command, such as `transfer: {window: 32}`; the command line wins."
-        ),
-    ] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    if config is not None:
-        ctx.default_map = _read_config(config, {name: c.params for name, c in ctx.command.commands.items()})  # type: ignore[attr-defined]
-
-
-def _read_config(path: Path, commands: dict[str, list]) -> dict:
-    """The file's options by command. Raises a usage error for what is not a command's option."""
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise typer.BadParameter(f"--config {path} cannot be read: {error}") from error
-    if not isinstance(content, dict) or not all(isinstance(values, dict) for values in content.values()):
-        raise typer.BadParameter(f"--config {path} must hold options by command, such as `transfer: {{window: 32}}`.")
-    for command, values in content.items():
-        known = {param.name: param for param in commands.get(command, []) if param.param_type_name == "option"}
-        unknown = (
-            [command] if command not in commands else [f"{command}.{key}" for key in values if _key(key) not in known]
-        )
-        if unknown:
-            raise typer.BadParameter(f"--config {path}: {unknown[0]} is not a command's option.")
-        for key, value in values.items():
-            if isinstance(value, str) and getattr(known[_key(key)], "multiple", False):
-                values[key] = [value]
-    return {command: {_key(key): value for key, value in values.items()} for command, values in content.items()}
-
-
-def _key(name: str) -> str:
-    return str(name).replace("-", "_")
+    pass
 
 
 def main() -> None:
@@ -152,7 +99,8 @@ def main() -> None:
 def run(args: list[str]) -> int:
     """Run one command; its exit code. With `--debug` errors keep their traceback."""
     debug = "--debug" in args
-    if not debug:  # what libraries would say is not for the user
+    set_level("normal")
+    if not {"--debug", "--verbose", "-v"}.intersection(args):  # what libraries would say is not for the user
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         warnings.filterwarnings("ignore", module=r"(transformers|peft|torch|accelerate|datasets)\b")
     try:
@@ -169,7 +117,7 @@ def run(args: list[str]) -> int:
         if debug:
             raise
         code = exit_code(error)
-        hint = " This is a bug in lolcats: --debug before the command shows where." if code == 1 else ""
+        hint = " This is a bug in lolcats: --debug shows where." if code == 1 else ""
         return _fail(code, f"Error: {_message(error)}{hint}")
     return 0
 

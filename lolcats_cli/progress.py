@@ -37,6 +37,21 @@ class Progress:
         yield lambda done=1, **figures: None
 
 
+INTERVALS = {"normal": 10.0, "verbose": 1.0}  # seconds between plain lines, by how much is to be said
+_level = "normal"
+
+
+def set_level(level: str) -> None:
+    """How much this process says on stderr: "quiet", "normal" or "verbose"."""
+    global _level
+    _level = level
+
+
+def for_people() -> Progress:
+    """Progress on stderr, as much of it as was asked for."""
+    return Progress() if _level == "quiet" else StderrProgress(INTERVALS[_level])
+
+
 class StderrProgress(Progress):
     """tqdm bars on a terminal, a plain line every `interval` seconds otherwise."""
 

@@ -6,6 +6,7 @@ The stages check again what they use; nothing here is needed for safety.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from os.path import realpath
 from pathlib import Path
 from typing import Literal
 
@@ -46,8 +47,13 @@ def data(sources: Iterable[str] | None, captures: bool = False) -> None:
             find_files(source)
 
 
-def output(path: Path, resume: Literal["auto", "required", "never"], force: bool) -> None:
-    """Raises if nothing can be written there."""
+def output(
+    path: Path, resume: Literal["auto", "required", "never"], force: bool, inputs: Iterable[str | None] = ()
+) -> None:
+    """Raises if nothing can be written there, or if it is one of the command's `inputs`."""
+    for given in inputs:
+        if given is not None and realpath(given) == realpath(path):
+            raise UsageError(f"--output {path} is the directory that the command reads. Name another one.")
     check_place(path, resume, force)
 
 

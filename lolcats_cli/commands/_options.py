@@ -15,7 +15,7 @@ import typer
 
 from lolcats_cli import ranks
 from lolcats_cli.errors import UsageError
-from lolcats_cli.progress import printable
+from lolcats_cli.progress import Progress, for_people, printable
 
 MAX_LAYERS = 65536
 MAX_PATH = 65536  # bytes of the line on stdin
@@ -172,8 +172,6 @@ def print_result(path: Path, summary: dict[str, Any], as_json: bool) -> None:
         print(json.dumps({"path": str(path), **summary}) if as_json else shown, flush=True)
 
 
-def progress():
+def progress() -> Progress:
     """Progress on stderr, told once if there are several ranks."""
-    from lolcats_cli.progress import Progress, StderrProgress
-
-    return StderrProgress() if ranks.rank() == 0 else Progress()
+    return for_people() if ranks.rank() == 0 else Progress()

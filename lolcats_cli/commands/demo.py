@@ -67,7 +67,7 @@ def demo(
     print(f"\nThe student is in {student}. In Python:\n")
     print("  from transformers import AutoModelForCausalLM, AutoTokenizer")
     print(f"  model = AutoModelForCausalLM.from_pretrained({student!r}, trust_remote_code=True)")
-    print(f"  tokenizer = AutoTokenizer.from_pretrained({student!r}, trust_remote_code=True)")
+    print(f"  tokenizer = AutoTokenizer.from_pretrained({student!r}, trust_remote_code=False)")
     print(f"\n{time.monotonic() - started:.0f} seconds in all.")
     if keep is None:
         for path in (capture, untrained, maps, lora):
@@ -86,6 +86,7 @@ def _evaluate(path: str, terms: tuple[str, ...]) -> dict:
     from lolcats_cli.loading.any_model import load_any
     from lolcats_cli.teacher.load import LoadOptions
 
+    o.progress().note(f"loading {path}")
     loaded = load_any(path, LoadOptions(dtype="float32"))
     return evaluate(loaded, str(VALIDATION), terms=terms, recall_count=RECALL_ROWS, progress=o.progress())["results"]
 

@@ -9,6 +9,7 @@ import typer
 
 from lolcats_cli.commands import _checks as checks
 from lolcats_cli.commands import _options as o
+from lolcats_cli.commands._tables import table as columns
 from lolcats_cli.errors import UsageError
 
 
@@ -61,6 +62,7 @@ def evaluate(
         from lolcats_cli.evaluation.lm_eval_tasks import load_tasks, run_tasks
 
         wanted = load_tasks(tasks.split(","))
+        o.progress().note(f"loading {given}")
         loaded = load_any(given, load, teacher=teacher, revision=revision)
         figures = run_tasks(loaded, wanted, samples=samples, batch_size=batch_size, seed=seed)
         print(json_module.dumps({"path": given, "results": figures}) if json else task_table(figures))
@@ -70,6 +72,7 @@ def evaluate(
     from lolcats_cli.evaluation.evaluate import evaluate as run
     from lolcats_cli.teacher.data import DataOptions
 
+    o.progress().note(f"loading {given}")
     found = run(
         load_any(given, load, teacher=teacher, revision=revision),
         data,
@@ -99,7 +102,7 @@ def task_table(results: dict[str, dict]) -> str:
         errors = {key: f" ± {figures[f'{key}_stderr']:.1%}" for key in rows[0] if f"{key}_stderr" in figures}
         cells = [f"{figures[key]:.1%}{errors.get(key, '')}" if key in figures else "-" for key in rows[0][2:]]
         rows.append([name, str(figures["shots"]), *cells])
-    return aligned(rows)
+    return columns(rows)
 
 
 def table(results: dict[str, dict]) -> str:
@@ -119,15 +122,4 @@ def table(results: dict[str, dict]) -> str:
                 *(f"{figures['recall'][d]:.0%}" if d in figures["recall"] else "-" for d in distances),
             ]
         )
-    return aligned(rows)
-
-
-def aligned(rows: list[list[str]]) -> str:
-    """Rows of cells as lines, the first column to the left and the others to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            f"{cell:<{w}}" if i == 0 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
+    return columns(rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from typing import Annotated
 
 import typer
@@ -20,29 +21,86 @@ def generate(
             help="A teacher, a transfer or LoRA artifact, a merged folder, or - to read its path from stdin."
         ),
     ],
-    prompt: Annotated[str, typer.Option(help="The text to continue.")],
+    prompt: Annotated[
+        str | None, typer.Option(help="The text to continue. Without it, or with -, it is read from stdin.")
+    ] = None,
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat",
+            help="Talk: every line of stdin is a turn, put into the tokenizer's chat template with those before.",
+        ),
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to generate.")] = 128,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token every time.")] = 0.0,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Draw among the likeliest tokens that together have this probability; 1 means all. The model's "
+            "generation_config.json decides otherwise.",
+        ),
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=0, help="Draw among so many of the likeliest tokens; 0 means all.")
+    ] = None,
     teacher: o.Teacher = None,
     trust_remote_code: o.TrustRemoteCode = False,
     dtype: o.Dtype = "auto",
     device: o.Device = "auto",
     seed: o.Seed = 0,
 ) -> None:
-    """Continue a prompt; the text streams to stdout."""
+    """Continue a prompt, or hold a conversation. The text streams to stdout."""
     if 0 < temperature < 1e-3:
         raise UsageError(f"--temperature {temperature} divides by next to nothing; give 0, or at least 0.001.")
+    if not temperature and (top_p, top_k) != (None, None):
+        raise UsageError("--top-p and --top-k choose what is drawn from, and --temperature 0 draws nothing.")
+    if top_p == 0:
+        raise UsageError("--top-p 0 leaves no token to draw. Give a probability above 0.")
+    if model == "-" and prompt in (None, "-"):
+        raise UsageError("The model's path and the prompt cannot both come from stdin. Give --prompt.")
     given = o.artifact_path(model)
     checks.model(given, teacher)
+    text = None if chat and prompt is None else _prompt(prompt)
 
+    from lolcats_cli.evaluation.generate import Sampling
     from lolcats_cli.evaluation.generate import generate as run
     from lolcats_cli.loading.any_model import load_any
     from lolcats_cli.teacher.load import LoadOptions
 
-    def write(text: str) -> None:
-        sys.stdout.write(printable(text, keep="\n\t") if sys.stdout.isatty() else text)
+    def write(piece: str) -> None:
+        sys.stdout.write(printable(piece, keep="\n\t") if sys.stdout.isatty() else piece)
         sys.stdout.flush()
 
+    sampling = Sampling(temperature, top_p, top_k, seed)
+    o.progress().note(f"loading {given}")
     loaded = load_any(given, LoadOptions(dtype, device, trust_remote_code), teacher=teacher)
-    run(loaded, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, write=write)
-    write("\n")
+    turns: list[dict[str, str]] = []
+    for said in _turns() if text is None else [text]:
+        turns.append({"role": "user", "content": said})
+        answer = run(loaded, turns if chat else said, max_new_tokens=max_new_tokens, sampling=sampling, write=write)
+        turns.append({"role": "assistant", "content": answer})
+        write("\n")
+
+
+def _prompt(given: str | None) -> str:
+    """The prompt, from stdin unless it is given. A last line end is not part of it."""
+    if given not in (None, "-"):
+        return str(given)
+    if sys.stdin is None or sys.stdin.isatty():
+        raise UsageError("Give the text to continue: --prompt, or on stdin.")
+    text = sys.stdin.buffer.read().decode("utf-8", errors="replace")
+    return text.removesuffix("\n")
+
+
+def _turns() -> Iterator[str]:
+    """The lines of stdin that say something, asked for on a terminal."""
+    while True:
+        if sys.stdin is not None and sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline() if sys.stdin is not None else ""
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()

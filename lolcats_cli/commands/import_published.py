@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -42,14 +42,14 @@ def import_published(
         checks.artifact(transfer, "transfer", teacher)
     elif teacher is not None:
         checks.local_folder(teacher)
-    checks.output(output, resume, force)
+    checks.output(output, resume, force, (teacher, transfer))
 
     from lolcats_kernels import HybridConfig
 
     from lolcats_cli.stages.import_published import holds_adapter, import_adapter, import_maps
     from lolcats_cli.teacher.load import LoadOptions
 
-    common = {"resume": resume, "force": force, "progress": o.progress()}
+    common: dict[str, Any] = {"resume": resume, "force": force, "progress": o.progress()}
     if holds_adapter(checkpoint):
         if transfer is None:
             raise UsageError(f"{checkpoint} holds a LoRA adapter: give the maps that it goes with, --transfer MAPS.")

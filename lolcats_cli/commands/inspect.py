@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from lolcats_cli.commands import _options as o
+from lolcats_cli.commands._tables import table
 from lolcats_cli.progress import printable
 
 
@@ -23,7 +24,10 @@ def inspect(
     ] = None,
     json: o.Json = False,
 ) -> None:
-    """Show what an artifact is: kind, lineage, layers, shapes, bytes, figures. Reads no weights."""
+    """Show what an artifact is: kind, lineage, layers, shapes, bytes, figures. Reads no weights.
+
+    docs/glossary.md explains the figures.
+    """
     from lolcats_formats import Artifact
 
     from lolcats_cli.artifacts.describe import describe, describe_layer, describe_lineage
@@ -53,20 +57,12 @@ def _lines(value: dict, indent: str = "") -> list[str]:
         if isinstance(item, dict) and item:
             lines += [f"{indent}{key}", *_lines(item, indent + "  ")]
         elif isinstance(item, list) and item and isinstance(item[0], dict):
-            lines += [f"{indent}{key}", *_table(item, indent + "  ")]
+            header = list(dict.fromkeys(name for row in item for name in row))
+            rows = [header, *([_cell(row.get(name)) for name in header] for row in item)]
+            lines += [f"{indent}{key}", table(rows, numbers=False, indent=indent + "  ")]
         else:
             lines.append(f"{indent}{key:<{width}}  {_cell(item)}")
     return lines
-
-
-def _table(rows: list[dict], indent: str) -> list[str]:
-    header = list(dict.fromkeys(key for row in rows for key in row))
-    cells = [list(map(printable, header)), *([_cell(row.get(key)) for key in header] for row in rows)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    return [
-        indent + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in cells
-    ]
 
 
 def _cell(item: object) -> str:

@@ -21,7 +21,7 @@ def join(
     """Join what several machines made into what one would have made: captures by rows, transfers by layers."""
     for part in parts:
         Artifact.open(part, ("capture", "transfer"))
-    checks.output(output, resume, force)
+    checks.output(output, resume, force, parts)
 
     from lolcats_cli.stages.join import join as run
 

@@ -97,7 +97,7 @@ def lora(
     given = o.artifact_path(transfer, data)
     checks.artifact(given, "transfer", teacher)
     checks.data(data, captures=True)
-    checks.output(output, resume, force)
+    checks.output(output, resume, force, (given, *(data or ())))
     o.launch_on(devices, given)
 
     from lolcats_cli.stages.lora import RECIPES, LoraOptions

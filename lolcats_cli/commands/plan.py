@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lolcats_cli.commands import _options as o
+from lolcats_cli.commands._tables import table
 
 if TYPE_CHECKING:
     from lolcats_cli.planning.plan import Plan
@@ -92,9 +93,7 @@ def _lines(teacher: str, found: Plan, disk: float) -> list[str]:
         )
         for step in found.steps
     ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-    lines.append("")
+    lines += [table(rows, numbers=False), ""]
     problems: dict[str, list[str]] = {}
     for step in found.steps:
         name = f"--store {step.name.replace(' ', ' --block-size ')}" if step.store else step.stage

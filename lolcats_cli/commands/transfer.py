@@ -96,7 +96,7 @@ def transfer(
     opened = checks.artifact(given, "capture", teacher)
     checks.layers("--layers", parts, opened)
     checks.layers("--keep-softmax", kept, opened)
-    checks.output(output, resume, force)
+    checks.output(output, resume, force, (given,))
     o.launch_on(devices, given)
 
     from lolcats_kernels import HybridConfig

@@ -3,33 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import BatchEncoding
 
 from lolcats_cli.errors import BadInput, LolcatsError, UsageError
 from lolcats_cli.loading.any_model import Loaded
 from lolcats_cli.teacher.load import first_line
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn.
+
+    Attributes:
+        temperature: 0 takes the likeliest token every time; the others then mean nothing.
+        top_p: draw among the likeliest tokens that together have this probability; 1 means all.
+        top_k: draw among so many of the likeliest tokens; 0 means all. None of either leaves it to the model's
+            generation_config.json.
+        seed: of the draws.
+    """
+
+    temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int = 0
+
+    def options(self) -> dict[str, Any]:
+        """As transformers' generate takes them."""
+        if not self.temperature:
+            return {"do_sample": False}
+        given = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        return {"do_sample": True} | {name: value for name, value in given.items() if value is not None}
+
+
 def generate(
     loaded: Loaded,
-    prompt: str,
+    prompt: str | list[dict[str, str]],
     *,
     max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    seed: int = 0,
+    sampling: Sampling = Sampling(),
     write: Callable[[str], None] = lambda text: None,
 ) -> str:
     """Continue `prompt`; `write` gets the continuation piece by piece, and the whole is returned.
 
     Args:
-        temperature: 0 takes the likeliest token every time.
-        seed: draws the tokens otherwise.
+        prompt: a text, or the turns of a conversation (`role` and `content`), for the tokenizer's chat template.
 
     Raises:
-        UsageError: the prompt has no tokens.
+        UsageError: the prompt has no tokens, or the tokenizer no chat template.
         BadInput: the model's predictions are no numbers, or its generation_config.json cannot be followed.
     """
     from transformers import LogitsProcessorList, TextStreamer
@@ -41,16 +66,15 @@ def generate(
 
     pieces: list[str] = []
     model: Any = loaded.model
-    torch.manual_seed(seed)
-    inputs = loaded.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    torch.manual_seed(sampling.seed)
+    inputs = _encode(loaded, prompt).to(model.device)
     if inputs["input_ids"].shape[1] == 0:
-        raise UsageError("--prompt is empty; give the text to continue.")
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+        raise UsageError("The prompt is empty. Give the text to continue.")
     pad = loaded.tokenizer.pad_token_id
     try:
         model.generate(
             **inputs,
-            **sampling,
+            **sampling.options(),
             max_new_tokens=max_new_tokens,
             pad_token_id=loaded.tokenizer.eos_token_id if pad is None else pad,
             streamer=Stream(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True),
@@ -61,6 +85,21 @@ def generate(
     except Exception as error:  # of every sort, as settings of a wrong type or size meet all of transformers
         raise BadInput(f"{type(model).__name__} cannot generate as its folder says: {first_line(error)}") from error
     return "".join(pieces)
+
+
+def _encode(loaded: Loaded, prompt: str | list[dict[str, str]]) -> BatchEncoding:
+    """The prompt as tensors of one row. Raises UsageError for a conversation without a chat template."""
+    tokenizer = loaded.tokenizer
+    if isinstance(prompt, str):
+        return tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    if not tokenizer.chat_template:
+        raise UsageError("--chat needs a chat template, and this tokenizer has none. Leave --chat out.")
+    try:
+        made = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    except Exception as error:  # of every sort: a template is a program
+        raise BadInput(f"The tokenizer's chat template cannot be used: {first_line(error)}") from error
+    assert isinstance(made, BatchEncoding)
+    return made
 
 
 def _check_numbers(input_ids: Tensor, scores: Tensor) -> Tensor:

@@ -117,7 +117,7 @@ def _measure(
         real = rows.input_ids[0] if rows.valid is None else rows.input_ids[0][rows.valid[0]]
         found.prompt = str(loaded.tokenizer.decode(real[:PROMPT_TOKENS].tolist(), skip_special_tokens=True)).strip()
     progress.note(f"{name}: a sample, and the speed of decoding")
-    found.samples[name] = generate(loaded, found.prompt, max_new_tokens=SAMPLE_TOKENS, seed=seed)
+    found.samples[name] = generate(loaded, found.prompt, max_new_tokens=SAMPLE_TOKENS)
     limit = model_limit(loaded.model.config)
     contexts = [context for context in CONTEXTS if limit is None or context + TIMED_TOKENS <= limit]
     found.speed[name] = {context: decoding_speed(loaded, context) for context in contexts}

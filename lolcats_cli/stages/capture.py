@@ -106,6 +106,7 @@ def capture(
         found = ranks.share(lambda: _read(data, folder, options, config, load, progress))
         if keep is not None and keep > len(found):
             raise UsageError(f"--keep {keep} is more than the {len(found)} rows that the data gives. Keep fewer.")
+        progress.note(f"loading {folder}")
         model = load_model(folder, replace(load, device="cpu"))  # blocks of it are moved when they are run
         layers = _check_teacher(model, device)
         progress.note(f"{teacher}: {len(layers)} attention layers, every one recorded and reproduced")

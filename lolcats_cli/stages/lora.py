@@ -137,6 +137,7 @@ def lora(
             folder = teacher_folder(parent, teacher)
         data_options = replace(data_options, completion=options.loss_on == "completion")
         splits, source = _rows(parent, data, data_options, folder, load, options.seed, progress)
+        progress.note(f"loading {folder}")
         student = load_student(parent, folder, load)
         check_on_devices(
             student, "a training takes weights that stay. Add GPUs, or spread it with torchrun and --shard"

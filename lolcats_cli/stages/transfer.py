@@ -199,7 +199,9 @@ def _source(
     if capture.config.get("store", "attention") == "attention":
         return StoredActivations(capture)
     options = replace(load, dtype=capture.config["dtype"], device="cpu")
-    model = load_model(teacher_folder(capture, teacher), options)
+    folder_of_teacher = teacher_folder(capture, teacher)
+    progress.note(f"loading {folder_of_teacher}")
+    model = load_model(folder_of_teacher, options)
     if block_size:
         return RollingActivations(capture, model, device, block_size, folder, progress)
     return ComputedActivations(capture, model, device)

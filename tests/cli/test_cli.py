@@ -93,7 +93,7 @@ def test_eval_as_table_and_as_json(pipeline: SimpleNamespace, invoke) -> None:
 
 def test_generate_writes_text_alone(pipeline: SimpleNamespace, invoke) -> None:
     result = invoke("generate", pipeline.lora, "--prompt", "the sea", "--max-new-tokens", "4")
-    assert (result.code, result.err) == (0, "")
+    assert (result.code, result.err) == (0, f"loading {pipeline.lora}\n")
     assert result.out.endswith("\n")
     assert "the sea" not in result.out
 
@@ -187,7 +187,7 @@ BAD: dict[str, tuple[Case, int, str]] = {
     "unfinished": (lambda m, t: ("transfer", unfinished(m, t), "-o", t / "OUT"), 3, "is not finished"),
     "unfinished for eval": (lambda m, t: ("eval", unfinished(m, t), "--data", m.text), 3, "is not finished"),
     "missing model": (lambda m, t: ("eval", t / "no", "--data", m.text), 3, "is not a folder"),
-    "empty prompt": (lambda m, t: ("generate", m.teacher, "--prompt", ""), 2, "--prompt is empty"),
+    "empty prompt": (lambda m, t: ("generate", m.teacher, "--prompt", ""), 2, "The prompt is empty"),
     "stdin twice": (lambda m, t: ("lora", "-", "-o", t / "OUT", "--data", "-"), 2, "cannot both come from stdin"),
     "flipped bit": (lambda m, t: ("lora", damaged(m, t), "-o", t / "OUT"), 3, "layer-001.safetensors is damaged"),
     "cut file": (lambda m, t: ("merge", damaged(m, t, False), "-o", t / "OUT"), 3, "layer-001.safetensors is damaged"),

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lolcats_cli.errors import BadInput
 from lolcats_cli.evaluation.evaluate import evaluate
-from lolcats_cli.evaluation.generate import generate
+from lolcats_cli.evaluation.generate import Sampling, generate
 from lolcats_cli.loading.any_model import Loaded, load_any
 from lolcats_cli.stages.layer_training import TransferOptions
 from lolcats_cli.stages.transfer import transfer
@@ -145,5 +145,5 @@ def test_generation_streams_what_it_returns_and_is_the_argmax(pipeline: SimpleNa
 
 
 def test_sampling_goes_by_the_seed(student: Loaded) -> None:
-    drawn = [generate(student, "sea", max_new_tokens=12, temperature=1.5, seed=seed) for seed in (0, 0, 1)]
+    drawn = [generate(student, "sea", max_new_tokens=12, sampling=Sampling(1.5, seed=seed)) for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]

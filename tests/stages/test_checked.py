@@ -243,10 +243,10 @@ def spoilt(pipeline: SimpleNamespace, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_text_is_not_drawn_from_nan(spoilt: Path, temperature: float) -> None:
-    from lolcats_cli.evaluation.generate import generate
+    from lolcats_cli.evaluation.generate import Sampling, generate
 
     with pytest.raises(BadInput, match="The model predicts NaN or infinity"):
-        generate(load_any(str(spoilt), CPU), "the whale", max_new_tokens=2, temperature=temperature)
+        generate(load_any(str(spoilt), CPU), "the whale", max_new_tokens=2, sampling=Sampling(temperature))
 
 
 def test_a_perplexity_that_is_no_number_is_no_result(spoilt: Path, pipeline: SimpleNamespace) -> None:
