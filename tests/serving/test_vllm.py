@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import socket
@@ -142,3 +143,14 @@ def test_what_cannot_work_is_told_before_anything_is_loaded(students, options, m
 
     with pytest.raises(ValueError, match=message):
         EngineArgs(model=str(students.make("plain", **WINDOW)), **OPTIONS | options).create_engine_config()
+
+
+def test_fifty_times_the_sequences_of_the_softmax_model():
+    """As vLLM plans its pages, for the shape of Llama 3 8B and 32,768 tokens."""
+    path = Path(__file__).parents[2] / "benchmarks" / "serving_memory.py"
+    spec = importlib.util.spec_from_file_location("serving_memory", path)
+    memory = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(memory)
+    softmax, _ = memory.sequences(None, prefix_caching=False)
+    student, _ = memory.sequences(0, prefix_caching=False)
+    assert student > 50 * softmax > 500
