@@ -391,8 +391,8 @@ def test_memory_that_ends_while_loading(
 
 
 def test_the_codes_are_documented(invoke) -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    section = readme.split("## Exit codes", 1)[1]
+    page = (Path(__file__).parents[2] / "docs" / "artifacts.md").read_text()
+    section = page.split("## Exit codes", 1)[1]
     shown = " ".join(invoke("--help").out.split())
     for code in (0, 1, 2, 3, 4, 5, 75):
         assert f"{code}" in section.split("\n## ", 1)[0]

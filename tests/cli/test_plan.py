@@ -1,4 +1,4 @@
-"""lolcats plan: its output in the README, its errors, and that it starts without torch."""
+"""lolcats plan: its output in docs/sizes.md, its errors, and that it starts without torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lolcats_cli.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "tests" / "planning" / "configs"
-README = ROOT / "README.md"
+README = ROOT / "docs" / "sizes.md"
 BLOCK = re.compile(r"```\n\$ lolcats (plan [^\n]*)\n(.*?)```", re.DOTALL)
 
 
