@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from lolcats_cli.stages.lora import LoraOptions
 
+POINTS = 200  # about so many training losses of a run are logged
 IGNORED = -100  # the label of a token that is not predicted
 
 
@@ -338,9 +339,10 @@ class Reporter(TrainerCallback):
             self.check("training", logs["loss"], state.global_step)
             self.losses.append(logs["loss"])
             self.advance(0, loss=logs["loss"])
-            if state.global_step % self.options.eval_steps == 0:
+            if state.global_step % max(1, state.max_steps // POINTS) == 0:
                 mean = sum(self.losses) / len(self.losses)
-                self.log(event="train", step=state.global_step, loss=mean, lr=logs["learning_rate"])
+                norm = float(logs["grad_norm"])
+                self.log(event="train", step=state.global_step, loss=mean, grad_norm=norm, lr=logs["learning_rate"])
                 self.losses = []
             self.since = time.monotonic()
 

@@ -151,6 +151,14 @@ def test_the_linear_schedule_falls_to_nothing(pipeline: SimpleNamespace, tmp_pat
     assert rates == pytest.approx([1e-2, 7.5e-3, 5e-3, 2.5e-3])
 
 
+def test_the_curves_are_logged_as_they_come(pipeline: SimpleNamespace) -> None:
+    """Every step of a short run, with the gradient's norm before clipping."""
+    events = [event for event in Artifact.open(pipeline.lora).metrics() if event["event"] == "train"]
+    assert [event["step"] for event in events] == [1, 2, 3, 4, 5, 6]
+    assert all(event["grad_norm"] > 0 and event["loss"] > 0 for event in events)
+    assert len({event["grad_norm"] for event in events}) == 6
+
+
 def stopped(*_: object) -> None:
     raise Stopped("SIGTERM")
 
