@@ -44,7 +44,7 @@ def measure(folder: str, options: dict) -> None:
     )
     rng = torch.Generator().manual_seed(0)
     if folder != str(TEACHER):
-        gate(llm, folder, torch.randint(3, 3000, (500,), generator=rng).tolist())
+        gate(llm, options["expected"])
     for context in options["contexts"]:
         for sequences in options["sequences"]:
             best = [0.0, 0.0]
@@ -74,15 +74,24 @@ def run(engine, prompts: list[list[int]], name: str) -> list[float]:
     return [sum(map(len, prompts)) / (read - begin), (sum(counts.values()) - before) / (end - read)]
 
 
-def gate(llm, folder: str, prompt: list[int]) -> None:
-    from transformers import AutoModelForCausalLM
+def gate(llm, expected: list[int]) -> None:
     from vllm import SamplingParams
 
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=llm.model_config.dtype)
-    expected = model.generate(torch.tensor([prompt]), max_new_tokens=16, min_new_tokens=16, do_sample=False)[0, -16:]
-    params = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True)
-    found = llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)[0].outputs[0].token_ids
-    assert list(found) == expected.tolist(), "vLLM gives other tokens than transformers"
+    params = SamplingParams(max_tokens=len(expected), temperature=0, ignore_eos=True)
+    found = llm.generate([{"prompt_token_ids": gate_prompt()}], params, use_tqdm=False)[0].outputs[0].token_ids
+    assert list(found) == expected, "vLLM gives other tokens than transformers"
+
+
+def gate_prompt() -> list[int]:
+    return torch.randint(3, 3000, (500,), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+def transformers_answer(folder: str, dtype: str) -> list[int]:
+    """Not in vLLM's process: there the installed package takes the place of the folder's own code."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=getattr(torch, dtype))
+    return model.generate(torch.tensor([gate_prompt()]), max_new_tokens=16, do_sample=False)[0, 500:].tolist()
 
 
 def main() -> None:
@@ -93,17 +102,20 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
+    parser.add_argument("--expected", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     options = {"contexts": arguments.contexts, "sequences": arguments.sequences, "dtype": arguments.dtype}
+    options["expected"] = arguments.expected
     if arguments.measure:
         measure(arguments.measure, options)
         return
     from importlib.metadata import version
 
+    expected = json.dumps(transformers_answer(arguments.student, arguments.dtype))
     rows = []
     for model, folder in (("student", arguments.student), ("softmax", str(TEACHER))):
         environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
-        command = [sys.executable, *sys.argv, "--measure", folder]
+        command = [sys.executable, *sys.argv, "--measure", folder, "--expected", expected]
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
         for line in done.stdout.splitlines():
             if line.startswith("{"):
