@@ -22,11 +22,12 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "formats")]
 
-from lolcats_kernels import HybridConfig, HybridMaps, hybrid_attention  # noqa: E402
+from lolcats_kernels import HybridMaps, hybrid_attention  # noqa: E402
 from lolcats_kernels.softmax import AttentionSpec, softmax_attention  # noqa: E402
 
-from lolcats_cli.stages import layer_training  # noqa: E402
+from lolcats_cli.stages import layer_losses, layer_training  # noqa: E402
 from lolcats_cli.stages.activations import Batch  # noqa: E402
+from lolcats_cli.stages.transfer_options import TransferOptions  # noqa: E402
 from lolcats_cli.teacher.record import LayerInfo  # noqa: E402
 
 HEADS, KEY_HEADS, DIM = 8, 4, 32
@@ -49,9 +50,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    recipe = dict(layer_training.RECIPES["best"])
-    hybrid = HybridConfig(linear_factor=recipe.pop("linear_factor"))
-    options = layer_training.TransferOptions(hybrid, **recipe)
+    options = TransferOptions()
+    hybrid = options.hybrid
     info = LayerInfo(HEADS, KEY_HEADS, DIM, AttentionSpec(scaling=DIM**-0.5))
     print("| tokens | reference, s | chunked, s | times faster | softmax outputs alone, s |\n" + "| --- " * 5 + "|")
     for length in args.lengths:
@@ -65,8 +65,8 @@ def main() -> None:
                 layer_training.accumulate({0: run}, repeat({0: batch}), [info], options, 1, torch.device("cpu"))
                 run.optimizer.step()
 
-            with patch.object(layer_training, "hybrid_attention", partial(hybrid_attention, backend=backend)):
-                losses[backend] = layer_training._loss(batch, run.maps, info, options).item()
+            with patch.object(layer_losses, "hybrid_attention", partial(hybrid_attention, backend=backend)):
+                losses[backend] = layer_losses.layer_loss(batch, run.maps, info, options).item()
                 found[backend] = seconds(step, args.rounds)
         assert abs(losses["reference"] - losses["chunked"]) <= 1e-4 * abs(losses["reference"]), losses
         target = partial(softmax_attention, batch.q, batch.k, batch.v, info.spec, None)

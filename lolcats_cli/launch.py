@@ -12,6 +12,8 @@ from contextlib import contextmanager
 
 from lolcats_cli.errors import Stopped
 
+command_line: list[str] | None = None  # of this process, if it is the program and not a user's Python
+
 
 def launch(devices: Sequence[int], command: Sequence[str]) -> int:
     """Run `lolcats COMMAND` once per device, side by side.

@@ -11,19 +11,23 @@ from typing import Annotated
 
 import typer
 
-from lolcats_cli import __version__, ranks, stopping
+from lolcats_cli import __version__, launch, ranks, stopping
 from lolcats_cli.commands._everywhere import with_common_options
 from lolcats_cli.commands._help import Command, Group
+from lolcats_cli.commands._printing import printing, show_artifact, show_file, show_path
 from lolcats_cli.commands.capture import capture
 from lolcats_cli.commands.demo import demo
 from lolcats_cli.commands.eval import evaluate
+from lolcats_cli.commands.eval import show as show_evaluated
 from lolcats_cli.commands.generate import generate
 from lolcats_cli.commands.import_published import import_published
 from lolcats_cli.commands.inspect import inspect
+from lolcats_cli.commands.inspect import show as show_inspected
 from lolcats_cli.commands.join import join
 from lolcats_cli.commands.lora import lora
 from lolcats_cli.commands.merge import merge
 from lolcats_cli.commands.plan import plan
+from lolcats_cli.commands.plan import show as show_plan
 from lolcats_cli.commands.report import report
 from lolcats_cli.commands.transfer import transfer
 from lolcats_cli.commands.verify import verify
@@ -45,18 +49,18 @@ app = typer.Typer(
     help=f"Turn a softmax-attention LLM into a linear-attention one: capture, transfer, lora, merge.\n\n{EXIT_CODES}",
 )
 COMMANDS: dict[str, Callable[..., None]] = {
-    "plan": plan,
-    "capture": capture,
-    "transfer": transfer,
-    "lora": lora,
-    "merge": merge,
-    "join": join,
-    "inspect": inspect,
-    "verify": verify,
-    "report": report,
-    "eval": evaluate,
+    "plan": printing(plan, show_plan),
+    "capture": printing(capture, show_artifact),
+    "transfer": printing(transfer, show_artifact),
+    "lora": printing(lora, show_artifact),
+    "merge": printing(merge, show_artifact),
+    "join": printing(join, show_artifact),
+    "inspect": printing(inspect, show_inspected),
+    "verify": printing(verify, show_path),
+    "report": printing(report, show_file),
+    "eval": printing(evaluate, show_evaluated),
     "generate": generate,
-    "import": import_published,
+    "import": printing(import_published, show_artifact),
     "demo": demo,
 }
 
@@ -98,6 +102,7 @@ def main() -> None:
 
 def run(args: list[str]) -> int:
     """Run one command; its exit code. With `--debug` errors keep their traceback."""
+    launch.command_line = args
     debug = "--debug" in args
     set_level("normal")
     if not {"--debug", "--verbose", "-v"}.intersection(args):  # what libraries would say is not for the user
@@ -119,6 +124,8 @@ def run(args: list[str]) -> int:
         code = exit_code(error)
         hint = " This is a bug in lolcats: --debug shows where." if code == 1 else ""
         return _fail(code, f"Error: {_message(error)}{hint}")
+    finally:
+        launch.command_line = None
     return 0
 
 

@@ -16,14 +16,15 @@ SPEAKS_TO_TRANSFORMERS = re.compile(r"^hf_|_lolcats\.py$")  # of the kernels' fi
 ANYWHERE = {"lolcats_cli", "lolcats_cli.errors", "lolcats_cli.progress", "lolcats_cli.ranks"}  # within lolcats_cli
 # What a part may import besides itself and ANYWHERE.
 ARROWS: dict[str, set[str]] = {
-    "lolcats_cli": set(),  # lolcats_cli/__init__.py
+    "lolcats_cli": {"lolcats_cli.api", "lolcats_cli.commands"},  # lolcats_cli/__init__.py
+    "lolcats_cli.api": {"lolcats_cli.main", "lolcats_cli.commands"},
     "lolcats_cli.__main__": {"lolcats_cli.main"},
     "lolcats_cli.main": {"lolcats_cli.commands", "lolcats_formats"},
     "lolcats_cli.commands": {
         "lolcats_cli.stages",
         "lolcats_cli.evaluation",
         "lolcats_cli.planning",
-        "lolcats_cli.report",
+        "lolcats_cli.reporting",
         "lolcats_cli.loading",
         "lolcats_cli.artifacts",
         "lolcats_cli.teacher.data",  # options that the command line fills in
@@ -50,7 +51,7 @@ ARROWS: dict[str, set[str]] = {
         "lolcats_kernels",
         "lolcats_formats",
     },
-    "lolcats_cli.report": {
+    "lolcats_cli.reporting": {
         "lolcats_cli.evaluation",
         "lolcats_cli.loading",
         "lolcats_cli.artifacts",

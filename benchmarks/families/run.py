@@ -67,10 +67,10 @@ def stages(teacher: Path, text: Path, folder: Path, note: Callable[[str], None])
 
     from lolcats_cli.loading.any_model import load_any
     from lolcats_cli.stages.capture import capture
-    from lolcats_cli.stages.layer_training import TransferOptions
     from lolcats_cli.stages.lora import LoraOptions, lora
     from lolcats_cli.stages.merge import merge
     from lolcats_cli.stages.transfer import transfer
+    from lolcats_cli.stages.transfer_options import TransferOptions
     from lolcats_cli.teacher.data import DataOptions
     from lolcats_cli.teacher.load import LoadOptions
 

@@ -12,17 +12,17 @@ from typing import Any
 import torch
 
 from lolcats_cli.stages.activations import Source
+from lolcats_cli.stages.layer_losses import measure
 from lolcats_cli.stages.layer_training import (
     LayerRun,
     Trained,
-    TransferOptions,
     _copy,
     _endless,
     accumulate,
     begin,
     finish,
-    measure,
 )
+from lolcats_cli.stages.transfer_options import TransferOptions
 
 
 class Jointly:

@@ -11,7 +11,7 @@ import re
 import statistics
 import sys
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,10 @@ from lolcats_kernels import HybridConfig  # noqa: E402
 
 from lolcats_cli.evaluation.evaluate import evaluate  # noqa: E402
 from lolcats_cli.loading.any_model import load_any  # noqa: E402
-from lolcats_cli.stages import layer_training  # noqa: E402
 from lolcats_cli.stages import lora as tuning  # noqa: E402
 from lolcats_cli.stages.capture import capture  # noqa: E402
 from lolcats_cli.stages.transfer import transfer  # noqa: E402
+from lolcats_cli.stages.transfer_options import RECIPES  # noqa: E402
 from lolcats_cli.student.build import hybrid_modules  # noqa: E402
 from lolcats_cli.teacher.data import DataOptions  # noqa: E402
 from lolcats_cli.teacher.load import LoadOptions  # noqa: E402
@@ -56,22 +56,21 @@ class Lab:
         self, name: str, seed: int, *, recipe: str = "best", rows: int = TRANSFER_ROWS, **changes: Any
     ) -> Artifact:
         """A transfer of `rows` rows; `changes` are of `TransferOptions`, `HybridConfig` and which layers to keep."""
-        chosen = layer_training.RECIPES[recipe] | changes
-        kept = {key: chosen.pop(key) for key in ("keep_softmax", "keep_auto") if key in chosen}
-        hybrid = HybridConfig(**{key: chosen.pop(key) for key in HYBRID & chosen.keys()})
-        steps = rows // chosen["grad_accum"]
-        chosen["eval_steps"] = max(1, steps // 4)
-        options = layer_training.TransferOptions(hybrid, steps=steps, seed=seed, **chosen)
+        base = RECIPES[recipe]
+        kept = {key: changes.pop(key) for key in ("keep_softmax", "keep_auto") if key in changes}
+        hybrid = replace(base.hybrid, **{key: changes.pop(key) for key in HYBRID & changes.keys()})
+        options = replace(base, hybrid=hybrid, seed=seed, **changes)
+        steps = rows // options.grad_accum
+        options = replace(options, steps=steps, eval_steps=max(1, steps // 4))
         return transfer(self.capture.path, self._folder(name, "transfer", seed), options=options, **kept)
 
     def lora(
         self, name: str, seed: int, maps: Artifact, *, recipe: str = "best", rows: int = LORA_ROWS, **changes: Any
     ) -> Artifact:
         """LoRA of `rows` rows on `maps`; `changes` are of `LoraOptions`."""
-        chosen = tuning.RECIPES[recipe] | CHANGES[recipe] | changes
-        steps = rows // chosen["grad_accum"]
-        chosen["eval_steps"] = steps
-        options = tuning.LoraOptions(steps=steps, seed=seed, **chosen)
+        options = replace(tuning.RECIPES[recipe], seed=seed, **CHANGES[recipe] | changes)
+        steps = rows // options.grad_accum
+        options = replace(options, steps=steps, eval_steps=steps)
         return tuning.lora(maps.path, self._folder(name, "lora", seed), options=options, load=LOAD)
 
     def gap(self, student: Path, term: str = "both") -> float:

@@ -1,4 +1,4 @@
-"""Other starts of the maps than the recipe's (`layer_training._start_at_softmax_mass`), to be compared with it.
+"""Other starts of the maps than the recipe's (`layer_start.start_at_softmax_mass`), to be compared with it.
 
 Shapes: H query heads, T time, D head, N queries or keys.
 """
@@ -14,7 +14,7 @@ from lolcats_kernels.softmax import softmax_scores
 from torch import Tensor
 
 from lolcats_cli.stages.activations import Batch
-from lolcats_cli.stages.layer_training import _start_at_softmax_mass as at_softmax_mass
+from lolcats_cli.stages.layer_start import start_at_softmax_mass as at_softmax_mass
 from lolcats_cli.teacher.record import LayerInfo
 
 Maps, Batches = dict[int, HybridMaps], Iterable[dict[int, Batch]]  # by layer

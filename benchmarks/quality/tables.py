@@ -135,7 +135,7 @@ def pieces(lab: Lab, name: str, window: int, seed: int) -> Row:
 
     # `recipes` has made the whole ones.
     folder = f"window {window}/" + (name if name in RECIPES else f"pieces/{name}")
-    with patch.object(layer_training, "_start_at_softmax_mass", begin), attention():
+    with patch.object(layer_training, "start_at_softmax_mass", begin), attention():
         return errors(lab.transfer(folder, seed, window=window, **change))
 
 

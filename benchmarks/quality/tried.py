@@ -13,7 +13,7 @@ from lolcats_kernels import HybridConfig, HybridMaps, hybrid, reference
 from lolcats_kernels.equation import KeyMasks
 from torch import Tensor
 
-from lolcats_cli.stages import layer_training
+from lolcats_cli.stages import layer_start
 
 FIRST = 4  # tokens that `first_tokens_exact` keeps
 
@@ -45,7 +45,7 @@ def first_tokens_exact() -> Iterator[None]:
 
     with (
         patch.object(reference, "key_masks", with_first),
-        patch.object(layer_training, "key_masks", with_first),
+        patch.object(layer_start, "key_masks", with_first),
         _by_the_definition(),
     ):
         yield

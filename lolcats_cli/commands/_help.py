@@ -59,6 +59,11 @@ class Command(TyperCommand):
     have an end."""
 
     def invoke(self, ctx: Any) -> Any:
+        self.check_numbers(ctx)
+        return super().invoke(ctx)
+
+    def check_numbers(self, ctx: Any) -> None:
+        """Raise a usage error for a number of the context's parameters that is not finite, or too large."""
         for param in self.params:
             named: Any = param
             value = ctx.params.get(param.name or "")
@@ -68,7 +73,6 @@ class Command(TyperCommand):
                 raise typer.BadParameter(f"{value} is not a finite number.", ctx, named)
             if abs(value) > (MAX_FLOAT if isinstance(value, float) else MAX_INTEGER):
                 raise typer.BadParameter(f"{str(value)[:40]} is too large a number.", ctx, named)
-        return super().invoke(ctx)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         groups: dict[str, list[tuple[str, str]]] = {name: [] for name in ("Arguments", "Options", *GROUPS)}

@@ -1,21 +1,21 @@
-"""Options that several commands share, and the two ways a command prints its result."""
+"""Options that several commands share, and what they mean."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 
-from lolcats_cli import ranks
+from lolcats_cli import launch, ranks
 from lolcats_cli.errors import UsageError
-from lolcats_cli.progress import Progress, for_people, printable
+from lolcats_cli.progress import Progress, for_people
 
 MAX_LAYERS = 65536
 MAX_PATH = 65536  # bytes of the line on stdin
@@ -38,7 +38,6 @@ Devices = Annotated[
 ]
 Teacher = Annotated[str | None, typer.Option(help="The teacher's folder, if it is not where it was captured.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the teacher brings along.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Resume = Annotated[
     Literal["auto", "required", "never"],
     typer.Option(help="required: there must be something to resume. never: there must be nothing unfinished."),
@@ -66,6 +65,18 @@ Split = Annotated[str, typer.Option(help="The split of a hub dataset.")]
 Disk = Annotated[str | None, typer.Option(help="What may be written, such as 500GB; otherwise what is free.")]
 Memory = Annotated[str | None, typer.Option(help="What a device has of memory, such as 80GB; otherwise its own.")]
 SeqLen = Annotated[int, typer.Option(min=2, help="Tokens per row.")]
+
+
+T = TypeVar("T")
+
+
+def chosen(options: T, asked: dict[str, Any]) -> T:
+    """The options, an instance of a dataclass, with those that were asked for, by their names; None asks for nothing.
+
+    asked: a command's parameters. Those that are not the dataclass's are left out.
+    """
+    names = {field.name for field in fields(options)}  # type: ignore[arg-type]  # a dataclass, which T cannot say
+    return replace(options, **{name: asked[name] for name in names if asked.get(name) is not None})  # type: ignore[type-var]
 
 
 def positive(value: float | None) -> float | None:
@@ -134,10 +145,11 @@ def launch_on(devices: str | None, artifact: str | None = None) -> None:
     """
     if devices is None or ranks.size() > 1:
         return
-    from lolcats_cli.launch import launch
-
+    if launch.command_line is None:
+        raise UsageError("--devices is of the command line. Start Python once per device, as torchrun does.")
     numbers = parse_layers(devices, "--devices") or []
-    raise typer.Exit(launch(numbers, [artifact if artifact and part == "-" else part for part in sys.argv[1:]]))
+    command = [artifact if artifact and part == "-" else part for part in launch.command_line]
+    raise typer.Exit(launch.launch(numbers, command))
 
 
 def parse_kept(text: str | None) -> tuple[list[int | str], int]:
@@ -163,13 +175,6 @@ def parse_samples(text: str | None) -> tuple[int, int | None]:
     if start < 0 or count < 2:
         raise UsageError(f"--samples {text} is neither a number of rows, at least 2, nor a range like 1000-1999.")
     return start, count
-
-
-def print_result(path: Path, summary: dict[str, Any], as_json: bool) -> None:
-    """The result on stdout, once if there are several ranks: the path alone, or one JSON document."""
-    if ranks.rank() == 0:
-        shown = printable(str(path)) if sys.stdout.isatty() else path
-        print(json.dumps({"path": str(path), **summary}) if as_json else shown, flush=True)
 
 
 def progress() -> Progress:

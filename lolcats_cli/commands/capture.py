@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 import typer
+from lolcats_formats import Artifact
 
 from lolcats_cli.commands import _checks as checks
 from lolcats_cli.commands import _options as o
@@ -64,9 +65,9 @@ def capture(
     seed: o.Seed = 0,
     resume: o.Resume = "auto",
     force: o.Force = False,
-    json: o.Json = False,
-) -> None:
+) -> Artifact:
     """Keep what the teacher's attentions see: queries, keys and values of every layer, or less that gives the same."""
+    asked = locals()
     first, count = o.parse_samples(samples)
     space, device_memory = o.parse_size(disk, "--disk"), o.parse_size(memory, "--memory")
     if block_size and store != "block":
@@ -86,23 +87,12 @@ def capture(
     from lolcats_cli.teacher.data import DataOptions
     from lolcats_cli.teacher.load import LoadOptions
 
-    artifact = run(
+    return run(
         teacher,
         data,
         output,
-        options=DataOptions(
-            seq_len,
-            pack,
-            template,
-            text_field,
-            split,
-            first,
-            count,
-            format=format,
-            subset=subset,
-            on_bad_row=on_bad_row,
-        ),
-        load=LoadOptions(dtype, device, trust_remote_code),
+        options=o.chosen(DataOptions(), asked | {"first": first, "samples": count}),
+        load=o.chosen(LoadOptions(), asked),
         store=store,
         block_size=block_size,
         disk=space,
@@ -118,4 +108,3 @@ def capture(
         force=force,
         progress=o.progress(),
     )
-    o.print_result(output, {"id": artifact.id, **artifact.summary}, json)

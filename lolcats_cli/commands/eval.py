@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json as json_module
-from typing import Annotated
+import json
+from typing import Annotated, Any
 
 import typer
 
@@ -45,9 +45,9 @@ def evaluate(
     device: o.Device = "auto",
     device_map: o.DeviceMap = None,
     seed: o.Seed = 0,
-    json: o.Json = False,
-) -> None:
+) -> dict[str, Any]:
     """Measure perplexity and recall, of a student also with its window and its linear term alone; or run tasks."""
+    asked = locals()
     if (data is None) == (tasks is None):
         raise UsageError("Give --data, or --tasks.")
     given = o.artifact_path(model, data)
@@ -57,7 +57,7 @@ def evaluate(
     from lolcats_cli.loading.any_model import load_any
     from lolcats_cli.teacher.load import LoadOptions
 
-    load = LoadOptions(dtype, device, trust_remote_code, device_map=device_map)
+    load = o.chosen(LoadOptions(), asked)
     if tasks is not None:
         from lolcats_cli.evaluation.lm_eval_tasks import load_tasks, run_tasks
 
@@ -65,8 +65,7 @@ def evaluate(
         o.progress().note(f"loading {given}")
         loaded = load_any(given, load, teacher=teacher, revision=revision)
         figures = run_tasks(loaded, wanted, samples=samples, batch_size=batch_size, seed=seed)
-        print(json_module.dumps({"path": given, "results": figures}) if json else task_table(figures))
-        return
+        return {"path": given, "results": figures}
     assert data is not None
 
     from lolcats_cli.evaluation.evaluate import evaluate as run
@@ -76,23 +75,20 @@ def evaluate(
     found = run(
         load_any(given, load, teacher=teacher, revision=revision),
         data,
-        options=DataOptions(
-            seq_len,
-            pack,
-            template,
-            text_field,
-            split,
-            samples=samples,
-            format=format,
-            subset=subset,
-            on_bad_row=on_bad_row,
-        ),
+        options=o.chosen(DataOptions(), asked),
         batch_size=batch_size,
         recall_count=recall,
         seed=seed,
         progress=o.progress(),
     )
-    print(json_module.dumps({"path": given, **found}) if json else table(found["results"]))
+    return {"path": given, **found}
+
+
+def show(found: dict[str, Any], as_json: bool) -> None:
+    """What `evaluate` found, as a table or as JSON."""
+    of_tasks = any("shots" in figures for figures in found["results"].values())
+    shown = task_table if of_tasks else table
+    print(json.dumps(found) if as_json else shown(found["results"]))
 
 
 def task_table(results: dict[str, dict]) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from lolcats_formats import Artifact
 
 from lolcats_cli.commands import _checks as checks
 from lolcats_cli.commands import _options as o
@@ -31,9 +32,9 @@ def import_published(
     dtype: o.Dtype = "auto",
     resume: o.Resume = "auto",
     force: o.Force = False,
-    json: o.Json = False,
-) -> None:
+) -> Artifact:
     """Take over a checkpoint of the LoLCATs authors' code: a transfer (with --teacher), or a LoRA (with --transfer)."""
+    asked = locals()
     if not checkpoint.is_file():
         raise BadInput(f"The checkpoint {checkpoint} is not a file.")
     if teacher is None and transfer is None:
@@ -53,11 +54,8 @@ def import_published(
     if holds_adapter(checkpoint):
         if transfer is None:
             raise UsageError(f"{checkpoint} holds a LoRA adapter: give the maps that it goes with, --transfer MAPS.")
-        artifact = import_adapter(checkpoint, output, transfer, alpha=alpha, teacher=teacher, **common)
-    else:
-        if teacher is None:
-            raise UsageError(f"{checkpoint} holds feature maps: give the model that they are for, --teacher MODEL.")
-        hybrid = HybridConfig(feature_map, window=window, layout=layout, linear_factor=linear_factor)
-        load = LoadOptions(dtype, device, trust_remote_code)
-        artifact = import_maps(checkpoint, output, teacher, hybrid=hybrid, load=load, **common)
-    o.print_result(output, {"id": artifact.id, **artifact.summary}, json)
+        return import_adapter(checkpoint, output, transfer, alpha=alpha, teacher=teacher, **common)
+    if teacher is None:
+        raise UsageError(f"{checkpoint} holds feature maps: give the model that they are for, --teacher MODEL.")
+    hybrid, load = o.chosen(HybridConfig(), asked), o.chosen(LoadOptions(), asked)
+    return import_maps(checkpoint, output, teacher, hybrid=hybrid, load=load, **common)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json as json_module
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,8 +22,7 @@ def inspect(
     plot: Annotated[
         Path | None, typer.Option(help="Draw a transfer's error by layer and head, against entropy: out.png.")
     ] = None,
-    json: o.Json = False,
-) -> None:
+) -> dict[str, Any]:
     """Show what an artifact is: kind, lineage, layers, shapes, bytes, figures. Reads no weights.
 
     docs/glossary.md explains the figures.
@@ -42,10 +41,13 @@ def inspect(
         draw(opened, plot)
     if lineage:
         teacher = {key: value for key, value in opened.teacher.items() if key != "layers"}
-        found = {"lineage": describe_lineage(opened), "teacher": teacher, "data": opened.data}
-    else:
-        found = describe(opened) if layer is None else describe_layer(opened, layer)
-    print(json_module.dumps(found) if json else "\n".join(_lines(found)))
+        return {"lineage": describe_lineage(opened), "teacher": teacher, "data": opened.data}
+    return describe(opened) if layer is None else describe_layer(opened, layer)
+
+
+def show(found: dict[str, Any], as_json: bool) -> None:
+    """What `inspect` found, as indented text or as JSON."""
+    print(json.dumps(found) if as_json else "\n".join(_lines(found)))
 
 
 def _lines(value: dict, indent: str = "") -> list[str]:

@@ -16,8 +16,7 @@ def join(
     output: o.Output,
     resume: o.Resume = "auto",
     force: o.Force = False,
-    json: o.Json = False,
-) -> None:
+) -> Artifact:
     """Join what several machines made into what one would have made: captures by rows, transfers by layers."""
     for part in parts:
         Artifact.open(part, ("capture", "transfer"))
@@ -25,5 +24,4 @@ def join(
 
     from lolcats_cli.stages.join import join as run
 
-    artifact = run(parts, output, resume=resume, force=force, progress=o.progress())
-    o.print_result(output, {"id": artifact.id, **artifact.summary}, json)
+    return run(parts, output, resume=resume, force=force, progress=o.progress())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 import typer
+from lolcats_formats import Artifact
 
 from lolcats_cli.commands import _checks as checks
 from lolcats_cli.commands import _options as o
@@ -91,56 +92,31 @@ def lora(
     seed: o.Seed = 0,
     resume: o.Resume = "auto",
     force: o.Force = False,
-    json: o.Json = False,
-) -> None:
+) -> Artifact:
     """Train a LoRA adapter end to end on next-token loss, with the transferred attentions in place."""
+    asked = locals()
     given = o.artifact_path(transfer, data)
     checks.artifact(given, "transfer", teacher)
     checks.data(data, captures=True)
     checks.output(output, resume, force, (given, *(data or ())))
     o.launch_on(devices, given)
 
-    from lolcats_cli.stages.lora import RECIPES, LoraOptions
+    from lolcats_cli.stages.lora import RECIPES
     from lolcats_cli.stages.lora import lora as run
     from lolcats_cli.teacher.data import DataOptions
     from lolcats_cli.teacher.load import LoadOptions
 
-    given_here = {"train_maps": train_maps, "grad_accum": grad_accum, "lr": lr, "eval_steps": eval_steps}
-    chosen = RECIPES[recipe] | {name: value for name, value in given_here.items() if value is not None}
-    artifact = run(
+    names = None if targets is None else tuple(targets.split(","))
+    return run(
         given,
         output,
-        options=LoraOptions(
-            rank=rank,
-            alpha=alpha,
-            dropout=dropout,
-            targets=None if targets is None else tuple(targets.split(",")),
-            match=match,
-            loss_on=loss_on,
-            schedule=schedule,
-            batch_size=batch_size,
-            epochs=epochs,
-            steps=steps,
-            seed=seed,
-            **chosen,
-        ),
+        options=o.chosen(RECIPES[recipe], asked | {"targets": names}),
         data=data,
-        data_options=DataOptions(
-            seq_len,
-            pack,
-            template,
-            text_field,
-            split,
-            samples=samples,
-            format=format,
-            subset=subset,
-            on_bad_row=on_bad_row,
-        ),
+        data_options=o.chosen(DataOptions(), asked),
         teacher=teacher,
-        load=LoadOptions(dtype, device, trust_remote_code, shard, device_map),
+        load=o.chosen(LoadOptions(), asked),
         gradient_checkpointing=gradient_checkpointing,
         resume=resume,
         force=force,
         progress=o.progress(),
     )
-    o.print_result(output, {"id": artifact.id, **artifact.summary}, json)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+from lolcats_formats import Artifact
 
 from lolcats_cli.commands import _checks as checks
 from lolcats_cli.commands import _options as o
@@ -17,8 +18,7 @@ def merge(
     max_shard_size: Annotated[float, typer.Option(min=0.001, help="Largest weights file, in GB.")] = 5.0,
     resume: o.Resume = "auto",
     force: o.Force = False,
-    json: o.Json = False,
-) -> None:
+) -> Artifact:
     """Fold a LoRA (or a bare transfer) into the weights: a Hugging Face model folder that loads anywhere."""
     given = o.artifact_path(source)
     checks.artifact(given, ("lora", "transfer"), teacher)
@@ -26,7 +26,7 @@ def merge(
 
     from lolcats_cli.stages.merge import merge as run
 
-    artifact = run(
+    return run(
         given,
         output,
         teacher=teacher,
@@ -35,4 +35,3 @@ def merge(
         force=force,
         progress=o.progress(),
     )
-    o.print_result(output, {"id": artifact.id, **artifact.summary}, json)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json as json_module
+import json
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from lolcats_cli.commands import _options as o
 from lolcats_cli.commands._tables import table
-
-if TYPE_CHECKING:
-    from lolcats_cli.planning.plan import Plan
+from lolcats_cli.planning.plan import Plan
 
 WIDTH = 110  # columns of sentences
 
@@ -29,8 +27,7 @@ def plan(
     disk: o.Disk = None,
     memory: o.Memory = None,
     revision: Annotated[str | None, typer.Option(help="The hub revision of the teacher.")] = None,
-    json: o.Json = False,
-) -> None:
+) -> Plan:
     """Say what converting a teacher takes: disk, memory, time, and the commands, for every store. Reads no weights.
 
     Without --disk it goes by what is free where it runs.
@@ -40,10 +37,9 @@ def plan(
 
     import shutil
 
-    from lolcats_cli.errors import NotEnoughSpace, UsageError
+    from lolcats_cli.errors import UsageError
     from lolcats_cli.planning.machine import of_gpus
     from lolcats_cli.planning.plan import plan as run
-    from lolcats_cli.planning.plan import to_dict
 
     if gpus is not None and calibrate:
         raise UsageError("--gpus and --calibrate are two sources of the same figures: choose one.")
@@ -51,7 +47,7 @@ def plan(
         o.progress().note("measuring this computer: matrix products, a layer's attention, the disk")
     free = space or float(shutil.disk_usage(Path.cwd()).free)
     machine = None if calibrate else of_gpus(gpus or "1xH100-80GB")
-    found = run(
+    return run(
         teacher,
         tokens=int(number or 0),
         disk=free,
@@ -60,22 +56,30 @@ def plan(
         seq_len=seq_len,
         revision=revision,
     )
-    print(json_module.dumps(to_dict(found)) if json else "\n".join(_lines(teacher, found, free)))
+
+
+def show(found: Plan, as_json: bool) -> None:
+    """The plan, as text or as JSON. Raises NotEnoughSpace, with the reason, if no store fits."""
+    from lolcats_cli.errors import NotEnoughSpace
+    from lolcats_cli.planning.plan import to_dict
+
+    print(json.dumps(to_dict(found)) if as_json else "\n".join(_lines(found)))
     if found.refusal is not None:
         raise NotEnoughSpace(found.refusal)
 
 
-def _lines(teacher: str, found: Plan, disk: float) -> list[str]:
+def _lines(found: Plan) -> list[str]:
     """The plan for people: what it is of, the table, what does not fit, and the commands."""
     from lolcats_cli.artifacts.disk import human
 
     shape, machine = found.shape, found.machine
     size = human(shape.weights * shape.itemsize)
     lines = [
-        f"{teacher}: {shape.weights / 1e9:.3g} B parameters, {size} in {shape.dtype}; {len(shape.layers)} layers.",
+        f"{found.teacher}: {shape.weights / 1e9:.3g} B parameters, {size} in {shape.dtype}; "
+        f"{len(shape.layers)} layers.",
         f"{found.rows:,} rows of {found.seq_len:,} tokens; transfer and lora take them twice (--epochs 2).",
         f"{machine.count} x {machine.name} of {human(machine.memory)}, at {machine.rate / 1e12:.3g} TFLOP/s "
-        f"({machine.source}). {human(disk)} of disk, at {machine.disk[0] / 1e9:.2g} GB/s to write and "
+        f"({machine.source}). {human(found.disk)} of disk, at {machine.disk[0] / 1e9:.2g} GB/s to write and "
         f"{machine.disk[1] / 1e9:.2g} to read.",
         "",
     ]

@@ -40,12 +40,14 @@ def report(
     device: o.Device = "auto",
     device_map: o.DeviceMap = None,
     seed: o.Seed = 0,
-) -> None:
+) -> Path:
     """Write what is known of a student into one HTML page: lineage, curves, errors by head, memory.
 
     Without --data no model is run, and the page is made within seconds. With it the page also compares perplexity,
     recall, samples and decoding speed with the teacher's.
     """
+    asked = locals()
+
     from lolcats_formats import Artifact, atomic
 
     from lolcats_cli.errors import UsageError
@@ -60,34 +62,24 @@ def report(
     if not output.absolute().parent.is_dir():
         raise UsageError(f"--output {output}: its folder does not exist. Make it first.")
 
-    from lolcats_cli.report.page import page
+    from lolcats_cli.reporting.page import page
 
     measured = None
     if data:
-        from lolcats_cli.report.measure import measure
+        from lolcats_cli.reporting.measure import measure
         from lolcats_cli.teacher.data import DataOptions
         from lolcats_cli.teacher.load import LoadOptions
 
         measured = measure(
             opened,
             data,
-            options=DataOptions(
-                seq_len,
-                pack,
-                template,
-                text_field,
-                split,
-                samples=samples,
-                format=format,
-                subset=subset,
-                on_bad_row=on_bad_row,
-            ),
+            options=o.chosen(DataOptions(), asked),
             recall_count=recall,
             batch_size=batch_size,
             teacher=teacher,
-            load=LoadOptions(dtype, device, trust_remote_code, device_map=device_map),
+            load=o.chosen(LoadOptions(), asked),
             seed=seed,
             progress=o.progress(),
         )
     atomic.write(output, [page(opened, measured).encode()])
-    o.print_result(output, {}, False)
+    return output

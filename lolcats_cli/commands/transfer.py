@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import typer
+from lolcats_formats import Artifact
 
 from lolcats_cli.commands import _checks as checks
 from lolcats_cli.commands import _options as o
@@ -82,12 +84,12 @@ def transfer(
     seed: o.Seed = 0,
     resume: o.Resume = "auto",
     force: o.Force = False,
-    json: o.Json = False,
-) -> None:
+) -> Artifact:
     """Train feature maps and mixing factors, layer by layer, from a capture.
 
     The teacher is needed if the capture holds hidden states or tokens.
     """
+    asked = locals()
     given, parts, (kept, keep_auto) = o.artifact_path(capture), o.parse_layers(layers), o.parse_kept(keep_softmax)
     if not 0 < gamma < 1:
         raise UsageError(f"--gamma {gamma} must lie between 0 and 1.")
@@ -99,38 +101,22 @@ def transfer(
     checks.output(output, resume, force, (given,))
     o.launch_on(devices, given)
 
-    from lolcats_kernels import HybridConfig
-
-    from lolcats_cli.stages.layer_training import RECIPES, TransferOptions
     from lolcats_cli.stages.transfer import transfer as run
+    from lolcats_cli.stages.transfer_options import RECIPES
     from lolcats_cli.teacher.load import LoadOptions
 
-    given_here = {"linear_factor": linear_factor, "grad_accum": grad_accum, "lr": lr, "eval_steps": eval_steps}
-    chosen = RECIPES[recipe] | {name: value for name, value in given_here.items() if value is not None}
-    artifact = run(
+    base = RECIPES[recipe]
+    return run(
         given,
         output,
-        options=TransferOptions(
-            hybrid=HybridConfig(feature_map, feature_dim, window, layout, chosen.pop("linear_factor")),
-            gamma=gamma,
-            mse_factor=mse_factor,
-            xent_factor=xent_factor,
-            window_dropout=window_dropout,
-            batch_size=batch_size,
-            epochs=epochs,
-            steps=steps,
-            patience=patience,
-            seed=seed,
-            **chosen,
-        ),
+        options=o.chosen(replace(base, hybrid=o.chosen(base.hybrid, asked)), asked),
         layers=parts,
         keep_softmax=kept,
         keep_auto=keep_auto,
         block_size=block_size,
         teacher=teacher,
-        load=LoadOptions(device=device, trust_remote_code=trust_remote_code),
+        load=o.chosen(LoadOptions(), asked),
         resume=resume,
         force=force,
         progress=o.progress(),
     )
-    o.print_result(output, {"id": artifact.id, **artifact.summary}, json)

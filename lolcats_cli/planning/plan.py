@@ -78,12 +78,15 @@ class Plan:
     """What `plan` found.
 
     Attributes:
+        teacher, disk: what it was asked for, and the bytes of disk that it went by.
         choice: the store to take; None if none fits, for the reason `refusal`.
         commands: the shell commands of the four stages.
         state: bytes that a student keeps of a sequence while it generates, however long that is.
         cache: bytes that the teacher keeps of each of its tokens.
     """
 
+    teacher: str
+    disk: float
     shape: Shape
     machine: Machine
     rows: int
@@ -138,7 +141,20 @@ def plan(
     cache = 2 * shape.num_key_value_heads * shape.head_dim * shape.itemsize
     state = shape.num_heads * 2 * FEATURES * (shape.head_dim + 1) * 4 + WINDOW * cache
     count = len(shape.layers)
-    return Plan(shape, machine, work.rows, seq_len, steps, choice, refusal, commands, count * state, count * cache)
+    return Plan(
+        teacher,
+        disk,
+        shape,
+        machine,
+        work.rows,
+        seq_len,
+        steps,
+        choice,
+        refusal,
+        commands,
+        state=count * state,
+        cache=count * cache,
+    )
 
 
 def hybrid_operations(shape: Shape, seq_len: int) -> float:

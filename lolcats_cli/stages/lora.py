@@ -34,17 +34,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-# What a recipe means, where an option does not say otherwise. lolcats: the paper's, as in LoraOptions; best: what did
-# better at the same number of tokens (docs/quality.md).
-RECIPES: dict[str, dict[str, Any]] = {
-    "best": {"train_maps": True, "grad_accum": 2, "lr": 5e-4, "eval_steps": 400},
-    "lolcats": {"train_maps": False, "grad_accum": 8, "lr": 1e-4, "eval_steps": 100},
-}
-
-
 @dataclass(frozen=True)
 class LoraOptions:
-    """How the adapter is trained; the defaults are the paper's for 8B models.
+    """How the adapter is trained; the defaults are of the recipe "best".
 
     Attributes:
         rank, alpha, dropout, targets: PEFT's `r`, `lora_alpha`, `lora_dropout` and `target_modules`; without targets,
@@ -66,17 +58,17 @@ class LoraOptions:
     alpha: float = 16.0
     dropout: float = 0.0
     targets: tuple[str, ...] | None = None
-    train_maps: bool = False
+    train_maps: bool = True
     match: str = "text"
     loss_on: str = "all"
     batch_size: int = 1
-    grad_accum: int = 8
+    grad_accum: int = 2
     epochs: int = 2
     steps: int | None = None
-    lr: float = 1e-4
+    lr: float = 5e-4
     clip: float = 1.0
     schedule: str = "plateau"
-    eval_steps: int = 100
+    eval_steps: int = 400
     seed: int = 0
 
     def share(self, processes: int) -> tuple[int, int]:
@@ -93,6 +85,14 @@ class LoraOptions:
             )
         batch_size = max(size for size in range(1, self.batch_size + 1) if rows % size == 0)
         return batch_size, rows // batch_size
+
+
+# What a recipe means, where an option does not say otherwise. lolcats: the paper's for 8B models; best: what did better
+# at the same number of tokens (docs/quality.md).
+RECIPES = {
+    "best": LoraOptions(),
+    "lolcats": LoraOptions(train_maps=False, grad_accum=8, lr=1e-4, eval_steps=100),
+}
 
 
 def lora(

@@ -26,8 +26,10 @@ from lolcats_cli.loading.student import teacher_folder
 from lolcats_cli.progress import Progress
 from lolcats_cli.stages.activations import ComputedActivations, Source, StoredActivations
 from lolcats_cli.stages.checkpoints import Checkpoints
-from lolcats_cli.stages.layer_training import Trained, TransferOptions, train_layers, window_errors
+from lolcats_cli.stages.layer_losses import window_errors
+from lolcats_cli.stages.layer_training import Trained, train_layers
 from lolcats_cli.stages.rolling import RollingActivations
+from lolcats_cli.stages.transfer_options import TransferOptions
 from lolcats_cli.stages.writing import Making, make_artifact
 from lolcats_cli.teacher.load import LoadOptions, load_model
 

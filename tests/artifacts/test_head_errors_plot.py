@@ -19,7 +19,7 @@ from lolcats_cli.artifacts.head_errors_plot import plot
 from lolcats_cli.artifacts.maps import maps_file
 from lolcats_cli.errors import BadInput, UsageError
 from lolcats_cli.stages.activations import StoredActivations
-from lolcats_cli.stages.layer_training import _hybrid
+from lolcats_cli.stages.layer_losses import _hybrid
 
 
 def edited(artifact: Path, folder: Path, change) -> Artifact:

@@ -210,7 +210,6 @@ BAD: dict[str, tuple[Case, int, str]] = {
     "output is a file": (lambda m, t: ("transfer", m.capture, "-o", m.text, *TRANSFER), 3, "is a file"),
     "output holds other things": (lambda m, t: ("transfer", m.capture, "-o", m.teacher, *TRANSFER), 3, "other files"),
     "output cannot be made": (lambda m, t: ("transfer", m.capture, "-o", m.text / "x", *TRANSFER), 3, "text.txt"),
-    "feature size": (lambda m, t: ("transfer", m.capture, "-o", t / "OUT", "--feature-dim", "257"), 2, "up to 256"),
     "gamma": (lambda m, t: ("transfer", m.capture, "-o", t / "OUT", "--gamma", "1"), 2, "--gamma 1.0 must lie between"),
     "no loss": (lambda m, t: ("transfer", m.capture, "-o", t / "OUT", "--mse-factor", "0"), 2, "nothing to train on"),
     "layers": (lambda m, t: ("transfer", m.capture, "-o", t / "OUT", "--layers", "1-x"), 2, "is not a list like 0-3,7"),
@@ -419,7 +418,7 @@ def test_a_bug_says_so_and_debug_shows_where(
 
 STOPPABLE = {
     "capture": "lolcats_cli.stages.units.UnitRecord.add",
-    "transfer": "lolcats_cli.stages.layer_training._loss",
+    "transfer": "lolcats_cli.stages.layer_training.layer_loss",
     "lora": "transformers.Trainer.training_step",
     "merge": "lolcats_cli.stages.merge._Plan.load",
 }

@@ -16,8 +16,8 @@ from lolcats_formats import Artifact
 from lolcats_kernels import HybridConfig
 
 from lolcats_cli.stages.capture import capture
-from lolcats_cli.stages.layer_training import TransferOptions
 from lolcats_cli.stages.transfer import transfer
+from lolcats_cli.stages.transfer_options import TransferOptions
 from lolcats_cli.teacher.data import DataOptions
 
 ROOT = Path(__file__).parents[2]

@@ -22,10 +22,10 @@ from lolcats_cli.errors import BadInput
 from lolcats_cli.loading.any_model import load_any
 from lolcats_cli.loading.merged import load_merged
 from lolcats_cli.stages.capture import capture
-from lolcats_cli.stages.layer_training import TransferOptions
 from lolcats_cli.stages.lora import LoraOptions, lora
 from lolcats_cli.stages.merge import merge
 from lolcats_cli.stages.transfer import transfer
+from lolcats_cli.stages.transfer_options import TransferOptions
 from lolcats_cli.student.build import check_servable
 from lolcats_cli.teacher.data import DataOptions
 from lolcats_cli.teacher.load import LoadOptions

@@ -16,8 +16,8 @@ from lolcats_cli.errors import BadInput
 from lolcats_cli.evaluation.evaluate import evaluate
 from lolcats_cli.evaluation.generate import Sampling, generate
 from lolcats_cli.loading.any_model import Loaded, load_any
-from lolcats_cli.stages.layer_training import TransferOptions
 from lolcats_cli.stages.transfer import transfer
+from lolcats_cli.stages.transfer_options import TransferOptions
 from lolcats_cli.teacher.data import DataOptions, read_rows
 from lolcats_cli.teacher.load import LoadOptions
 

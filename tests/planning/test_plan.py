@@ -83,8 +83,9 @@ def test_the_defaults_are_those_of_the_commands() -> None:
     from lolcats_cli.commands.capture import capture
     from lolcats_cli.commands.lora import lora
     from lolcats_cli.commands.transfer import transfer
-    from lolcats_cli.stages import layer_training, merge
-    from lolcats_cli.stages import lora as lora_stage
+    from lolcats_cli.stages import merge
+    from lolcats_cli.stages.lora import LoraOptions
+    from lolcats_cli.stages.transfer_options import TransferOptions
 
     def default(command: object, name: str) -> object:
         return inspect.signature(command).parameters[name].default  # type: ignore[arg-type]
@@ -92,9 +93,8 @@ def test_the_defaults_are_those_of_the_commands() -> None:
     for command in (transfer, lora):
         assert (default(command, "recipe"), default(command, "batch_size")) == ("best", 1)
         assert default(command, "epochs") == planning.EPOCHS
-    for recipes in (layer_training.RECIPES, lora_stage.RECIPES):
-        assert recipes["best"]["grad_accum"] == planning.GRAD_ACCUM
-        assert recipes["best"]["eval_steps"] == planning.EVAL_STEPS
+    for options in (TransferOptions(), LoraOptions()):
+        assert (options.grad_accum, options.eval_steps) == (planning.GRAD_ACCUM, planning.EVAL_STEPS)
     assert default(transfer, "window") == planning.WINDOW
     assert default(transfer, "feature_dim") == planning.FEATURES
     assert default(lora, "rank") == planning.RANK

@@ -16,8 +16,8 @@ from lolcats_cli.artifacts import layout
 from lolcats_cli.errors import IdentityMismatch, NotEnoughSpace, UsageError
 from lolcats_cli.stages.capture import capture
 from lolcats_cli.stages.join import join
-from lolcats_cli.stages.layer_training import TransferOptions
 from lolcats_cli.stages.transfer import transfer
+from lolcats_cli.stages.transfer_options import TransferOptions
 from lolcats_cli.teacher.data import DataOptions
 from lolcats_cli.teacher.load import LoadOptions
 

@@ -20,10 +20,11 @@ from lolcats_cli.loading.any_model import load_any
 from lolcats_cli.stages.activations import StoredActivations
 from lolcats_cli.stages.capture import capture
 from lolcats_cli.stages.join import join
-from lolcats_cli.stages.layer_training import TransferOptions, window_errors
+from lolcats_cli.stages.layer_losses import window_errors
 from lolcats_cli.stages.lora import LoraOptions, lora
 from lolcats_cli.stages.merge import merge
 from lolcats_cli.stages.transfer import transfer
+from lolcats_cli.stages.transfer_options import TransferOptions
 from lolcats_cli.teacher.data import DataOptions
 from lolcats_cli.teacher.load import LoadOptions
 

@@ -14,7 +14,8 @@ from lolcats_kernels import HybridConfig, HybridMaps, hybrid_attention
 from lolcats_kernels.softmax import softmax_attention
 
 from lolcats_cli.stages.activations import StoredActivations
-from lolcats_cli.stages.layer_training import TransferOptions, train_layers
+from lolcats_cli.stages.layer_training import train_layers
+from lolcats_cli.stages.transfer_options import TransferOptions
 
 CPU = torch.device("cpu")
 HYBRID = HybridConfig(window=8, feature_dim=16, linear_factor="exp")

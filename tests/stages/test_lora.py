@@ -26,16 +26,16 @@ from lolcats_cli.loading.student import load_student
 from lolcats_cli.stages import checkpoints, lora_training
 from lolcats_cli.stages.capture import capture
 from lolcats_cli.stages.checkpoints import Checkpoints
-from lolcats_cli.stages.layer_training import TransferOptions
 from lolcats_cli.stages.lora import LoraOptions, lora
 from lolcats_cli.stages.lora_training import arguments
 from lolcats_cli.stages.transfer import transfer
+from lolcats_cli.stages.transfer_options import TransferOptions
 from lolcats_cli.student.build import as_teacher
 from lolcats_cli.teacher.data import DataOptions, read_rows, split_rows
 from lolcats_cli.teacher.load import LoadOptions, load_tokenizer
 
 CPU = LoadOptions(device="cpu")
-QUICK = LoraOptions(steps=2, grad_accum=2, eval_steps=2, lr=1e-2)
+QUICK = LoraOptions(train_maps=False, steps=2, grad_accum=2, eval_steps=2, lr=1e-2)
 IDS = torch.randint(3, 259, (2, 40), generator=torch.Generator().manual_seed(5))
 
 
@@ -93,7 +93,7 @@ def test_maps_stay_as_they_are_unless_asked(pipeline: SimpleNamespace, tmp_path:
 
 def test_same_seed_same_artifact(pipeline: SimpleNamespace, tmp_path: Path) -> None:
     torch.randn(5)
-    options = LoraOptions(steps=6, grad_accum=2, eval_steps=3, lr=1e-2)
+    options = LoraOptions(train_maps=False, steps=6, grad_accum=2, eval_steps=3, lr=1e-2)
     assert lora(pipeline.transfer, tmp_path / "l", options=options, load=CPU).id == Artifact.open(pipeline.lora).id
 
 
@@ -164,7 +164,7 @@ def stopped(*_: object) -> None:
 
 
 def test_stopped_and_run_again(pipeline: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = LoraOptions(steps=6, grad_accum=2, eval_steps=3, lr=1e-2)
+    options = LoraOptions(train_maps=False, steps=6, grad_accum=2, eval_steps=3, lr=1e-2)
     with monkeypatch.context() as patch:
         patch.setattr(module, "_save_adapter", stopped)
         with pytest.raises(Stopped):

@@ -18,8 +18,8 @@ from lolcats_cli.errors import IdentityMismatch, Stopped, UsageError
 from lolcats_cli.progress import Progress
 from lolcats_cli.stages.capture import capture
 from lolcats_cli.stages.join import join
-from lolcats_cli.stages.layer_training import TransferOptions
 from lolcats_cli.stages.transfer import transfer
+from lolcats_cli.stages.transfer_options import TransferOptions
 from lolcats_cli.teacher.data import DataOptions, split_numbers
 from lolcats_cli.teacher.record import LayerInfo
 

@@ -22,8 +22,11 @@ from lolcats_cli.stages import checkpoints, layer_training
 from lolcats_cli.stages.activations import Batch, StoredActivations
 from lolcats_cli.stages.capture import capture
 from lolcats_cli.stages.checkpoints import Checkpoints
-from lolcats_cli.stages.layer_training import Trained, TransferOptions, measure, train_layers
+from lolcats_cli.stages.layer_losses import errors_of, layer_loss, measure
+from lolcats_cli.stages.layer_start import OFF
+from lolcats_cli.stages.layer_training import Trained, train_layers
 from lolcats_cli.stages.transfer import transfer
+from lolcats_cli.stages.transfer_options import RECIPES, TransferOptions
 from lolcats_cli.teacher.data import DataOptions
 
 CPU = torch.device("cpu")
@@ -229,10 +232,10 @@ def test_exp_switches_off_heads_that_are_better_without(pipeline: SimpleNamespac
     worse = errors["both"] > errors["window"]
     assert 0 < worse.sum() < 4
     monkeypatch.setattr(
-        layer_training, "_start_at_softmax_mass", lambda maps, *_: maps[0].load_state_dict(bad.state_dict())
+        layer_training, "start_at_softmax_mass", lambda maps, *_: maps[0].load_state_dict(bad.state_dict())
     )
     maps, figures, _ = train_layer(source, 0, replace(OPTIONS, steps=0))
-    assert torch.equal(maps["linear_logit"] == layer_training.OFF, worse)
+    assert torch.equal(maps["linear_logit"] == OFF, worse)
     assert figures["heads_off"] == worse.sum()
     assert figures["mse"] <= figures["window_mse"]
 
@@ -274,13 +277,13 @@ def test_cross_entropy_loss_lowers_the_cross_entropy(pipeline: SimpleNamespace) 
 def test_window_dropout_trains_the_linear_term_alone_less_and_less(
     pipeline: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loss, seen = layer_training._loss, []
+    seen = []
 
     def spy(batch, maps, info, options, terms):
         seen.append(terms)
-        return loss(batch, maps, info, options, terms)
+        return layer_loss(batch, maps, info, options, terms)
 
-    monkeypatch.setattr(layer_training, "_loss", spy)
+    monkeypatch.setattr(layer_training, "layer_loss", spy)
     source, drawn = StoredActivations(Artifact.open(pipeline.capture)), []
     for seed in range(8):
         train_layer(source, 0, replace(OPTIONS, window_dropout=1.0, seed=seed))
@@ -303,7 +306,7 @@ def test_window_dropout_makes_the_linear_term_better_alone(pipeline: SimpleNames
         options = replace(OPTIONS, steps=20, window_dropout=share)
         maps = HybridMaps(HYBRID, 4, 16)
         maps.load_state_dict(train_layer(source, 0, options).maps)
-        errors[share] = layer_training._errors(source, {0: maps}, 1, ("linear",), CPU)[0].errors["linear"].sum()
+        errors[share] = errors_of(source, {0: maps}, 1, ("linear",), CPU)[0].errors["linear"].sum()
     assert errors[1.0] < errors[0.0]
 
 
@@ -499,13 +502,13 @@ def hard(pipeline: SimpleNamespace) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize("window", [0, 8])
-@pytest.mark.parametrize("recipe", layer_training.RECIPES)
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_hard_activations_at_ten_times_the_learning_rate_stay_finite(
     hard: SimpleNamespace, recipe: str, window: int
 ) -> None:
-    chosen = dict(layer_training.RECIPES[recipe])
-    hybrid = HybridConfig(window=window, feature_dim=16, linear_factor=chosen.pop("linear_factor"))
-    options = TransferOptions(hybrid, steps=12, **chosen | {"lr": 10 * chosen["lr"], "eval_steps": 1})
+    given = RECIPES[recipe]
+    hybrid = replace(given.hybrid, window=window, feature_dim=16)
+    options = replace(given, hybrid=hybrid, steps=12, lr=10 * given.lr, eval_steps=1)
     maps, figures, seen = train_layer(hard, 0, options)
     assert torch.tensor([event["mse"] for event in seen]).isfinite().all()
     assert all(tensor.isfinite().all() for tensor in maps.values())

@@ -17,7 +17,7 @@ from PIL import Image
 
 from lolcats_cli.artifacts.history import figures, history
 from lolcats_cli.main import run
-from lolcats_cli.report.page import page
+from lolcats_cli.reporting.page import page
 from lolcats_cli.student.memory import cache_bytes, student_bytes
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

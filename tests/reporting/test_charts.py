@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lolcats_cli.report.charts import HEAT, TOP, WIDTH, Axis, Series, color_at, heatmap, label, line_chart
+from lolcats_cli.reporting.charts import HEAT, TOP, WIDTH, Axis, Series, color_at, heatmap, label, line_chart
 
 ANY = st.floats(allow_nan=True, allow_infinity=True, width=32)
 

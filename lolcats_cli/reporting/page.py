@@ -16,11 +16,11 @@ from lolcats_cli import __version__
 from lolcats_cli.artifacts.history import Step, figures, head_errors, history, layer_figures, number, transfer_summary
 from lolcats_cli.errors import BadInput
 from lolcats_cli.progress import printable
-from lolcats_cli.report.charts import Axis, Series, color_at, gradient, heatmap, label, line_chart
+from lolcats_cli.reporting.charts import Axis, Series, color_at, gradient, heatmap, label, line_chart
 from lolcats_cli.student.memory import cache_bytes, student_bytes
 
 if TYPE_CHECKING:
-    from lolcats_cli.report.measure import Measured
+    from lolcats_cli.reporting.measure import Measured
 
 CONTEXTS = tuple(2**power for power in range(8, 18))  # 256 to 131,072 tokens
 SHOWN_CONTEXTS = (1024, 8192, 32768, 131072)
@@ -57,7 +57,7 @@ def page(artifact: Artifact, measured: Measured | None = None) -> str:
         *_quality(measured),
         *_memory(memory, measured),
     ]
-    style = resources.files("lolcats_cli.report").joinpath("style.css").read_text(encoding="utf-8")
+    style = resources.files("lolcats_cli.reporting").joinpath("style.css").read_text(encoding="utf-8")
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>' + name + " – lolcats report</title>"
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

@@ -1,0 +1,58 @@
+"""Where a layer's linear term starts with the linear factor "exp": at the mass that the softmax gives the keys before
+the window.
+
+Shapes: B batch, H query heads, T time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import islice
+
+import torch
+from lolcats_kernels import HybridMaps
+from lolcats_kernels.equation import key_masks
+from lolcats_kernels.softmax import softmax_scores
+from torch import Tensor
+
+from lolcats_cli.stages.activations import Batch
+from lolcats_cli.teacher.record import LayerInfo
+
+OFF = -1e4  # a linear_logit that no score can make up for: the head is its window alone
+# What `start_at_softmax_mass` looks at: so many tokens of a row, in memory quadratic in them; at most so many rows,
+# until every head has so many queries with keys before the window.
+FIT_TOKENS, FIT_ROWS, FIT_QUERIES = 2048, 64, 256
+
+
+@torch.no_grad()
+def start_at_softmax_mass(
+    maps: dict[int, HybridMaps], batches: Iterable[dict[int, Batch]], layers: Sequence[LayerInfo]
+) -> None:
+    """Sets each head's `linear_logit` so that, on average over queries, the log of what the keys before the window sum
+    to in the linear term is that of the softmax. A layer looks at rows until every head has seen enough; a head that
+    never sees such a key is switched off."""
+    sums = {layer: torch.zeros(2, m.num_heads, device=m.linear_logit.device) for layer, m in maps.items()}
+    wanting = set(maps)
+    for batch in islice(batches, FIT_ROWS):
+        for layer in sorted(wanting):
+            gap = _mass_gap(batch[layer], maps[layer], layers[layer])
+            usable = gap.isfinite()
+            sums[layer] += torch.stack([torch.where(usable, gap, 0).sum(-1), usable.sum(-1)])
+            if sums[layer][1].min() >= FIT_QUERIES:
+                wanting.remove(layer)
+        if not wanting:
+            break
+    for layer, (total, count) in sums.items():
+        maps[layer].linear_logit.copy_(torch.where(count > 0, total / count.clamp(min=1), OFF))
+
+
+def _mass_gap(batch: Batch, maps: HybridMaps, info: LayerInfo) -> Tensor:
+    """By how much the linear term's log mass of the keys before the window falls short of the softmax's, of each query
+    of a row [H, T]; not finite where there is no such key."""
+    keep = slice(FIT_TOKENS) if batch.valid is None else batch.valid[0].nonzero()[:FIT_TOKENS, 0]
+    q, k = (x[:1, :, keep].to(maps.linear_logit.device) for x in (batch.q, batch.k))
+    position = torch.arange(q.shape[2], device=q.device)
+    _, old = key_masks(position, position, maps.config)
+    wanted = softmax_scores(q, k, info.spec).masked_fill(~old, -torch.inf).logsumexp(-1)
+    given = (maps.q_features(q) @ maps.k_features(k).transpose(-1, -2) * old).sum(-1).log()
+    return (wanted - given)[0]

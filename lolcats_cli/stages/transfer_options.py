@@ -1,0 +1,57 @@
+"""How attention transfer is done: its options, and the recipes that choose them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import ceil
+
+from lolcats_kernels import HybridConfig
+
+
+@dataclass(frozen=True)
+class TransferOptions:
+    """How the layers are trained; the defaults are of the recipe "best".
+
+    Attributes:
+        hybrid: the attention that is trained. With the linear factor "exp" the linear term starts with the mass that
+            the softmax gives the keys before the window, and a head that is better without it ends without it.
+        gamma: initial γ of every head.
+        mse_factor, xent_factor: weights of the output MSE and of the attention weights' cross-entropy. The latter
+            takes memory quadratic in the sequence.
+        window_dropout: the probability that a batch is trained with the linear term alone; it falls linearly from this
+            to 0 over the training (scheduled window dropout, arXiv 2510.05901).
+        batch_size, grad_accum: rows per forward pass, and passes per optimizer step.
+        epochs, steps: length of the training; `steps` wins. 0 keeps the initial maps.
+        lr, clip: AdamW's learning rate; the largest gradient norm of a layer.
+        eval_steps: optimizer steps between validations.
+        patience: validations without improvement before the learning rate falls tenfold; after twice as many
+            the layer stops.
+        seed: the order of the rows, and which batches the window dropout takes.
+    """
+
+    hybrid: HybridConfig = field(default_factory=lambda: HybridConfig(linear_factor="exp"))
+    gamma: float = 0.5
+    mse_factor: float = 1000.0
+    xent_factor: float = 0.0
+    window_dropout: float = 0.0
+    batch_size: int = 1
+    grad_accum: int = 2
+    epochs: int = 2
+    steps: int | None = None
+    lr: float = 2e-2
+    clip: float = 1.0
+    eval_steps: int = 400
+    patience: int = 10
+    seed: int = 0
+
+    def total_steps(self, rows: int) -> int:
+        """Optimizer steps that training on `rows` rows takes."""
+        return self.epochs * ceil(rows / (self.batch_size * self.grad_accum)) if self.steps is None else self.steps
+
+
+# What a recipe means, where an option does not say otherwise. lolcats: the paper's for 8B models; best: what did better
+# at the same number of tokens (docs/quality.md).
+RECIPES = {
+    "best": TransferOptions(),
+    "lolcats": TransferOptions(HybridConfig(linear_factor="one"), grad_accum=8, lr=1e-2, eval_steps=100),
+}
