@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from math import ceil, inf
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from lolcats_kernels import HybridMaps
@@ -29,7 +29,8 @@ from lolcats_cli.stages.layer_start import OFF, start_at_softmax_mass
 from lolcats_cli.stages.transfer_options import TransferOptions
 from lolcats_cli.teacher.record import LayerInfo
 
-RUN_NUMBERS = ("step", "best_mse", "best_step", "initial_mse", "stopped", "events")  # of a run, in its checkpoint
+POINTS = 200  # about so many training losses of a layer are logged
+RUN_NUMBERS = ("step", "best_mse", "best_step", "initial_mse", "stopped", "losses", "events")  # of a run's checkpoint
 
 
 class LayerRun:
@@ -45,7 +46,8 @@ class LayerRun:
         self.best, self.best_mse, self.best_step = _copy(maps), inf, 0
         self.initial_mse = inf
         self.stopped = False  # by the early stop
-        self.events: list[dict[str, float]] = []  # the validations so far
+        self.losses: list[float] = []  # of the steps since the last event that tells them
+        self.events: list[dict[str, Any]] = []  # what `metrics.jsonl` will say, so far
 
     @property
     def lr(self) -> float:
@@ -67,7 +69,7 @@ class LayerRun:
         numbers = json.loads((folder / f"{layer}.json").read_text())
         lr, schedule = numbers.pop("lr"), numbers.pop("schedule")
         for name in RUN_NUMBERS:
-            setattr(self, name, numbers[name])
+            setattr(self, name, numbers.get(name, getattr(self, name)))  # older checkpoints have no losses
         parts: dict[str, dict[str, Tensor]] = {"maps": {}, "best": {}, "optimizer": {}}
         for name, tensor in load_file(folder / f"{layer}.safetensors").items():
             part, _, rest = name.partition(".")
@@ -89,12 +91,13 @@ class Trained(NamedTuple):
     Attributes:
         maps: their tensors.
         figures: theirs on the validation rows (see `measure`), with `initial_mse`, the `steps` trained and `best_step`.
-        events: the validations on the way, each with `step`, `mse` and `lr`.
+        events: what happened on the way: of "validation" the `step`, `mse` and `lr`; of "train" the `step`, the mean
+            `loss` since the last such event, the `grad_norm` before clipping and the `lr`.
     """
 
     maps: dict[str, Tensor]
     figures: dict
-    events: list[dict[str, float]]
+    events: list[dict[str, Any]]
 
 
 def train_layers(
@@ -139,6 +142,12 @@ def train_layers(
                 )
             run.optimizer.step()
             run.step += 1
+            if run.step % max(1, total // POINTS) == 0:
+                mean = sum(run.losses) / len(run.losses)
+                run.events.append(
+                    {"event": "train", "step": run.step, "loss": mean, "grad_norm": norm.item(), "lr": run.lr}
+                )
+                run.losses = []
             advance(1, layer=layer, mse=run.best_mse)
         step += 1
     advance(sum(total - run.step for run in runs.values()))
@@ -173,7 +182,7 @@ def validate(source: Source, runs: dict[int, LayerRun], options: TransferOptions
     found = measure(source, maps, options.batch_size, terms=("both",), device=device)
     for layer, run in training.items():
         mse = found[layer]["mse"]
-        run.events.append({"step": run.step, "mse": mse, "lr": run.lr})
+        run.events.append({"event": "validation", "step": run.step, "mse": mse, "lr": run.lr})
         run.initial_mse = mse if run.step == 0 else run.initial_mse
         if mse < run.best_mse:
             run.best, run.best_mse, run.best_step = _copy(run.maps), mse, run.step
@@ -191,9 +200,10 @@ def accumulate(
     total: int,
     device: torch.device,
 ) -> None:
-    """The gradients of the layers' next step, of `total`, from the next of `batches`."""
+    """The gradients of the layers' next step, of `total`, from the next of `batches`. The loss joins a run's losses."""
     for run in runs.values():
         run.optimizer.zero_grad(set_to_none=True)
+    losses = {layer: torch.zeros((), device=device) for layer in runs}
     step = next(iter(runs.values())).step
     for index in range(step * options.grad_accum, (step + 1) * options.grad_accum):
         terms = "linear" if drops_window(options, index, total * options.grad_accum) else "both"
@@ -201,6 +211,9 @@ def accumulate(
         for layer, run in runs.items():
             loss = layer_loss(found[layer].to(device), run.maps, layers[layer], options, terms) / options.grad_accum
             loss.backward()
+            losses[layer] += loss.detach()
+    for layer, run in runs.items():
+        run.losses.append(losses[layer].item())
 
 
 def finish(

@@ -217,7 +217,7 @@ def _together(source: Source, chosen: list[int]) -> list[list[int]]:
 
 def _save(writer: ArtifactWriter, layer: int, trained: Trained, progress: Progress) -> None:
     for event in trained.events:
-        writer.log(event="validation", layer=layer, **event)
+        writer.log(layer=layer, **event)
     figures = trained.figures
     writer.log(event="layer", layer=layer, **figures)
     writer.save(maps_file(layer), trained.maps, {"figures": json.dumps(figures, sort_keys=True)})

@@ -15,7 +15,6 @@ from lolcats_formats import Artifact, ArtifactWriter, ConfigMismatch, NotAnArtif
 from lolcats_kernels import HybridConfig, HybridMaps, hybrid_attention
 from lolcats_kernels.softmax import softmax_attention, softmax_weights
 
-import lolcats_cli.stages.transfer as module
 from lolcats_cli.artifacts.maps import maps_file
 from lolcats_cli.errors import Stopped, UsageError
 from lolcats_cli.stages import checkpoints, layer_training
@@ -345,6 +344,9 @@ def test_the_best_state_is_kept(pipeline: SimpleNamespace, lr: float) -> None:
     source = StoredActivations(Artifact.open(pipeline.capture))
     options = replace(OPTIONS, lr=lr, steps=8, eval_steps=1)
     maps, figures, seen = train_layer(source, 1, options)
+    assert [event["step"] for event in seen if event["event"] == "train"] == list(range(1, 9))
+    assert all(event["loss"] > 0 < event["grad_norm"] for event in seen if event["event"] == "train")
+    seen = [event for event in seen if event["event"] == "validation"]
     assert [event["step"] for event in seen] == list(range(9))
     best = min(seen, key=lambda event: event["mse"])
     assert (figures["best_step"], figures["mse"]) == (best["step"], pytest.approx(best["mse"], rel=1e-6))
@@ -368,7 +370,7 @@ def test_a_layer_that_no_longer_improves_stops(pipeline: SimpleNamespace) -> Non
 def test_plateau_lowers_the_learning_rate(pipeline: SimpleNamespace) -> None:
     source = StoredActivations(Artifact.open(pipeline.capture))
     options = replace(OPTIONS, lr=5.0, steps=8, eval_steps=1, patience=2)
-    seen = [event["lr"] for event in train_layer(source, 0, options).events]
+    seen = [event["lr"] for event in train_layer(source, 0, options).events if event["event"] == "validation"]
     assert seen[0] == 5.0
     assert seen[-1] < 1.0
 
@@ -442,28 +444,13 @@ def test_manifest_holds_what_was_resolved(pipeline: SimpleNamespace) -> None:
     for figures in artifact.summary["layers"].values():
         names = {"mse", "relative_mse", "window_mse", "relative_window_mse", "heads_off", "initial_mse"}
         assert names <= figures.keys()
-    assert {event["event"] for event in artifact.metrics()} == {"validation", "layer"}
+    assert {event["event"] for event in artifact.metrics()} == {"train", "validation", "layer"}
 
 
 @pytest.mark.parametrize("layers", [[2], [0, 5], [-1], []])
 def test_layers_that_are_not_there(pipeline: SimpleNamespace, tmp_path: Path, layers: list[int]) -> None:
     with pytest.raises(UsageError, match="--layers must be between 0 and 1"):
         transfer(pipeline.capture, tmp_path / "t", options=OPTIONS, layers=layers)
-    assert not (tmp_path / "t").exists()
-
-
-def test_sizes_that_cannot_be_served(pipeline: SimpleNamespace, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="go up to 256"):
-        transfer(pipeline.capture, tmp_path / "t", options=TransferOptions(HybridConfig(feature_dim=257)))
-    assert not (tmp_path / "t").exists()
-
-
-def test_heads_that_cannot_be_served(
-    pipeline: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "MAX_SIZE", 15)
-    with pytest.raises(UsageError, match="Heads of 16 with --feature-dim 8 cannot be served"):
-        transfer(pipeline.capture, tmp_path / "t", options=TransferOptions(HybridConfig(feature_dim=8)))
     assert not (tmp_path / "t").exists()
 
 
@@ -510,7 +497,7 @@ def test_hard_activations_at_ten_times_the_learning_rate_stay_finite(
     hybrid = replace(given.hybrid, window=window, feature_dim=16)
     options = replace(given, hybrid=hybrid, steps=12, lr=10 * given.lr, eval_steps=1)
     maps, figures, seen = train_layer(hard, 0, options)
-    assert torch.tensor([event["mse"] for event in seen]).isfinite().all()
+    assert torch.tensor([event["mse"] for event in seen if "mse" in event]).isfinite().all()
     assert all(tensor.isfinite().all() for tensor in maps.values())
     assert figures["mse"] <= figures["initial_mse"]
     if recipe == "best" and window:
