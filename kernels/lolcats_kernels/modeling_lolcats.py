@@ -8,7 +8,7 @@ import transformers
 
 from .configuration_lolcats import LolcatsConfig
 from .hf_student import MergedStudent, share_layout
-from .teacher import MODEL_CLASS, MODEL_TYPE
+from .teacher import BASE_CLASS, MODEL_CLASS, MODEL_TYPE
 
 TeacherForCausalLM: Any = getattr(transformers, MODEL_CLASS)
 share_layout(LolcatsConfig.model_type, TeacherForCausalLM, MODEL_TYPE)
@@ -20,3 +20,13 @@ class LolcatsForCausalLM(MergedStudent, TeacherForCausalLM):
 
     config_class = LolcatsConfig
     _auto_class = "AutoModelForCausalLM"
+
+
+if BASE_CLASS is not None:
+    TeacherModel: Any = getattr(transformers, BASE_CLASS)
+
+    class LolcatsModel(MergedStudent, TeacherModel):
+        """A student without its head; loads with `AutoModel.from_pretrained(folder, trust_remote_code=True)`."""
+
+        config_class = LolcatsConfig
+        _auto_class = "AutoModel"

@@ -2,4 +2,5 @@
 
 CONFIG_CLASS = "LlamaConfig"
 MODEL_CLASS = "LlamaForCausalLM"
+BASE_CLASS = "LlamaModel"  # without the head; None where transformers has no such class
 MODEL_TYPE = "llama"

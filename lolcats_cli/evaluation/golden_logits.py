@@ -84,6 +84,22 @@ def try_one_block(folder: Path, scratch: Path) -> None:
         raise BadInput("A student of this teacher gives logits that are NaN or infinite after its first layers.")
 
 
+def check_saved_again(folder: Path) -> dict[str, Any]:
+    """What `verify` tells of a student that was saved again: no manifest says how its bytes or its answers should be.
+
+    Raises BadInput if weights are missing, or if it does not answer with numbers.
+    """
+    files = identity.weight_files(folder)
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            golden(folder, Path(scratch))
+        except LolcatsError:
+            raise
+        except Exception as problem:
+            raise BadInput(f"The student in {folder} cannot be run here: {first_line(problem)}") from problem
+    return {"kind": "student", "files": len(files), "bytes": sum(file.stat().st_size for file in files)}
+
+
 def check(artifact: Artifact) -> float:
     """The error of a student's logits here, relative to the spread of its golden ones.
 

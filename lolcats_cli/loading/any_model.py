@@ -54,6 +54,10 @@ def load_any(path: str, load: LoadOptions, *, teacher: str | None = None, revisi
     Of a student, only the files that its manifest lists are used, and no code that it brings along is run.
     """
     if not any((Path(path) / name).is_file() for name in ("manifest.json", "progress.json")):
+        from lolcats_cli.loading.merged import is_saved_again, load_merged
+
+        if is_saved_again(path):
+            return Loaded(load_merged(Path(path), load), load_tokenizer(Path(path)), "student")
         folder = resolve_folder(path, revision)
         return Loaded(load_model(folder, load), load_tokenizer(folder, load.trust_remote_code), "teacher")
     artifact = Artifact.open(path, ("transfer", "lora", "student"))

@@ -20,6 +20,16 @@ def load_merged(folder: Path, load: LoadOptions) -> PreTrainedModel:
     return load_model(folder, load, loader=student_class(folder))
 
 
+def is_saved_again(folder: Path | str) -> bool:
+    """Whether a folder holds a student that was saved by `save_pretrained`: it has no manifest, but is one by its
+    configuration."""
+    folder = Path(folder)
+    if (folder / "manifest.json").exists() or not (folder / "config.json").is_file():
+        return False
+    config = identity.read_config(folder)
+    return "lolcats" in config and str(config.get("model_type")).startswith(student_type(""))
+
+
 def student_class(folder: Path) -> Any:
     """The class of the student in a merged folder, as the folder's own code would define it. Raises `BadInput`."""
     config = identity.read_config(folder)

@@ -15,6 +15,21 @@ AUTO_MAP = {
     "AutoConfig": "configuration_lolcats.LolcatsConfig",
     "AutoModelForCausalLM": "modeling_lolcats.LolcatsForCausalLM",
 }
+# Types that are encoders unless their configuration has `is_decoder`.
+ENCODERS = {
+    "bert", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "rembert", "roberta",
+    "roberta-prelayernorm", "roformer", "xlm-roberta", "xlm-roberta-xl", "xmod",
+}  # fmt: skip
+BASE_MAP = {"AutoModel": "modeling_lolcats.LolcatsModel"}
+
+
+def base_class(model_type: str) -> str | None:
+    """The teacher's class without a head, if transformers has one."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+    name = MODEL_MAPPING_NAMES.get(model_type)
+    return name if isinstance(name, str) and hasattr(transformers, name) else None
 
 
 def code_files(config_class: str, model_class: str, model_type: str) -> dict[str, str]:
@@ -28,6 +43,7 @@ def code_files(config_class: str, model_class: str, model_type: str) -> dict[str
         "",
         f"CONFIG_CLASS = {json.dumps(config_class)}",
         f"MODEL_CLASS = {json.dumps(model_class)}",
+        f"BASE_CLASS = {base_class(model_type)!r}",
         f"MODEL_TYPE = {json.dumps(model_type)}",
         "",
     ]
@@ -53,9 +69,11 @@ def teacher_classes(config: Mapping[str, Any], where: str) -> tuple[str, str]:
 
     model_type = str(config.get("model_type"))
     if config.get("quantization_config"):
-        raise BadInput(f"{where} is quantised; pass the unquantised model.")
+        raise BadInput(f"The weights of {where} are quantised. Give the folder or hub id of the unquantised model.")
     if config.get("is_encoder_decoder"):
-        raise BadInput(f"{where} is an encoder and a decoder ({model_type}); lolcats converts causal language models.")
+        raise BadInput(f"{where} is an encoder with a decoder ({model_type}). lolcats converts decoders alone.")
+    if not config.get("is_decoder") and model_type in ENCODERS:
+        raise BadInput(f"{where} is an encoder ({model_type}), whose tokens see all others. lolcats converts decoders.")
     config_class, model_class = (
         names.get(model_type) for names in (CONFIG_MAPPING_NAMES, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     )
@@ -88,7 +106,7 @@ def student_config(
     config["dtype"] = teacher.get("dtype") or teacher.get("torch_dtype") or dtype
     config["model_type"] = student_type(teacher["model_type"])
     config["architectures"] = ["LolcatsForCausalLM"]
-    config["auto_map"] = AUTO_MAP
+    config["auto_map"] = AUTO_MAP | (BASE_MAP if base_class(teacher["model_type"]) else {})
     config["lolcats"] = {
         "hybrid": dict(hybrid),
         "layers": list(heads),

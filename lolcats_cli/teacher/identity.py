@@ -40,6 +40,8 @@ SIZE_NAMES = (
     "vocab_size",
 )  # fmt: skip
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+# Models of the hub that are older than its organisations, and still found by these names.
+OLD_HUB_IDS = {"gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2", "openai-gpt"}
 _SHARD = re.compile(r"[^/\\\x00-\x1f]+\.safetensors")
 
 
@@ -98,7 +100,7 @@ def find_folder(teacher: str) -> Path | None:
     folder = Path(os.path.expanduser(teacher))
     if folder.is_dir():
         return folder.resolve()
-    if folder.exists() or not _HUB_ID.fullmatch(teacher):
+    if folder.exists() or not (_HUB_ID.fullmatch(teacher) or teacher in OLD_HUB_IDS):
         raise BadInput(f"The teacher {teacher} is not a folder. Pass a model folder, or a hub id such as org/name.")
     return None
 
@@ -163,10 +165,14 @@ def weight_files(folder: Path) -> list[Path]:
             )
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
-        raise BadInput(
-            f"{folder} lacks the weights {', '.join(missing[:5])}. lolcats reads safetensors only: "
-            "save the model with save_pretrained(), or download it again."
+        pickled = any(folder.glob("pytorch_model*.bin"))
+        advice = (
+            "It has .bin files: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW) writes safetensors; "
+            "copy the tokenizer's files beside them."
+            if pickled
+            else "Save the model with save_pretrained(), or download it again."
         )
+        raise BadInput(f"{folder} lacks the weights {', '.join(missing[:5])}. lolcats reads safetensors only. {advice}")
     return [folder / name for name in names]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     LlamaConfig,
@@ -30,9 +33,11 @@ from transformers import (
 )
 
 from lolcats_cli.errors import BadInput, IdentityMismatch, UsageError
+from lolcats_cli.evaluation.golden_logits import check_saved_again
+from lolcats_cli.loading.any_model import load_any
 from lolcats_cli.loading.merged import load_merged
 from lolcats_cli.stages.merge import merge, plan_shards
-from lolcats_cli.student.build import linearize, set_terms
+from lolcats_cli.student.build import hybrid_modules, linearize, set_terms
 from lolcats_cli.teacher.identity import identify
 from lolcats_cli.teacher.load import LoadOptions
 
@@ -464,3 +469,37 @@ def test_the_code_is_the_installed_folder_as_it_is(merged):
     assert brought.keys() == installed.keys()
     assert [name for name in brought if brought[name] != installed[name]] == ["teacher.py"]
     assert 'MODEL_CLASS = "LlamaForCausalLM"' in brought["teacher.py"]
+
+
+def test_a_student_that_is_saved_again_stays_one(pipeline: SimpleNamespace, tmp_path: Path) -> None:
+    student = AutoModelForCausalLM.from_pretrained(pipeline.student, trust_remote_code=True).eval()
+    tokens = torch.randint(3, 60, (2, 23), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        for parameter in student.parameters():  # as fine-tuning does
+            parameter.mul_(1.01)
+        student.save_pretrained(tmp_path / "again")
+        AutoTokenizer.from_pretrained(pipeline.student, trust_remote_code=True).save_pretrained(tmp_path / "again")
+        again = load_any(str(tmp_path / "again"), LoadOptions(device="cpu"))
+        assert again.kind == "student"
+        torch.testing.assert_close(again.model(tokens).logits, student(tokens).logits, atol=1e-5, rtol=1e-5)
+        assert len(hybrid_modules(again.model)) == 2
+    assert check_saved_again(tmp_path / "again")["kind"] == "student"
+    weights = load_file(tmp_path / "again/model.safetensors")
+    name = next(name for name in weights if name.endswith("hybrid.q_weight"))
+    save_file({**weights, name: torch.full_like(weights[name], math.nan)}, tmp_path / "again/model.safetensors")
+    with pytest.raises(BadInput, match="NaN"):
+        check_saved_again(tmp_path / "again")
+
+
+def test_automodel_loads_a_student_without_its_head(pipeline: SimpleNamespace) -> None:
+    student = AutoModelForCausalLM.from_pretrained(pipeline.student, trust_remote_code=True).eval()
+    base = AutoModel.from_pretrained(pipeline.student, trust_remote_code=True).eval()
+    tokens = torch.randint(3, 60, (2, 23), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        hidden = base(tokens).last_hidden_state
+        torch.testing.assert_close(hidden, student.model(tokens).last_hidden_state, rtol=0, atol=0)
+        first = base(tokens[:, :9], use_cache=True)
+        rest = base(tokens[:, 9:], past_key_values=first.past_key_values).last_hidden_state
+        torch.testing.assert_close(rest, hidden[:, 9:], atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="output_attentions=True cannot be served"):
+        base(tokens, output_attentions=True)
