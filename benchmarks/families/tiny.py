@@ -65,7 +65,12 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8}},
     "dots3_note": {
         "text_config": {"num_key_value_heads": 4, "per_layer_config": None},
-        "vision_config": {"pyramid_num_routed": [-1, -1]},
+        "vision_config": {
+            "pyramid_num_routed": [-1, -1],
+            "adapter_in_dim": 64,
+            "adapter_out_dim": 64,
+            "adapter_input_size": 64,
+        },
     },
     "dots3_note_text": {"num_key_value_heads": 4},
     "exaone4": SLIDING,

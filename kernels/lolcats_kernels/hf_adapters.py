@@ -72,6 +72,30 @@ def _falcon(attend: Attend, module: Any, hidden_states: Tensor, alibi: Any, atte
     return module.dense(out.flatten(2)), weights
 
 
+def _diffllama(
+    attend: Attend, module: Any, hidden_states: Tensor, position_embeddings: Any, *args: Any, **kw: Any
+) -> Any:
+    """DiffLlama's differential attention, which attends twice with the same weights: once, to both halves of v."""
+    past, rotate = kw.get("past_key_values"), sys.modules[type(module).__module__].apply_rotary_pos_emb
+    q, k, v = (
+        x.unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
+        for x in (module.q_proj(hidden_states), module.k_proj(hidden_states), module.v_proj(hidden_states))
+    )
+    q, k = rotate(q, k, *position_embeddings)
+    if past is not None:
+        k, v = past.update(k, v, module.layer_idx)
+    v = torch.cat([half.repeat(1, 2, 1, 1) for half in v.chunk(2, dim=1)], dim=-1)
+    mask = kw.get("attention_mask", args[0] if args else None)
+    out, weights = attend(module, q, k, v, mask, scaling=module.scaling)
+    first, second = out.chunk(2, dim=2)
+    plus, minus = (
+        (a * b).sum(-1, dtype=torch.float32).exp().to(q.dtype)
+        for a, b in ((module.lambda_q1, module.lambda_k1), (module.lambda_q2, module.lambda_k2))
+    )
+    out = (1 - module.lambda_init) * module.groupnorm(first - (plus - minus + module.lambda_init) * second)
+    return module.o_proj(out.flatten(2)), weights
+
+
 # Class -> the method that is replaced, and by what.
 ADAPTERS: dict[str, tuple[str, Callable[..., Any]]] = {
     "GPTJAttention": ("_attn", _gpt),
@@ -87,6 +111,7 @@ ADAPTERS: dict[str, tuple[str, Callable[..., Any]]] = {
     "MvpAttention": ("forward", _bart),
     "TrOCRAttention": ("forward", _bart),
     "FalconAttention": ("forward", _falcon),
+    "DiffLlamaAttention": ("forward", _diffllama),
 }
 _OPENAI = "transformers.models.openai."
 

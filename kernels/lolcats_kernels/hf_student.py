@@ -9,6 +9,7 @@ Letters: see ../README.md.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Mapping
 from functools import cache, partial
 from typing import Any, cast
@@ -40,8 +41,7 @@ class LolcatsMixin:
 
     def new_cache(self) -> LolcatsCache:
         """An empty cache, for `generate(past_key_values=…)` or a loop of one's own."""
-        model = cast(PreTrainedModel, self)
-        return LolcatsCache(model.config, converted_layers(model))
+        return _new_cache(cast(PreTrainedModel, self))
 
     def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
         """Only "lolcats": with softmax attention the weights of a student would be another model."""
@@ -185,7 +185,9 @@ def attach(model: PreTrainedModel, config: HybridConfig, heads: Mapping[int, tup
             module.keeps_softmax = True  # type: ignore[assignment]
             continue
         hybrid = HybridAttention(config, *heads[layer_index(module)], layer_index(module))
-        module.hybrid = hybrid.to(device=execution_device(module), dtype=torch.float32).requires_grad_(False)
+        if next(hybrid.parameters()).device.type != "meta":
+            hybrid = hybrid.to(execution_device(module))
+        module.hybrid = hybrid.to(torch.float32).requires_grad_(False)
         module.register_forward_pre_hook(_hand_cache_over, with_kwargs=True)
         module.register_forward_hook(_take_cache_back, always_call=True)
         hybrids.append(module.hybrid)
@@ -270,7 +272,7 @@ def _prepare_inputs(parameters: list[str], base: nn.Module, args: tuple, kwargs:
     if past is not None:
         _check_cache(past)
     elif use_cache and not _is_checkpointing(base):
-        kwargs["past_key_values"] = LolcatsCache(cast(PreTrainedModel, base).config, converted_layers(base))
+        kwargs["past_key_values"] = _new_cache(base)
     counts = "position_ids" in parameters and not _reads_positions_off_tokens(base)
     if positions is None and counts and isinstance(mask, Tensor) and mask.ndim == 2:
         kwargs["position_ids"] = _positions(mask, _num_tokens(kwargs))
@@ -292,6 +294,23 @@ def _refuse_packed(positions: Tensor) -> None:
             "position_ids that restart mean packed sequences, which a recurrent state would mix. Give one sequence per "
             "row, with an attention_mask where rows are padded."
         )
+
+
+def _new_cache(base: nn.Module) -> LolcatsCache:
+    """The cache that a base model, or the model around it, would make itself, as ours."""
+    cache = LolcatsCache(cast(PreTrainedModel, base).config, converted_layers(base))
+    own = next((x for x in map(_own_cache, base.modules()) if x is not None), None)
+    if own is not None:
+        cache.__class__ = type(f"Lolcats{own.__name__}", (LolcatsCache, own), {})
+        kinds = cast(Any, base.config).layer_types
+        cache.linear_cache = [None if kind == "linear_attention" else [] for kind in kinds]  # type: ignore[attr-defined]
+    return cache
+
+
+def _own_cache(module: nn.Module) -> type[Cache] | None:
+    """The class of caches of MiniMax, for one of its attentions: its recurrences keep their states in no other."""
+    kind = type(module)
+    return sys.modules[kind.__module__].MiniMaxCache if kind.__name__ == "MiniMaxAttention" else None
 
 
 def _is_checkpointing(base: nn.Module) -> bool:

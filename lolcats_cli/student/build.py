@@ -5,6 +5,7 @@ Shapes: H query heads, D head, F features.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -84,11 +85,21 @@ def check_servable(model: PreTrainedModel) -> None:
     try:
         attention_modules(model)
     except ValueError as error:
+        if not _has_softmax(model):
+            raise BadInput(f"{name} has no softmax attention: there is nothing to linearize.") from error
         raise BadInput(f"{error} lolcats cannot convert it.") from error
     for module in model.modules():
         by_type = getattr(module, "rope_type", None)
         if isinstance(by_type, dict) and set(by_type.values()) & set(LENGTH_DEPENDENT_ROPE):
             raise BadInput(f"{name} has RoPE that depends on the length for some layers, which is not served yet.")
+
+
+def _has_softmax(model: PreTrainedModel) -> bool:
+    """Whether the code of a model has a softmax in it, as far as can be read."""
+    try:
+        return "softmax(" in inspect.getsource(inspect.getmodule(type(model)) or type(model))
+    except (OSError, TypeError):
+        return True
 
 
 def hybrid_modules(model: nn.Module) -> list[HybridAttention]:

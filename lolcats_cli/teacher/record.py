@@ -268,6 +268,8 @@ def _compare_adapters(model: PreTrainedModel, valid: Tensor | None) -> Iterator[
         plain = deepcopy(module).float()
         for name in ("forward", "_old_forward", "_attn"):
             plain.__dict__.pop(name, None)
+        if hasattr(plain, "config"):
+            plain.config._attn_implementation = "eager"  # type: ignore[union-attr]
         floats = [x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args]
         options = {k: x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for k, x in kwargs.items()}
         own, ours = type(plain).forward(plain, *floats, **options)[0], output[0].float()
