@@ -1,4 +1,5 @@
-"""Every causal language model of transformers through the four stages, each with tiny random weights.
+"""Every causal language model of transformers through the four stages, each with tiny random weights; and some models
+around a text model.
 
     python benchmarks/families/run.py [--only llama,gpt2] [--again] [--write]
 
@@ -31,7 +32,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "formats")]
 RESULTS = ROOT / "benchmarks" / "results" / "families.csv"
 TABLE = ROOT / "docs" / "compatibility.md"
 VERSION = "5.23"
+NO_SOFTMAX = "no softmax attention"  # of a reason: such types do not count
 OUTCOMES = ("served", "refused", "failed", "no model")
+# Models around a text model that transformers does not call causal language models.
+WRAPPERS = ("glm4v", "internvl", "llava", "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_vl_moe")
 FIELDS = ("model_type", "class", "outcome", "stage", "seconds", "reason")
 WORDS = "the whale and a ship at sea saw one white sail then two men sang of home".split()  # noqa: SIM905
 
@@ -191,7 +195,8 @@ def run_one(model_type: str) -> dict[str, str]:
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     row = SimpleNamespace(model_type=model_type, outcome="served", stage="", reason="")
-    row.__dict__["class"] = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
+    auto = transformers.models.auto.modeling_auto
+    row.__dict__["class"] = auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type, "")
 
     def note(stage: str) -> None:
         row.stage = stage
@@ -202,7 +207,7 @@ def run_one(model_type: str) -> dict[str, str]:
         text.write_text(" ".join(WORDS[i] for i in picks))
         try:
             note("make")
-            make_teacher(teacher, model_type)
+            row.__dict__["class"] = make_teacher(teacher, model_type)
             excused = stages(teacher, text, Path(scratch), note)
         except Exception as error:
             refused = isinstance(error, BadInput) and row.stage == "capture"
@@ -261,31 +266,54 @@ def page() -> str:
     """docs/compatibility.md."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as ALL
 
-    rows = read_results().values()
+    results = read_results()
+    rows, wrappers = ([results[name] for name in sorted(names) if name in results] for names in (ALL, WRAPPERS))
     by_outcome = {name: [row for row in rows if row["outcome"] == name] for name in OUTCOMES}
-    counts = ", ".join(f"{len(found)} {name}" for name, found in by_outcome.items() if found)
+    other = [row for row in by_outcome["refused"] if NO_SOFTMAX in row["reason"]]
+    softmax = len(rows) - len(other) - len(by_outcome["no model"])
+    share = 100 * len(by_outcome["served"]) / max(softmax, 1)
     lines = [
         "# Compatibility",
         "",
         f"The causal language models of transformers {VERSION}, {len(rows)} model types, with tiny random weights",
         "through the four stages; then the merged folder as transformers loads it: its logits are those of the student",
         "in memory, with a cache and without, token by token and in parts, padded on either side, by beams, and saved",
-        "and loaded again; a prefix gives what the whole gives. `python benchmarks/families/run.py --write` makes this",
-        f"page of `benchmarks/results/families.csv`: {counts}; {len(ALL) - len(rows)} were not run yet.",
+        "and loaded again; a prefix gives what the whole gives. This page is made anew by `python",
+        f"benchmarks/families/run.py --again --write`; {len(ALL) - len(rows)} types were not run yet.",
+        "",
+        f"- {len(by_outcome['served'])} are served: {share:.1f}% of the {softmax} that have softmax attention, and of",
+        "  which a tiny model could be made.",
+        f"- {len(by_outcome['refused']) - len(other)} are refused before any work, for the reasons below; "
+        f"{len(by_outcome['failed'])} fail later.",
+        f"- {len(other)} have no softmax attention.",
+        f"- Of {len(by_outcome['no model'])} no tiny model could be made.",
         "",
         "Hybrids have their softmax layers converted; their other layers stay, with their own states in the cache.",
-        "Models for images or sound have their text model converted, and stay what they are around it. A sliding",
-        "window of the teacher is imitated by the maps, or kept with `--keep-softmax sliding`. Students of RoPE",
-        "`dynamic` and `longrope` keep the frequencies of the trained length at any length.",
+        "Models for images or sound have their text model converted, and stay what they are around it. Attention",
+        "sinks are kept. Latent attention (DeepSeek, Kimi, GLM) is recorded behind its up-projections. Layers that",
+        "choose their keys by an indexer are captured with rows of which all keys are chosen; such a layer that stays",
+        "softmax sees all. A sliding window of the teacher is imitated by the maps, or kept with `--keep-softmax",
+        "sliding`. Students of RoPE `dynamic` and `longrope` keep the frequencies of the trained length at any length.",
         "",
-        "| model type | class | | |",
-        "| --- | --- | --- | --- |",
+        *table(rows),
+        "",
+        "## Models around a text model",
+        "",
+        "Those that transformers does not list as causal language models: loaded whole, trained on text, merged whole.",
+        "",
+        *table(wrappers),
     ]
+    return "\n".join(lines) + "\n"
+
+
+def table(rows: list[dict[str, str]]) -> list[str]:
+    """The lines of a table, one for each row of the results."""
+    lines = ["| model type | class | | |", "| --- | --- | --- | --- |"]
     for row in rows:
         reason = row["reason"].replace("|", "/").replace("<", "(").replace(">", ")")
         told = f"as in its teacher, not: {reason}" if row["outcome"] == "served" and reason else reason
         lines.append(f"| {row['model_type']} | {row['class']} | {row['outcome']} | {told} |")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def main() -> None:
@@ -301,7 +329,7 @@ def main() -> None:
     os.environ |= {name: f"{caches}/{name.lower()}" for name in ("HF_HOME", "HF_MODULES_CACHE")}
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as ALL
 
-    types = options.only.split(",") if options.only else list(ALL)
+    types = options.only.split(",") if options.only else [*ALL, *WRAPPERS]
     if options.only == "none":
         types = []
     run_all([name for name in types if options.again or name not in read_results()], options.limit)

@@ -7,7 +7,8 @@ import dataclasses
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+import transformers
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 VOCAB = 260
 # Field of a configuration -> its value, in whatever configuration has it.
@@ -65,20 +66,18 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8}},
     "dots3_note": {
         "text_config": {"num_key_value_heads": 4, "per_layer_config": None},
-        "vision_config": {
-            "pyramid_num_routed": [-1, -1],
-            "adapter_in_dim": 64,
-            "adapter_out_dim": 64,
-            "adapter_input_size": 64,
-        },
+        "vision_config": {"pyramid_num_routed": [-1, -1], "adapter_in_dim": 64, "adapter_out_dim": 64},
+        "audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64},
     },
     "dots3_note_text": {"num_key_value_heads": 4},
+    "emu3": {"vocabulary_map": {"<image>": 3, "<|extra_200|>": 4, "<|visual token 000000|>": 5}},
     "exaone4": SLIDING,
     "exaone_moe": SLIDING,
     "gemma3": {"text_config": SLIDING},
     "gemma3_text": SLIDING,
     "gemma3n": {"text_config": {**SLIDING, "num_kv_shared_layers": 0}},
     "gemma3n_text": {**SLIDING, "num_kv_shared_layers": 0},
+    "glm4v": {"text_config": {"rope_parameters": {**ROPE, "mrope_section": [2, 3, 3]}}},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": LINEAR,
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
@@ -94,6 +93,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "ministral": SLIDING,
     "mpt": {"attn_config": {"attn_pdrop": 0}},
     "olmo3": SLIDING,
+    "qwen2_vl": {"text_config": {"rope_parameters": {**ROPE, "mrope_section": [2, 3, 3]}}},
+    "qwen2_5_vl": {"text_config": {"rope_parameters": {**ROPE, "mrope_section": [2, 3, 3]}}},
     "qwen3_5": {"text_config": LINEAR},
     "qwen3_5_moe": {"text_config": LINEAR},
     "qwen3_5_moe_text": LINEAR,
@@ -119,8 +120,12 @@ def tiny_config(model_type: str) -> PreTrainedConfig:
 
 def tiny_model(model_type: str, seed: int = 0) -> PreTrainedModel:
     """A causal language model of that type with random weights."""
+    from lolcats_cli.teacher.load import class_name
+
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(tiny_config(model_type)).eval()
+    config = tiny_config(model_type)
+    found = class_name(config.to_dict())
+    return getattr(transformers, found[0] if found else "AutoModelForCausalLM").from_config(config).eval()
 
 
 def _shrunk(kind: type[PreTrainedConfig], special: dict[str, Any]) -> PreTrainedConfig:

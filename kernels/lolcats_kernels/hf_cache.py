@@ -31,6 +31,7 @@ class LolcatsCacheLayer(CacheLayerMixin):
     def reset(self) -> None:
         self.state: KVState | SparseState | None = None
         self.tokens = 0
+        self.keys = self.values = torch.empty(0)  # Mllama looks whether there are some
 
     def advance(self, state: KVState | SparseState, tokens: int) -> None:
         """Replace the state by one that has seen `tokens` more tokens, padding included."""

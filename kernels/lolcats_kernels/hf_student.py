@@ -273,7 +273,7 @@ def _prepare_inputs(parameters: list[str], base: nn.Module, args: tuple, kwargs:
         _check_cache(past)
     elif use_cache and not _is_checkpointing(base):
         kwargs["past_key_values"] = _new_cache(base)
-    counts = "position_ids" in parameters and not _reads_positions_off_tokens(base)
+    counts = "position_ids" in parameters and not _finds_positions(base)
     if positions is None and counts and isinstance(mask, Tensor) and mask.ndim == 2:
         kwargs["position_ids"] = _positions(mask, _num_tokens(kwargs))
     elif positions is not None and mask is None and past is None and not torch.compiler.is_compiling():
@@ -281,10 +281,11 @@ def _prepare_inputs(parameters: list[str], base: nn.Module, args: tuple, kwargs:
     return (), kwargs
 
 
-def _reads_positions_off_tokens(base: nn.Module) -> bool:
-    """Whether the model counts positions itself from the tokens that are not padding, as RoBERTa does, from 2 on."""
+def _finds_positions(base: nn.Module) -> bool:
+    """Whether the model finds positions itself: from the tokens that are not padding, as RoBERTa does, from 2 on, or
+    from those and the images between them, as Qwen-VL does."""
     embeddings = getattr(base, "embeddings", None)
-    return hasattr(embeddings, "create_position_ids_from_input_ids")
+    return hasattr(embeddings, "create_position_ids_from_input_ids") or hasattr(base, "get_rope_index")
 
 
 def _refuse_packed(positions: Tensor) -> None:

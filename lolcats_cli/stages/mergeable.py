@@ -22,7 +22,7 @@ from lolcats_cli.evaluation import golden_logits
 from lolcats_cli.student import export
 from lolcats_cli.student.build import check_servable, projections, stated_heads
 from lolcats_cli.teacher import identity
-from lolcats_cli.teacher.load import first_line
+from lolcats_cli.teacher.load import auto_class, first_line
 
 FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 TRIED = HybridConfig(window=4, feature_dim=2)
@@ -154,12 +154,12 @@ def _weights(folder: Path) -> dict[str, tuple[Path, TensorInfo]]:
 
 def _build(folder: Path) -> PreTrainedModel:
     """The teacher without weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     try:
         with torch.device("meta"):
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            return auto_class(folder).from_config(config, trust_remote_code=False)
     except Exception as error:
         if is_out_of_memory(error):
             raise

@@ -88,6 +88,8 @@ def check_servable(model: PreTrainedModel) -> None:
         if not _has_softmax(model):
             raise BadInput(f"{name} has no softmax attention: there is nothing to linearize.") from error
         raise BadInput(f"{error} lolcats cannot convert it.") from error
+    if any(getattr(module, "compressor", None) is not None for module in attention_modules(model)):
+        raise BadInput(f"{name} attends to keys that are compressed from several tokens, which is not served.")
     for module in model.modules():
         by_type = getattr(module, "rope_type", None)
         if isinstance(by_type, dict) and set(by_type.values()) & set(LENGTH_DEPENDENT_ROPE):

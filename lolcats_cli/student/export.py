@@ -10,6 +10,7 @@ from typing import Any
 from lolcats_kernels import HybridConfig
 
 from lolcats_cli.errors import BadInput
+from lolcats_cli.teacher.load import class_name
 
 AUTO_MAP = {
     "AutoConfig": "configuration_lolcats.LolcatsConfig",
@@ -65,7 +66,6 @@ def teacher_classes(config: Mapping[str, Any], where: str) -> tuple[str, str]:
     """
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     model_type = str(config.get("model_type"))
     if config.get("quantization_config"):
@@ -74,11 +74,9 @@ def teacher_classes(config: Mapping[str, Any], where: str) -> tuple[str, str]:
         raise BadInput(f"{where} is an encoder with a decoder ({model_type}). lolcats converts decoders alone.")
     if not config.get("is_decoder") and model_type in ENCODERS:
         raise BadInput(f"{where} is an encoder ({model_type}), whose tokens see all others. lolcats converts decoders.")
-    config_class, model_class = (
-        names.get(model_type) for names in (CONFIG_MAPPING_NAMES, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    )
-    if isinstance(config_class, str) and isinstance(model_class, str) and hasattr(transformers, model_class):
-        return config_class, model_class
+    config_class, found = CONFIG_MAPPING_NAMES.get(model_type), class_name(config)
+    if isinstance(config_class, str) and found is not None and hasattr(transformers, found[1]):
+        return config_class, found[1]
     if config.get("auto_map"):
         raise BadInput(
             f"{where} is a model with code of its own (auto_map): transformers has no class for its model_type "
@@ -107,6 +105,9 @@ def student_config(
     config["model_type"] = student_type(teacher["model_type"])
     config["architectures"] = ["LolcatsForCausalLM"]
     config["auto_map"] = AUTO_MAP | (BASE_MAP if base_class(teacher["model_type"]) else {})
+    found = class_name(teacher)
+    if found is not None:
+        config["auto_map"] |= {found[0]: AUTO_MAP["AutoModelForCausalLM"]}
     config["lolcats"] = {
         "hybrid": dict(hybrid),
         "layers": list(heads),

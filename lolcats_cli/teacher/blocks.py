@@ -35,9 +35,11 @@ class _Reached(Exception):
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The model's decoder layers, in order. Raises `BadInput` if they are not to be found."""
     count = model.config.get_text_config().num_hidden_layers
-    for module in model.base_model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count and all(map(_has_layer, module, range(count))):
-            return list(module)
+    lists = [x for x in model.base_model.modules() if isinstance(x, nn.ModuleList) and len(x) == count]
+    found = [x for x in lists if all(map(_has_layer, x, range(count)))]
+    # An encoder of images may have as many layers; theirs have no numbers.
+    for module in sorted(found, key=lambda layers: not any(map(_numbers, layers))):
+        return list(module)
     raise BadInput(
         f"{type(model).__name__} cannot be captured: it has no list of {count} decoder layers with an attention each."
     )
@@ -45,8 +47,12 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 def _has_layer(module: nn.Module, index: int) -> bool:
     """Whether the module is a layer of that number, as far as its parts know; recurrences may not know."""
-    numbers = {part.layer_idx for part in module.modules() if isinstance(getattr(part, "layer_idx", None), int)}
+    numbers = _numbers(module)
     return not numbers or index in numbers
+
+
+def _numbers(module: nn.Module) -> set[int]:
+    return {part.layer_idx for part in module.modules() if isinstance(getattr(part, "layer_idx", None), int)}  # type: ignore[misc]
 
 
 @contextmanager

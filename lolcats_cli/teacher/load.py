@@ -76,11 +76,32 @@ def resolve_folder(teacher: str, revision: str | None = None) -> Path:
     return snapshot
 
 
+def class_name(config: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The auto class that loads a model of this configuration as a causal language model, and the class that it finds;
+    None if transformers has none. A model around a text model is loaded whole, with its encoders of images."""
+    from transformers.models.auto import modeling_auto as auto
+
+    kind = str(config.get("model_type"))
+    whole, text = (
+        auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(kind),
+        auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind),
+    )
+    if whole is not None and whole != text and "text_config" in config:
+        return "AutoModelForImageTextToText", str(whole)
+    return ("AutoModelForCausalLM", text) if isinstance(text, str) else None
+
+
 def runs_own_code(folder: Path, allowed: bool) -> bool:
     """Whether the folder's own code (auto_map) is run: if allowed, and if transformers has no class for the model."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return allowed and class_name(identity.read_config(folder)) is None
 
-    return allowed and identity.read_config(folder).get("model_type") not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+def auto_class(folder: Path) -> Any:
+    """The auto class of transformers that loads a folder's model."""
+    import transformers
+
+    found = class_name(identity.read_config(folder))
+    return getattr(transformers, "AutoModelForCausalLM" if found is None else found[0])
 
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -98,9 +119,8 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
 def load_model(folder: Path, options: LoadOptions, loader: Any = None) -> PreTrainedModel:
     """The folder's causal language model in evaluation mode, on its device. Raises `BadInput` if it cannot be loaded.
 
-    `loader` is the class that loads it, AutoModelForCausalLM unless given.
+    `loader` is the class that loads it, an auto class of transformers unless given.
     """
-    from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     if options.dtype != "auto" and options.dtype not in DTYPES:
@@ -108,7 +128,7 @@ def load_model(folder: Path, options: LoadOptions, loader: Any = None) -> PreTra
     device = options.resolved_device()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     disable_progress_bar()
-    source: Any = loader or AutoModelForCausalLM
+    source: Any = loader or auto_class(folder)
     placement: dict[str, Any] = {}
     if options.shard:
         if ranks.size() == 1:
