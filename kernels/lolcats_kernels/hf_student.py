@@ -128,21 +128,27 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
     Raises ValueError if there are none, or two of the same index.
     """
     found: dict[int, nn.Module] = {}
+    shared = ""  # an attention that knows of layers, but not its own
     for name, module in model.named_modules():
         parts = name.split(".")
         number_by_name(name, module)
         index = getattr(module, "layer_idx", None)
         if (
-            isinstance(index, int)
+            (isinstance(index, int) or hasattr(module, "layer_idx"))
             and not {"hybrid", *TO_ENCODER}.intersection(parts)
-            and "attention" in type(module).__name__.lower()
+            and ("attention" in type(module).__name__.lower() or type(module).__name__.endswith("MLA"))
             and (adapter(module) is not None or _uses_interface(cast(Any, type(module))))
         ):
+            if not isinstance(index, int) or index < 0:
+                shared = shared or name
+                continue
             if index in found:
                 raise ValueError(
                     f"{name} and another attention both call themselves layer {index}: not a plain decoder."
                 )
             found[index] = module
+    if not found and shared:
+        raise ValueError(f"{type(model).__name__} has an attention, {shared}, that several layers share.")
     if not found:
         raise ValueError(f"{type(model).__name__} has no layer whose attention uses transformers' attention interface.")
     return [found[index] for index in sorted(found)]

@@ -85,8 +85,12 @@ def check_servable(model: PreTrainedModel) -> None:
     try:
         attention_modules(model)
     except ValueError as error:
-        if not _has_softmax(model):
+        if not _says(model, "softmax("):
             raise BadInput(f"{name} has no softmax attention: there is nothing to linearize.") from error
+        if _says(model, "alibi"):
+            raise BadInput(
+                f"{name} adds a bias by distance to its scores (ALiBi), for which a student has no term."
+            ) from error
         raise BadInput(f"{error} lolcats cannot convert it.") from error
     if any(getattr(module, "compressor", None) is not None for module in attention_modules(model)):
         raise BadInput(f"{name} attends to keys that are compressed from several tokens, which is not served.")
@@ -96,10 +100,10 @@ def check_servable(model: PreTrainedModel) -> None:
             raise BadInput(f"{name} has RoPE that depends on the length for some layers, which is not served yet.")
 
 
-def _has_softmax(model: PreTrainedModel) -> bool:
-    """Whether the code of a model has a softmax in it, as far as can be read."""
+def _says(model: PreTrainedModel, word: str) -> bool:
+    """Whether the code of a model has a word in it; true if it cannot be read."""
     try:
-        return "softmax(" in inspect.getsource(inspect.getmodule(type(model)) or type(model))
+        return word in inspect.getsource(inspect.getmodule(type(model)) or type(model))
     except (OSError, TypeError):
         return True
 
