@@ -6,6 +6,7 @@ The stages check again what they use; nothing here is needed for safety.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from importlib import metadata
 from os.path import realpath
 from pathlib import Path
 from typing import Literal
@@ -55,6 +56,17 @@ def output(
         if given is not None and realpath(given) == realpath(path):
             raise UsageError(f"--output {path} is the directory that the command reads. Name another one.")
     check_place(path, resume, force)
+
+
+def tracker(log_to: str | None) -> None:
+    """Raises UsageError if the library that --log-to names is not installed."""
+    if log_to is None:
+        return
+    try:
+        metadata.distribution(log_to)
+    except metadata.PackageNotFoundError as error:
+        wanted = "'lolcats[log]'" if log_to == "tensorboard" else log_to
+        raise UsageError(f"--log-to {log_to} needs {log_to}. Install it with: pip install {wanted}") from error
 
 
 def layers(option: str, chosen: Iterable[int | str] | None, opened: Artifact) -> None:

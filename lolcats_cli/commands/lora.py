@@ -89,6 +89,12 @@ def lora(
             "--shard", help="Spread the teacher's weights over the processes of --devices or torchrun (FSDP2)."
         ),
     ] = False,
+    log_to: Annotated[
+        Literal["tensorboard", "wandb", "trackio"] | None,
+        typer.Option(
+            help="Show the losses there too. TensorBoard's files go to OUTPUT-runs, or TENSORBOARD_LOGGING_DIR."
+        ),
+    ] = None,
     seed: o.Seed = 0,
     resume: o.Resume = "auto",
     force: o.Force = False,
@@ -99,6 +105,7 @@ def lora(
     checks.artifact(given, "transfer", teacher)
     checks.data(data, captures=True)
     checks.output(output, resume, force, (given, *(data or ())))
+    checks.tracker(log_to)
     o.launch_on(devices, given)
 
     from lolcats_cli.stages.lora import RECIPES
@@ -116,6 +123,7 @@ def lora(
         teacher=teacher,
         load=o.chosen(LoadOptions(), asked),
         gradient_checkpointing=gradient_checkpointing,
+        log_to=log_to,
         resume=resume,
         force=force,
         progress=o.progress(),

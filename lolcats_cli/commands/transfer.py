@@ -81,6 +81,12 @@ def transfer(
     trust_remote_code: o.TrustRemoteCode = False,
     device: o.Device = "auto",
     devices: o.Devices = None,
+    log_to: Annotated[
+        Literal["tensorboard"] | None,
+        typer.Option(
+            help="Show the curves of every layer there too. Its files go to OUTPUT-runs, or TENSORBOARD_LOGGING_DIR."
+        ),
+    ] = None,
     seed: o.Seed = 0,
     resume: o.Resume = "auto",
     force: o.Force = False,
@@ -99,6 +105,7 @@ def transfer(
     checks.layers("--layers", parts, opened)
     checks.layers("--keep-softmax", kept, opened)
     checks.output(output, resume, force, (given,))
+    checks.tracker(log_to)
     o.launch_on(devices, given)
 
     from lolcats_cli.stages.transfer import transfer as run
@@ -116,6 +123,7 @@ def transfer(
         block_size=block_size,
         teacher=teacher,
         load=o.chosen(LoadOptions(), asked),
+        log_to=log_to,
         resume=resume,
         force=force,
         progress=o.progress(),

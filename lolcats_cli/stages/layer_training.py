@@ -9,7 +9,7 @@ Shapes: B batch, H query heads, T time.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from math import ceil, inf
 from pathlib import Path
@@ -48,10 +48,16 @@ class LayerRun:
         self.stopped = False  # by the early stop
         self.losses: list[float] = []  # of the steps since the last event that tells them
         self.events: list[dict[str, Any]] = []  # what `metrics.jsonl` will say, so far
+        self.log: Callable[[dict[str, Any]], None] = lambda event: None
 
     @property
     def lr(self) -> float:
         return self.optimizer.param_groups[0]["lr"]
+
+    def tell(self, event: str, **figures: float) -> None:
+        """Add an event of this step."""
+        self.events.append({"event": event, "step": self.step, **figures, "lr": self.lr})
+        self.log(self.events[-1])
 
     def save(self, folder: Path, layer: int) -> None:
         """Write all of it into `folder`, by the layer's name: tensors as safetensors, numbers as JSON."""
@@ -108,12 +114,17 @@ def train_layers(
     device: torch.device,
     advance: Advance = lambda done=1, **figures: None,
     checkpoints: Checkpoints | None = None,
+    log: Callable[[int, dict[str, Any]], None] | None = None,
 ) -> dict[int, Trained]:
     """Train the maps of some layers that are computed together, from their checkpoint if there is one.
 
     The layers take the same rows at the same time and share nothing else. `advance` counts the steps of all of them.
+    `log` is told the events of each layer as they come.
     """
     runs = begin(source, layers, options, device)
+    for layer, run in runs.items():
+        if log is not None:
+            run.log = partial(log, layer)
     total, step = options.total_steps(source.rows["train"]), 0
     saved = checkpoints.folder(_checkpoint_name(layers)) if checkpoints else None
     if saved:
@@ -144,9 +155,7 @@ def train_layers(
             run.step += 1
             if run.step % max(1, total // POINTS) == 0:
                 mean = sum(run.losses) / len(run.losses)
-                run.events.append(
-                    {"event": "train", "step": run.step, "loss": mean, "grad_norm": norm.item(), "lr": run.lr}
-                )
+                run.tell("train", loss=mean, grad_norm=norm.item())
                 run.losses = []
             advance(1, layer=layer, mse=run.best_mse)
         step += 1
@@ -182,7 +191,7 @@ def validate(source: Source, runs: dict[int, LayerRun], options: TransferOptions
     found = measure(source, maps, options.batch_size, terms=("both",), device=device)
     for layer, run in training.items():
         mse = found[layer]["mse"]
-        run.events.append({"event": "validation", "step": run.step, "mse": mse, "lr": run.lr})
+        run.tell("validation", mse=mse)
         run.initial_mse = mse if run.step == 0 else run.initial_mse
         if mse < run.best_mse:
             run.best, run.best_mse, run.best_step = _copy(run.maps), mse, run.step

@@ -23,6 +23,7 @@ from lolcats_cli.artifacts.maps import kept_config, maps_file
 from lolcats_cli.errors import BadInput, IdentityMismatch, UsageError
 from lolcats_cli.loading.student import check_on_devices, load_student, teacher_folder
 from lolcats_cli.progress import Progress
+from lolcats_cli.stages.curves import trainer_callback
 from lolcats_cli.stages.writing import Making, make_artifact
 from lolcats_cli.student.build import hybrid_modules, linear_layers, projections
 from lolcats_cli.teacher.data import DataOptions, Rows, describe_rows, read_rows, split_rows
@@ -31,7 +32,7 @@ from lolcats_cli.teacher.load import LoadOptions, load_tokenizer, model_limit
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, TrainerCallback
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,7 @@ def lora(
     teacher: str | None = None,
     load: LoadOptions = LoadOptions(),
     gradient_checkpointing: bool = False,
+    log_to: str | None = None,
     resume: Resume = "auto",
     force: bool = False,
     progress: Progress = Progress(),
@@ -116,6 +118,7 @@ def lora(
         data: other data than the capture's tokens: a capture artifact, or data as for `capture`.
         teacher: the teacher's folder, if it is not where it was captured.
         gradient_checkpointing: compute each layer's activations again in the backward pass instead of keeping them.
+        log_to: "tensorboard", "wandb" or "trackio": tell it the losses, by transformers' own integration.
         resume, force: what to do with an artifact that `output` holds, see `ArtifactWriter.create`.
 
     Raises:
@@ -157,7 +160,9 @@ def lora(
         }
 
         def work(making: Making) -> dict[str, Any]:
-            return _train(model, splits, options, device, making.main, progress) | {"layers": parent.summary["layers"]}
+            with trainer_callback(log_to, output) as tracker:
+                figures = _train(model, splits, options, device, making.main, progress, tracker)
+            return figures | {"layers": parent.summary["layers"]}
 
         return make_artifact(output, "lora", fields, work, resume=resume, force=force, progress=progress)
 
@@ -174,11 +179,12 @@ def _train(
     device: torch.device,
     writer: ArtifactWriter | None,
     progress: Progress,
+    tracker: TrainerCallback | None,
 ) -> dict[str, Any]:
     """Train, and write what was trained on the rank that has the writer. Returns the training's figures."""
     from lolcats_cli.stages.lora_training import train
 
-    figures = train(model, splits, options, device, writer, progress)
+    figures = train(model, splits, options, device, writer, progress, tracker)
     if writer is not None:
         for hybrid in hybrid_modules(model.get_base_model()):
             tensors = {name: tensor.cpu() for name, tensor in hybrid.state_dict().items()}

@@ -46,13 +46,17 @@ def train(
     device: torch.device,
     writer: ArtifactWriter | None,
     progress: Progress,
+    tracker: TrainerCallback | None = None,
 ) -> dict[str, Any]:
     """Train what requires gradients, from the last checkpoint on; -> {"initial_loss", "loss", "steps"}.
 
-    writer: of the artifact, on rank 0; None on the others. Raises BadInput for a training that diverges.
+    writer: of the artifact, on rank 0; None on the others. tracker: is told the losses too.
+    Raises BadInput for a training that diverges.
     """
     scratch, saved = ranks.share(lambda: _resume_state(cast(ArtifactWriter, writer)))
     settings = arguments(options, device, scratch)
+    if tracker is not None:
+        settings.project, settings.run_name = "lolcats", Path(scratch).parent.name
     if settings.only_device is not None:
         torch.cuda.set_device(device)  # where Trainer's libraries put what they make
     trainer = (StudentTrainer if options.match == "text" else Distiller)(
@@ -65,6 +69,8 @@ def train(
     maps = hybrid_modules(model.get_base_model()) if options.train_maps else []
     reporter = Reporter(writer, options, trainer.order, maps)
     trainer.add_callback(reporter)
+    if tracker is not None:
+        trainer.add_callback(tracker)
     if saved is None:
         trainer.evaluate()
     else:
@@ -76,6 +82,7 @@ def train(
         trainer.train(resume_from_checkpoint=saved)
     if reporter.evaluated != trainer.state.global_step:
         trainer.evaluate()
+        trainer.callback_handler.on_train_end(settings, trainer.state, trainer.control)  # the tracker closes again
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not parameter.isfinite().all():
             raise diverged(f"{name} holds NaN or infinity", trainer.state.global_step, options)

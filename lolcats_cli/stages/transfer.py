@@ -26,6 +26,7 @@ from lolcats_cli.loading.student import teacher_folder
 from lolcats_cli.progress import Progress
 from lolcats_cli.stages.activations import ComputedActivations, Source, StoredActivations
 from lolcats_cli.stages.checkpoints import Checkpoints
+from lolcats_cli.stages.curves import LayerCurves, tensorboard_folder
 from lolcats_cli.stages.layer_losses import window_errors
 from lolcats_cli.stages.layer_training import Trained, train_layers
 from lolcats_cli.stages.rolling import RollingActivations
@@ -48,6 +49,7 @@ def transfer(
     block_size: int | None = None,
     teacher: str | None = None,
     load: LoadOptions = LoadOptions(),
+    log_to: str | None = None,
     resume: Resume = "auto",
     force: bool = False,
     progress: Progress = Progress(),
@@ -63,6 +65,7 @@ def transfer(
             hidden states in front of them on disk.
         teacher: the teacher's folder, if it is needed and not where it was captured.
         load: the device to train on, and whether to trust the teacher's code; its dtype is that of the capture.
+        log_to: "tensorboard": write every layer's curves for it.
         resume, force: what to do with an artifact that `output` holds, see `ArtifactWriter.create`.
 
     Raises:
@@ -93,7 +96,8 @@ def transfer(
         }
 
         def work(making: Making) -> dict[str, Any]:
-            _train(source, chosen, options, device, making, progress)
+            curves = LayerCurves(tensorboard_folder(output)) if log_to else None
+            _train(source, chosen, options, device, making, progress, curves)
             if isinstance(source, RollingActivations):
                 source.remove()
             if making.main is None:
@@ -111,6 +115,7 @@ def _train(
     device: torch.device,
     making: Making,
     progress: Progress,
+    curves: LayerCurves | None,
 ) -> None:
     """Train this rank's share of the layers."""
     written = making.completed_files()
@@ -129,7 +134,13 @@ def _train(
             stopping.check()
             with source.running(together):
                 trained = train_layers(
-                    source, together, options, device=device, advance=advance, checkpoints=checkpoints
+                    source,
+                    together,
+                    options,
+                    device=device,
+                    advance=advance,
+                    checkpoints=checkpoints,
+                    log=None if curves is None else curves.log,
                 )
             for layer in missing:
                 _save(writer, layer, trained[layer], progress)
