@@ -58,7 +58,7 @@ def common_options(
         ),
     ] = None,
     quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", callback=_speak("quiet"), help="Print errors alone, no progress.")
+        bool, typer.Option("--quiet", "-q", callback=_speak("quiet"), help="Print errors only, no progress.")
     ] = False,
     verbose: Annotated[
         bool,
@@ -66,7 +66,7 @@ def common_options(
             "--verbose",
             "-v",
             callback=_speak("verbose"),
-            help="Print progress every second, and what the libraries say.",
+            help="Print progress every second, and the libraries' messages.",
         ),
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,

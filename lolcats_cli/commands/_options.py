@@ -27,9 +27,9 @@ Seed = Annotated[
     int,
     typer.Option(min=0, help="Seed of everything random; the same seed gives the same bytes on a CPU."),
 ]
-Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …; auto takes CUDA where there is one.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 …; auto takes a CUDA GPU if there is one.")]
 DeviceMap = Annotated[
-    Literal["auto"] | None, typer.Option(help="auto: spread the weights over all GPUs, and the CPU for what is left.")
+    Literal["auto"] | None, typer.Option(help="auto: spread the weights over all GPUs, and put the rest on the CPU.")
 ]
 Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="auto is the checkpoint's own.")]
 Devices = Annotated[
@@ -37,7 +37,7 @@ Devices = Annotated[
     typer.Option(help="GPUs to use at once, such as 0-7, by one process each. With --device cpu: CPU processes."),
 ]
 Teacher = Annotated[str | None, typer.Option(help="The teacher's folder, if it is not where it was captured.")]
-TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the teacher brings along.")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code from the teacher's folder.")]
 Resume = Annotated[
     Literal["auto", "required", "never"],
     typer.Option(help="required: there must be something to resume. never: there must be nothing unfinished."),
@@ -48,22 +48,22 @@ Force = Annotated[
 Format = Annotated[
     Literal["auto", "text", "json", "csv", "tsv", "parquet"],
     typer.Option(
-        help="The data's format (json: lines, or a list); auto goes by the files' names, else the first line."
+        help="The data's format (json: lines, or a list); auto tells it from the file name, or else the first line."
     ),
 ]
 Template = Annotated[
     Literal["auto", "tokens", "text", "chat", "sharegpt", "completion", "alpaca"],
-    typer.Option(help="How a record becomes text; auto goes by its columns (input_ids are taken as tokens)."),
+    typer.Option(help="How a record becomes text; auto tells it from the columns (input_ids are taken as tokens)."),
 ]
 OnBadRow = Annotated[
     Literal["error", "skip"], typer.Option(help="skip: leave out rows that cannot be used, and say how many.")
 ]
-Pack = Annotated[bool, typer.Option(help="Fill rows with documents one after the other; otherwise one a row.")]
+Pack = Annotated[bool, typer.Option(help="Fill rows with documents one after the other; otherwise each row holds one.")]
 TextField = Annotated[str, typer.Option(help="The column that holds the text.")]
 Subset = Annotated[str | None, typer.Option(help="The subset (configuration) of a hub dataset.")]
 Split = Annotated[str, typer.Option(help="The split of a hub dataset.")]
-Disk = Annotated[str | None, typer.Option(help="What may be written, such as 500GB; otherwise what is free.")]
-Memory = Annotated[str | None, typer.Option(help="What a device has of memory, such as 80GB; otherwise its own.")]
+Disk = Annotated[str | None, typer.Option(help="The most to write, such as 500GB; by default all free space.")]
+Memory = Annotated[str | None, typer.Option(help="A device's memory, such as 80GB; by default as measured.")]
 SeqLen = Annotated[int, typer.Option(min=2, help="Tokens per row.")]
 
 
@@ -146,7 +146,7 @@ def launch_on(devices: str | None, artifact: str | None = None) -> None:
     if devices is None or ranks.size() > 1:
         return
     if launch.command_line is None:
-        raise UsageError("--devices is of the command line. Start Python once per device, as torchrun does.")
+        raise UsageError("--devices works on the command line only. Start Python once per device, as torchrun does.")
     numbers = parse_layers(devices, "--devices") or []
     command = [artifact if artifact and part == "-" else part for part in launch.command_line]
     raise typer.Exit(launch.launch(numbers, command))

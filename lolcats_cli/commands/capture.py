@@ -22,27 +22,27 @@ def capture(
     seq_len: o.SeqLen = 1024,
     pack: o.Pack = True,
     samples: Annotated[
-        str | None, typer.Option(help="The most rows to take, or which: 1000-1999 are the second thousand, for `join`.")
+        str | None, typer.Option(help="The most rows to take, or a range such as 1000-1999, for `join`.")
     ] = None,
     store: Annotated[
         Literal["auto", "attention", "block", "tokens"],
         typer.Option(
-            help="What to keep: every layer's q, k and v; hidden states in front of every block of layers; or tokens. "
-            "auto: what fits the disk and the device's memory, the first of attention, tokens, block."
+            help="What to keep: every layer's q, k and v; the hidden states before every block of layers; or tokens. "
+            "auto: the first of attention, tokens, block that fits the disk and the device's memory."
         ),
     ] = "auto",
-    block_size: Annotated[int | None, typer.Option(min=1, help="Layers of a block, with --store block: 8.")] = None,
+    block_size: Annotated[int | None, typer.Option(min=1, help="Layers in each block, with --store block: 8.")] = None,
     disk: o.Disk = None,
     memory: o.Memory = None,
     store_dtype: Annotated[
         Literal["teacher", "float8_e4m3"],
         typer.Option(
-            help="Of q, k and v on disk, with --store attention: the teacher's, or 8 bits and a scale per head."
+            help="How --store attention keeps q, k and v: in the teacher's dtype, or in 8 bits and a scale per head."
         ),
     ] = "teacher",
     statistics: Annotated[
         Literal["sample", "all", "none"],
-        typer.Option(help="Measure the attention of one row in 16, of all, or of none."),
+        typer.Option(help="Measure the attention of one row in 16, of all rows, or of none."),
     ] = "sample",
     select: Annotated[
         Literal["top-esl"] | None,
@@ -66,18 +66,18 @@ def capture(
     resume: o.Resume = "auto",
     force: o.Force = False,
 ) -> Artifact:
-    """Keep what the teacher's attentions see: queries, keys and values of every layer, or less that gives the same."""
+    """Record the inputs of the teacher's attentions: each layer's queries, keys and values, or what recomputes them."""
     asked = locals()
     first, count = o.parse_samples(samples)
     space, device_memory = o.parse_size(disk, "--disk"), o.parse_size(memory, "--memory")
     if block_size and store != "block":
         raise UsageError("--block-size is for --store block; --store auto takes the largest blocks that fit.")
     if (space or device_memory) and store != "auto":
-        raise UsageError(f"--disk and --memory are what --store auto goes by. --store {store} is chosen already.")
+        raise UsageError(f"--disk and --memory are for --store auto. Leave them or --store {store} out.")
     if (select is None) != (keep is None):
-        raise UsageError("--select and --keep go together: --select top-esl --keep 1000.")
+        raise UsageError("--select and --keep need each other. Give both, as in --select top-esl --keep 1000.")
     if store_dtype != "teacher" and store != "attention":
-        raise UsageError(f"--store-dtype {store_dtype} is for --store attention.")
+        raise UsageError(f"--store-dtype {store_dtype} needs --store attention. Give it, or leave --store-dtype out.")
     checks.local_folder(teacher)
     checks.data(data)
     checks.output(output, resume, force)

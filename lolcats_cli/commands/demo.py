@@ -28,7 +28,7 @@ def demo(
         Path | None, typer.Option(help="Keep all artifacts here; otherwise only the merged model is kept.")
     ] = None,
 ) -> None:
-    """Run the four stages on a small model and text that come along, and compare teacher and student."""
+    """Run the four stages on the small model and text of this package, and compare teacher and student."""
     started = time.monotonic()
     root = keep or Path(tempfile.mkdtemp(prefix="lolcats-demo-"))
     capture, untrained, maps, lora, student = (

@@ -24,7 +24,7 @@ def evaluate(
     tasks: Annotated[
         str | None,
         typer.Option(
-            help="Tasks of lm_eval instead, such as piqa,arc_easy or task.yaml; paper: the LoLCATs paper's six."
+            help="Run these lm_eval tasks instead, such as piqa,arc_easy or task.yaml; paper: the LoLCATs paper's six."
         ),
     ] = None,
     seq_len: o.SeqLen = 1024,
@@ -46,10 +46,10 @@ def evaluate(
     device_map: o.DeviceMap = None,
     seed: o.Seed = 0,
 ) -> dict[str, Any]:
-    """Measure perplexity and recall, of a student also with its window and its linear term alone; or run tasks."""
+    """Measure perplexity and recall, or run tasks. A student is also measured with its window or linear term alone."""
     asked = locals()
     if (data is None) == (tasks is None):
-        raise UsageError("Give --data, or --tasks.")
+        raise UsageError("There is nothing to measure. Give --data, or --tasks.")
     given = o.artifact_path(model, data)
     checks.model(given, teacher)
     checks.data(data)

@@ -38,12 +38,12 @@ def generate(
         typer.Option(
             min=0,
             max=1,
-            help="Draw among the likeliest tokens that together have this probability; 1 means all. The model's "
-            "generation_config.json decides otherwise.",
+            help="Draw among the likeliest tokens that together have this probability; 1 means all. By default the "
+            "model's generation_config.json decides.",
         ),
     ] = None,
     top_k: Annotated[
-        int | None, typer.Option(min=0, help="Draw among so many of the likeliest tokens; 0 means all.")
+        int | None, typer.Option(min=0, help="Draw among this many of the likeliest tokens; 0 means all.")
     ] = None,
     teacher: o.Teacher = None,
     trust_remote_code: o.TrustRemoteCode = False,
@@ -53,9 +53,9 @@ def generate(
 ) -> None:
     """Continue a prompt, or hold a conversation. The text streams to stdout."""
     if 0 < temperature < 1e-3:
-        raise UsageError(f"--temperature {temperature} divides by next to nothing; give 0, or at least 0.001.")
+        raise UsageError(f"--temperature {temperature} is too close to 0. Give 0, or at least 0.001.")
     if not temperature and (top_p, top_k) != (None, None):
-        raise UsageError("--top-p and --top-k choose what is drawn from, and --temperature 0 draws nothing.")
+        raise UsageError("--top-p and --top-k need a --temperature above 0, because 0 does not sample.")
     if top_p == 0:
         raise UsageError("--top-p 0 leaves no token to draw. Give a probability above 0.")
     if model == "-" and prompt in (None, "-"):
@@ -89,7 +89,7 @@ def _prompt(given: str | None) -> str:
     if given not in (None, "-"):
         return str(given)
     if sys.stdin is None or sys.stdin.isatty():
-        raise UsageError("Give the text to continue: --prompt, or on stdin.")
+        raise UsageError("There is no text to continue. Give it with --prompt, or on stdin.")
     text = sys.stdin.buffer.read().decode("utf-8", errors="replace")
     return text.removesuffix("\n")
 

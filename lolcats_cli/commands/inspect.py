@@ -17,7 +17,7 @@ def inspect(
     artifact: o.ArtifactIn,
     layer: Annotated[int | None, typer.Option(min=0, help="Show this layer's tensors and figures.")] = None,
     lineage: Annotated[
-        bool, typer.Option("--lineage", help="Show all it was made from, also what is not at hand.")
+        bool, typer.Option("--lineage", help="Show every artifact it was made from, also those not found here.")
     ] = False,
     plot: Annotated[
         Path | None, typer.Option(help="Draw a transfer's error by layer and head, against entropy: out.png.")
@@ -33,7 +33,7 @@ def inspect(
     from lolcats_cli.errors import UsageError
 
     if lineage and layer is not None:
-        raise UsageError("Choose one of --lineage and --layer.")
+        raise UsageError("--lineage and --layer cannot be combined. Choose one.")
     opened = Artifact.open(o.artifact_path(artifact))
     if plot is not None:
         from lolcats_cli.artifacts.head_errors_plot import plot as draw

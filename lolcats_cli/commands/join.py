@@ -17,7 +17,7 @@ def join(
     resume: o.Resume = "auto",
     force: o.Force = False,
 ) -> Artifact:
-    """Join what several machines made into what one would have made: captures by rows, transfers by layers."""
+    """Join the parts that several machines made into one artifact: captures by rows, transfers by layers."""
     for part in parts:
         Artifact.open(part, ("capture", "transfer"))
     checks.output(output, resume, force, parts)

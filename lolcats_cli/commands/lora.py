@@ -25,18 +25,18 @@ def lora(
     dropout: Annotated[float, typer.Option(min=0, max=1, help="LoRA's dropout.")] = 0.0,
     targets: Annotated[
         str | None,
-        typer.Option(help="Modules that get an adapter: a,b,c. All projections of the attentions otherwise."),
+        typer.Option(help="Modules that get an adapter: a,b,c. By default all projections of the attentions."),
     ] = None,
     train_maps: Annotated[
         bool | None, typer.Option("--train-maps/--freeze-maps", help="Train the feature maps too (best), or not.")
     ] = None,
     match: Annotated[
         Literal["text", "teacher"],
-        typer.Option(help="Train on the text's next tokens, or on the teacher's predictions of them."),
+        typer.Option(help="Train on the text's next tokens, or on the teacher's predictions."),
     ] = "text",
     loss_on: Annotated[
         Literal["all", "completion"],
-        typer.Option(help="Train on all tokens, or on the answers to prompts and the assistant's turns alone."),
+        typer.Option(help="Train on all tokens, or only on the answers to prompts and the assistant's turns."),
     ] = "all",
     data: Annotated[
         list[str] | None,
@@ -65,7 +65,7 @@ def lora(
     ] = None,
     schedule: Annotated[
         Literal["plateau", "linear"],
-        typer.Option(help="--lr falls when the validation loss no longer does, or linearly to 0."),
+        typer.Option(help="Lower --lr when the validation loss stops falling, or linearly to 0."),
     ] = "plateau",
     eval_steps: Annotated[
         int | None, typer.Option(min=1, help="Optimizer steps between validations: 400, or 100 (lolcats).")

@@ -17,10 +17,10 @@ WIDTH = 110  # columns of sentences
 
 
 def plan(
-    teacher: Annotated[str, typer.Argument(help="A model folder, or a hub id, of which config.json alone is read.")],
+    teacher: Annotated[str, typer.Argument(help="Model folder or hub id; only config.json is read.")],
     tokens: Annotated[str, typer.Option(help="Tokens of the data, such as 20M.")],
     seq_len: o.SeqLen = 1024,
-    gpus: Annotated[str | None, typer.Option(help="Number and kind, such as 8xH100-80GB; 1xH100-80GB without.")] = None,
+    gpus: Annotated[str | None, typer.Option(help="Number and kind, such as 8xH100-80GB; else 1xH100-80GB.")] = None,
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="Measure this computer's rates instead, for up to a minute.")
     ] = False,
@@ -28,9 +28,9 @@ def plan(
     memory: o.Memory = None,
     revision: Annotated[str | None, typer.Option(help="The hub revision of the teacher.")] = None,
 ) -> Plan:
-    """Say what converting a teacher takes: disk, memory, time, and the commands, for every store. Reads no weights.
+    """Estimate the disk, memory and time of a conversion, and print its commands, for every store. Reads no weights.
 
-    Without --disk it goes by what is free where it runs.
+    Without --disk it counts with the free space of this computer's disk.
     """
     number, space = o.parse_size(tokens, "--tokens"), o.parse_size(disk, "--disk")
     given = o.parse_size(memory, "--memory")
@@ -42,7 +42,7 @@ def plan(
     from lolcats_cli.planning.plan import plan as run
 
     if gpus is not None and calibrate:
-        raise UsageError("--gpus and --calibrate are two sources of the same figures: choose one.")
+        raise UsageError("--gpus and --calibrate both set the machine's rates: choose one.")
     if calibrate:
         o.progress().note("measuring this computer: matrix products, a layer's attention, the disk")
     free = space or float(shutil.disk_usage(Path.cwd()).free)

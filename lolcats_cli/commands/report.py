@@ -20,7 +20,7 @@ def report(
     data: Annotated[
         list[str] | None,
         typer.Option(
-            help="Held-out data, as for capture (repeatable). With it the student and its teacher are run on it."
+            help="Held-out data, as for capture (repeatable). With it the student and its teacher are run and compared."
         ),
     ] = None,
     seq_len: o.SeqLen = 1024,
@@ -41,7 +41,7 @@ def report(
     device_map: o.DeviceMap = None,
     seed: o.Seed = 0,
 ) -> Path:
-    """Write what is known of a student into one HTML page: lineage, curves, errors by head, memory.
+    """Write one HTML page about a student: lineage, curves, errors by head, memory.
 
     Without --data no model is run, and the page is made within seconds. With it the page also compares perplexity,
     recall, samples and decoding speed with the teacher's.

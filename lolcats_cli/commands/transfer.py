@@ -44,16 +44,16 @@ def transfer(
     keep_softmax: Annotated[
         str | None,
         typer.Option(
-            help="Leave these layers softmax, such as 0,31; sliding: those with a sliding window; auto:2: the two that "
-            "their window alone serves worst."
+            help="Leave these layers softmax, such as 0,31; sliding: those with a sliding window; auto:2: the two "
+            "for which the window alone has the largest error."
         ),
     ] = None,
     block_size: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="From a capture of tokens, train so many layers at a time: one block of weights in memory, the hidden "
-            "states in front of it on disk.",
+            help="From a capture of tokens, train this many layers at a time, with one block's weights in memory and "
+            "the hidden states before it on disk.",
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 1,
@@ -100,7 +100,9 @@ def transfer(
     if not 0 < gamma < 1:
         raise UsageError(f"--gamma {gamma} must lie between 0 and 1.")
     if not mse_factor and not xent_factor:
-        raise UsageError("--mse-factor and --xent-factor are both 0: there is nothing to train on.")
+        raise UsageError(
+            "--mse-factor and --xent-factor are both 0, so there is nothing to train on. Raise one of them."
+        )
     opened = checks.artifact(given, "capture", teacher)
     checks.layers("--layers", parts, opened)
     checks.layers("--keep-softmax", kept, opened)

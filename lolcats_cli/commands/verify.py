@@ -9,7 +9,7 @@ from lolcats_cli.commands import _options as o
 
 
 def verify(artifact: o.ArtifactIn) -> dict[str, Any]:
-    """Check every size and SHA-256 of an artifact; of a student, also that it computes what it did when merged.
+    """Check every size and SHA-256 of an artifact; of a student, also that its logits are those it gave when merged.
 
     A student that was fine-tuned and saved again has no manifest: that its weights are all there, and that it answers
     with numbers, is checked.

@@ -69,7 +69,7 @@ def test_the_same_from_python_and_from_the_shell(pipeline: SimpleNamespace, invo
         ("transfer", {"gamma": 2.0}, "--gamma"),
         ("transfer", {"steps": "many"}, "--steps"),
         ("lora", {"alpha": 0.0}, "--alpha"),
-        ("transfer", {"devices": "0-1"}, "--devices is of the command line"),
+        ("transfer", {"devices": "0-1"}, "--devices works on the command line"),
     ],
 )
 def test_what_the_command_line_refuses_is_refused(

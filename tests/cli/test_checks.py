@@ -26,7 +26,7 @@ MISTAKES = [
     ("capture {teacher} {text} -o {teacher}", 3, "holds other files and no artifact"),
     ("capture {teacher} {text} -o {text}/below", 3, "Not a directory"),
     ("capture {teacher} {text} -o new --resume required", 3, "nothing to resume"),
-    ("capture {teacher} {text} -o new --keep 3", 2, "--select and --keep go together"),
+    ("capture {teacher} {text} -o new --keep 3", 2, "--select and --keep need each other"),
     ("capture {teacher} {text} -o new --dtype int8", 2, "--dtype"),
     ("transfer nowhere -o new", 3, "nowhere does not exist"),
     ("transfer {teacher} -o new", 3, "is a model folder but no artifact"),

@@ -100,7 +100,7 @@ def test_select_and_keep_go_together(pipeline: SimpleNamespace, invoke, tmp_path
     command = ("capture", pipeline.teacher, pipeline.text, "-o", tmp_path / "c", "--seq-len", "32")
     for options in (("--select", "top-esl"), ("--keep", "3")):
         result = invoke(*command, *options)
-        assert (result.code, "--select and --keep go together" in result.err) == (2, True)
+        assert (result.code, "--select and --keep need each other" in result.err) == (2, True)
     result = invoke(*command, "--samples", "10-19", "--select", "top-esl", "--keep", "3")
     assert result.code == 0
     assert Artifact.open(tmp_path / "c").config["samples"] == [10, 19]

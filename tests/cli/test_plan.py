@@ -113,8 +113,8 @@ def test_capture_takes_the_store_that_fits_and_says_why(pipeline: SimpleNamespac
     ("options", "named"),
     [
         (("--block-size", "4"), "--block-size is for --store block"),
-        (("--store", "tokens", "--disk", "2TB"), "--disk and --memory are what --store auto goes by"),
-        (("--store", "block", "--memory", "2TB"), "--disk and --memory are what --store auto goes by"),
+        (("--store", "tokens", "--disk", "2TB"), "--disk and --memory are for --store auto"),
+        (("--store", "block", "--memory", "2TB"), "--disk and --memory are for --store auto"),
         (("--disk", "much"), "--disk much is not a size"),
     ],
 )
