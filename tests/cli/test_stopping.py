@@ -97,7 +97,7 @@ def wait_for(process: subprocess.Popen, module: str) -> None:
         ("lolcats_cli.main", signal.SIGTERM),
         ("torch.nn", signal.SIGTERM),
         ("torch.nn", signal.SIGINT),
-        ("transformers.models.auto.modeling_auto", signal.SIGTERM),
+        ("transformers.models.auto.configuration_auto", signal.SIGTERM),
     ],
 )
 def test_a_signal_while_libraries_are_imported(

@@ -80,7 +80,7 @@ SERVED: dict[str, tuple[str, dict, tuple[str, ...]]] = {
     "Qwen3-MoE": ("qwen3_moe", {"head_dim": 16, **EXPERTS}, ()),
 }
 REFUSED = {
-    "BLOOM": ("bloom", {}, "attention interface"),
+    "BLOOM": ("bloom", {}, "ALiBi"),
 }
 HYBRID = HybridConfig(window=6, feature_dim=8, linear_factor="exp")
 NEAR = {"atol": 1e-4, "rtol": 1e-4}
