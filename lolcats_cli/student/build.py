@@ -85,7 +85,7 @@ def check_servable(model: PreTrainedModel) -> None:
     try:
         attention_modules(model)
     except ValueError as error:
-        if not _says(model, "softmax("):
+        if not (_says(model, "softmax(") or _says(model, "logsumexp(")):
             raise BadInput(f"{name} has no softmax attention: there is nothing to linearize.") from error
         if _says(model, "alibi"):
             raise BadInput(

@@ -88,7 +88,8 @@ NEAR = {"atol": 1e-4, "rtol": 1e-4}
 # attention, an indexer, experts, recurrences beside attention, code of its own for attention, sinks, heads that differ.
 KINDS = (
     "gemma3", "bart", "roberta", "deepseek_v3", "llama4_text", "qwen3_next", "lfm2", "jamba", "cohere2", "gpt2",
-    "bloom", "gpt_oss", "glm4_moe_lite", "deepseek_v32", "falcon", "gptj", "falcon_h1", "gemma4_text",
+    "bloom", "gpt_oss", "glm4_moe_lite", "deepseek_v32", "falcon", "gptj", "falcon_h1", "gemma4_text", "mistral3",
+    "qwen3_vl",
 )  # fmt: skip
 
 
