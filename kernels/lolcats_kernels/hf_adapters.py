@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,16 @@ import torch
 from torch import Tensor, nn
 
 Attend = Callable[..., tuple[Tensor, Any]]  # an attention function of transformers' interface
+
+
+def _heads(hidden_states: Tensor, size: int, *projections: Any) -> Iterator[Tensor]:
+    """What each projection makes of the hidden states, cut into heads [B, heads, T, size]."""
+    return (project(hidden_states).unflatten(-1, (-1, size)).transpose(1, 2) for project in projections)
+
+
+def _with_past(past: Any, module: Any, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The keys and values of all tokens, the new ones in the cache too, if there is one."""
+    return (k, v) if past is None else past.update(k, v, module.layer_idx)
 
 
 def _gpt(attend: Attend, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any = None, *_: Any) -> Any:
@@ -35,39 +45,28 @@ def _openai(attend: Attend, module: Any, query: Tensor, key: Tensor, value: Tens
 
 def _bert(attend: Attend, module: Any, hidden_states: Tensor, attention_mask: Any = None, *_: Any, **kw: Any) -> Any:
     """BERT's attention as it was before the interface."""
-    past = kw.get("past_key_values")
-    q, k, v = (
-        x.unflatten(-1, (-1, module.attention_head_size)).transpose(1, 2)
-        for x in (module.query(hidden_states), module.key(hidden_states), module.value(hidden_states))
-    )
-    if past is not None:
-        k, v = past.update(k, v, module.layer_idx)
+    q, k, v = _heads(hidden_states, module.attention_head_size, module.query, module.key, module.value)
+    k, v = _with_past(kw.get("past_key_values"), module, k, v)
     out, weights = attend(module, q, k, v, attention_mask, scaling=1 / math.sqrt(module.attention_head_size))
     return out.flatten(2), weights
 
 
 def _bart(attend: Attend, module: Any, hidden_states: Tensor, *_: Any, **kw: Any) -> Any:
     """BART's attention as it was before the interface."""
-    past = kw.get("past_key_values")
-    q, k, v = (
-        x.unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
-        for x in (module.q_proj(hidden_states), module.k_proj(hidden_states), module.v_proj(hidden_states))
-    )
-    if past is not None:
-        k, v = past.update(k, v, module.layer_idx)
+    q, k, v = _heads(hidden_states, module.head_dim, module.q_proj, module.k_proj, module.v_proj)
+    k, v = _with_past(kw.get("past_key_values"), module, k, v)
     out, weights = attend(module, q, k, v, kw.get("attention_mask"), scaling=module.scaling)
     return module.out_proj(out.flatten(2)), weights
 
 
 def _falcon(attend: Attend, module: Any, hidden_states: Tensor, alibi: Any, attention_mask: Any, **kw: Any) -> Any:
     """Falcon's with RoPE. Its fused projection gives keys and values that are repeated to the query heads, or one."""
-    past, rotate = kw.get("layer_past"), sys.modules[type(module).__module__].apply_rotary_pos_emb
+    rotate = sys.modules[type(module).__module__].apply_rotary_pos_emb
     q, k, v = (x.transpose(1, 2) for x in module._split_heads(module.query_key_value(hidden_states)))
     if module.new_decoder_architecture:
         k, v = (x[:, :: module.num_heads // module.num_kv_heads] for x in (k, v))
     q, k = rotate(q, k, *kw["position_embeddings"])
-    if past is not None:
-        k, v = past.update(k, v, module.layer_idx)
+    k, v = _with_past(kw.get("layer_past"), module, k, v)
     out, weights = attend(module, q, k, v, attention_mask, scaling=module.head_dim**-0.5)
     return module.dense(out.flatten(2)), weights
 
@@ -76,14 +75,10 @@ def _diffllama(
     attend: Attend, module: Any, hidden_states: Tensor, position_embeddings: Any, *args: Any, **kw: Any
 ) -> Any:
     """DiffLlama's differential attention, which attends twice with the same weights: once, to both halves of v."""
-    past, rotate = kw.get("past_key_values"), sys.modules[type(module).__module__].apply_rotary_pos_emb
-    q, k, v = (
-        x.unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
-        for x in (module.q_proj(hidden_states), module.k_proj(hidden_states), module.v_proj(hidden_states))
-    )
+    rotate = sys.modules[type(module).__module__].apply_rotary_pos_emb
+    q, k, v = _heads(hidden_states, module.head_dim, module.q_proj, module.k_proj, module.v_proj)
     q, k = rotate(q, k, *position_embeddings)
-    if past is not None:
-        k, v = past.update(k, v, module.layer_idx)
+    k, v = _with_past(kw.get("past_key_values"), module, k, v)
     v = torch.cat([half.repeat(1, 2, 1, 1) for half in v.chunk(2, dim=1)], dim=-1)
     mask = kw.get("attention_mask", args[0] if args else None)
     out, weights = attend(module, q, k, v, mask, scaling=module.scaling)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 from lolcats_kernels import HybridMaps, hybrid_attention, hybrid_attention_weights
@@ -48,11 +49,7 @@ def layer_loss(
             batch.q,
             batch.k,
             maps,
-            scaling=info.spec.scaling,
-            softcap=info.spec.softcap,
-            sinks=_sinks(batch, info),
-            valid=batch.valid,
-            terms=terms,
+            **_options(batch, info, terms),
         ).clamp_min(FEATURE_FLOOR)
         loss = loss - options.xent_factor * (wanted * given.log()).sum() / (tokens * info.num_heads)
     return loss
@@ -155,18 +152,16 @@ def errors_of(
 
 
 def _hybrid(batch: Batch, maps: HybridMaps, info: LayerInfo, terms: str = "both") -> Tensor:
-    return hybrid_attention(
-        batch.q,
-        batch.k,
-        batch.v,
-        maps,
-        scaling=info.spec.scaling,
-        softcap=info.spec.softcap,
-        sinks=_sinks(batch, info),
-        valid=batch.valid,
-        terms=terms,
-    )
+    return hybrid_attention(batch.q, batch.k, batch.v, maps, **_options(batch, info, terms))
 
 
-def _sinks(batch: Batch, info: LayerInfo) -> Tensor | None:
-    return None if info.spec.sinks is None else info.spec.sinks.to(batch.q.device)
+def _options(batch: Batch, info: LayerInfo, terms: str) -> dict[str, Any]:
+    """What the hybrid attention of a layer takes beside queries, keys, values and maps."""
+    sinks = None if info.spec.sinks is None else info.spec.sinks.to(batch.q.device)
+    return {
+        "scaling": info.spec.scaling,
+        "softcap": info.spec.softcap,
+        "sinks": sinks,
+        "valid": batch.valid,
+        "terms": terms,
+    }

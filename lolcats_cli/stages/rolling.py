@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lolcats_formats import Artifact, ArtifactWriter, FormatError
 
-from lolcats_cli import __version__
 from lolcats_cli.artifacts.disk import check_space
 from lolcats_cli.artifacts.layout import Layout
 from lolcats_cli.progress import Progress
 from lolcats_cli.stages.activations import ComputedActivations
 from lolcats_cli.stages.units import record_units
+from lolcats_cli.stages.writing import tool
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -73,7 +73,7 @@ class RollingActivations(ComputedActivations):
     def _compute(self, number: int) -> None:
         """The hidden states in front of a block, from those in front of the block before."""
         layout, place = self._layout, self._place(number)
-        with ArtifactWriter.create(place, "capture", **self._fields, tool=f"lolcats {__version__}") as writer:
+        with ArtifactWriter.create(place, "capture", **self._fields, tool=tool()) as writer:
             units = [unit for unit in layout.units(number - 1) if not set(unit.files).issubset(writer.files)]
             check_space(layout.hidden_bytes * sum(len(unit.rows) for unit in units), place, ADVICE)
             with self._progress.task(f"block {number - 1}", sum(self.rows.values()), "rows") as advance:

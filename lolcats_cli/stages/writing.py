@@ -50,7 +50,7 @@ class Making:
             yield self.main, whole
         else:
             part = whole / f"{PART_PREFIX}{ranks.rank()}"
-            with ArtifactWriter.create(part, self.kind, **self.fields, tool=_tool()) as writer:
+            with ArtifactWriter.create(part, self.kind, **self.fields, tool=tool()) as writer:
                 yield writer, whole
         ranks.barrier()
         self.completed_files()
@@ -85,7 +85,7 @@ def make_artifact(
     with ExitStack() as stack:
         main = None
         if ranks.rank() == 0:
-            create = ArtifactWriter.create(output, kind, **fields, tool=_tool(), resume=resume, force=force)
+            create = ArtifactWriter.create(output, kind, **fields, tool=tool(), resume=resume, force=force)
             main = stack.enter_context(create)
         making = Making(kind, fields, main)
         if ranks.share(lambda: making.writer.finished is not None):
@@ -98,5 +98,6 @@ def make_artifact(
     return Artifact.open(output)
 
 
-def _tool() -> str:
+def tool() -> str:
+    """This program and its version, as artifacts record them."""
     return f"lolcats {__version__}"
