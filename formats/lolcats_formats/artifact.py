@@ -1,4 +1,4 @@
-"""Reading an artifact: cheap to open, every byte checked before it is used."""
+"""Reading an artifact. Opening is cheap, and every byte is checked before it is used."""
 
 from __future__ import annotations
 
@@ -30,6 +30,9 @@ from .limits import (
 if TYPE_CHECKING:
     import torch
 
+AGAIN = "Copy the artifact again, or make it again."
+NO_LINKS = "Links are not followed in an artifact. Copy it again with `cp -rL`."
+
 # Files whose SHA-256 was found right in this process: (path, device, inode, size, mtime and ctime in ns, SHA-256).
 _verified: set[tuple[Any, ...]] = set()
 
@@ -58,8 +61,9 @@ class Artifact:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], kind: str | tuple[str, ...] | None = None) -> Artifact:
-        """Opens the artifact in the directory `path`, of one of the kinds: reads the manifest and all sizes.
+        """Opens the artifact in the directory `path`: reads the manifest, and compares the sizes of all files.
 
+        kind: the kind, or the kinds, that the artifact may have; None for all.
         Raises NotAnArtifact (Unfinished while its writer has not finished), UnsupportedVersion, WrongKind,
         Damaged.
         """
@@ -70,22 +74,21 @@ class Artifact:
             made_by = " or ".join(f"`{COMMANDS[k]}`" for k in expected)
             raise WrongKind(
                 f"{path} is a {manifest['kind']} artifact, but a {' or '.join(expected)} artifact is "
-                f"needed here; {made_by} makes one"
+                f"needed here. {made_by} makes one."
             )
         checked: set[Path] = set()
         for name, entry in manifest["files"].items():
             size = _regular_size(path, name, checked)
             if size != entry["size"]:
                 raise Damaged(
-                    f"{path / name} is damaged: it has {size} bytes, the manifest says {entry['size']}; "
-                    f"copy the artifact again or make it again"
+                    f"{path / name} is damaged: it has {size} bytes, and the manifest says {entry['size']}. {AGAIN}"
                 )
         return cls(path, manifest)
 
     def file(self, name: str) -> Path:
         """The path of one of the artifact's files, unchecked; raises FormatError for an unknown name."""
         if name not in self.files:
-            raise FormatError(f"{self.path} (a {self.kind} artifact) has no file {name!r}")
+            raise FormatError(f"{self.path} (a {self.kind} artifact) has no file {name!r}.")
         return self.path / name
 
     def header(self, name: str) -> dict[str, tensors.TensorInfo]:
@@ -102,7 +105,7 @@ class Artifact:
         wanted = list(header if names is None else names)
         for tensor in wanted:
             if tensor not in header:
-                raise FormatError(f"{self.path / name} has no tensor {tensor!r}")
+                raise FormatError(f"{self.path / name} has no tensor {tensor!r}.")
         return tensors.load(self.path / name, wanted)
 
     def read(self, name: str) -> bytes:
@@ -122,21 +125,22 @@ class Artifact:
         events = []
         for number, line in enumerate(self.read(METRICS).splitlines(), 1):
             if len(line) > MAX_METRICS_LINE:
-                raise Damaged(f"{where}, line {number} is longer than {MAX_METRICS_LINE} bytes")
+                raise Damaged(f"{where}, line {number}, is longer than {MAX_METRICS_LINE} bytes. {AGAIN}")
             events.append(parse(line, f"{where}, line {number}"))
         return events
 
     def ancestor(self, kind: str) -> Artifact:
-        """The nearest artifact of that kind in the lineage: where it lay, or beside this one now; same id.
+        """The nearest artifact of that kind in the lineage.
 
-        Raises FormatError when the lineage has none, NotAnArtifact when it is in neither place.
+        It is looked for at the path that the manifest records, then beside this artifact. Its id must be the recorded
+        one. Raises FormatError when the lineage has no such artifact, NotAnArtifact when it is in neither place.
         """
         level = self.parents
         while level and not any(p["kind"] == kind for p in level):
             level = [grand for parent in level for grand in parent["parents"]]
         entry = next((p for p in level if p["kind"] == kind), None)
         if entry is None:
-            raise FormatError(f"{self.path} (a {self.kind} artifact) was not made from a {kind} artifact")
+            raise FormatError(f"{self.path} (a {self.kind} artifact) was not made from a {kind} artifact.")
         recorded = Path(entry["path"])
         for place in (recorded, self.path.absolute().parent / recorded.name):
             with contextlib.suppress(OSError, ValueError):  # nothing there, or no path at all
@@ -144,8 +148,8 @@ class Artifact:
                 if artifact.id == entry["id"]:
                     return artifact
         raise NotAnArtifact(
-            f"the {kind} artifact {entry['id'][:12]}, of which {self.path} was made, is not at {recorded} "
-            f"nor beside {self.path}; put it there"
+            f"{self.path} was made from the {kind} artifact {entry['id'][:12]}. That artifact is not at {recorded}, "
+            f"and not beside {self.path}. Put it in one of these places."
         )
 
     def check(self, name: str) -> None:
@@ -163,11 +167,13 @@ class Artifact:
         `progress` is called with the number of bytes just read, one call at a time.
         """
         problems = self._problems(progress)
-        problems += [f"{self.path / name} is not part of the artifact" for name in unlisted(self.path, self.files)]
+        problems += [
+            f"{self.path / name} is not part of the artifact. Move it away." for name in unlisted(self.path, self.files)
+        ]
         _raise(problems)
 
     def check_all(self) -> None:
-        """Reads every byte of the listed files, whatever lies beside them; raises Damaged naming those that differ."""
+        """Reads every byte of the listed files; raises Damaged naming those that differ. Other files are ignored."""
         _raise(self._problems(None))
 
     def _problems(self, progress: Callable[[int], None] | None) -> list[str]:
@@ -192,7 +198,7 @@ class Artifact:
 
         manifest = read_manifest(self.path)
         if manifest["id"] != self.id:
-            raise Damaged(f"{self.path} was replaced by another artifact while it was read; open it again")
+            raise Damaged(f"{self.path} was replaced by another artifact while it was read. Open it again.")
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             try:
                 # Largest first, so that no thread is left alone with a large file at the end.
@@ -220,13 +226,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
     schema.check_version(manifest, str(file))
     kind = manifest.get("kind")
     if kind not in KINDS:
-        raise Damaged(f"{file}: the kind {str(kind)[:40]!r} is none of {', '.join(KINDS)}")
+        raise Damaged(f"{file}: The kind {str(kind)[:40]!r} is not one of {', '.join(KINDS)}.")
     schema.check(manifest, kind, str(file))
     check_names(manifest["files"], str(file))
     if artifact_id(manifest) != manifest["id"]:
-        raise Damaged(
-            f"{file} was edited or damaged: its content does not give its id; copy the artifact again or make it again"
-        )
+        raise Damaged(f"{file} was edited or damaged: its content does not give its id. {AGAIN}")
     return manifest
 
 
@@ -239,16 +243,16 @@ def check_names(names: Iterable[str], where: str) -> None:
         except Damaged as error:
             raise Damaged(f"{where}: {error}") from None
         if (other := seen.setdefault(name.lower(), name)) != name:
-            raise Damaged(f"{where}: the names {other!r} and {name!r} differ only in case")
+            raise Damaged(f"{where}: The names {other!r} and {name!r} differ only in upper and lower case.")
 
 
 def read_small(file: Path) -> bytes:
     """The bytes of manifest.json or progress.json: a regular file, no link, not larger than the limit."""
     status = os.lstat(file)
     if not stat.S_ISREG(status.st_mode):
-        raise Damaged(f"{file} is not a regular file")
+        raise Damaged(f"{file} is not a regular file. {AGAIN}")
     if status.st_size > MAX_JSON_BYTES:
-        raise Damaged(f"{file} is larger than {MAX_JSON_BYTES} bytes, the most that is read")
+        raise Damaged(f"{file} is larger than the limit of {MAX_JSON_BYTES} bytes. {AGAIN}")
     return file.read_bytes()
 
 
@@ -283,8 +287,10 @@ def hash_file(path: Path, advance: Callable[[int], None] | None = None) -> tuple
 
 
 def lineage(parents: Sequence[Artifact | Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The "parents" field of an artifact made from these (or of what such a field says of them): the whole chain, to
-    be shown without them."""
+    """The "parents" field of an artifact made from these: the whole chain, which can be shown without the parents.
+
+    parents: artifacts, or entries of such a field.
+    """
     return [
         {"id": p.id, "kind": p.kind, "path": os.path.abspath(p.path), "parents": p.parents}
         if isinstance(p, Artifact)
@@ -300,30 +306,27 @@ def _regular_size(root: Path, name: str, checked: set[Path]) -> int:
         for folder in reversed(path.relative_to(root).parents[:-1]):
             if folder not in checked:
                 if not stat.S_ISDIR(os.lstat(root / folder).st_mode):
-                    raise Damaged(f"{root / folder} is not a real folder; links are not followed in an artifact")
+                    raise Damaged(f"{root / folder} is not a real folder. {NO_LINKS}")
                 checked.add(folder)
         status = os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
-        raise Damaged(f"{path} is missing; copy the artifact again or make it again") from None
+        raise Damaged(f"{path} is missing. {AGAIN}") from None
     if stat.S_ISLNK(status.st_mode):
-        raise Damaged(f"{path} is a symbolic link; links are not followed in an artifact: copy it with `cp -rL`")
+        raise Damaged(f"{path} is a symbolic link. {NO_LINKS}")
     if not stat.S_ISREG(status.st_mode):
-        raise Damaged(f"{path} is not a regular file")
+        raise Damaged(f"{path} is not a regular file. {AGAIN}")
     return status.st_size
 
 
 def _raise(problems: list[str]) -> None:
     if problems:
-        more = f" (and {len(problems) - 3} more problems)" if len(problems) > 3 else ""
-        raise Damaged("; ".join(problems[:3]) + more)
+        more = [f"There are {len(problems) - 3} more problems."] if len(problems) > 3 else []
+        raise Damaged(" ".join([*problems[:3], *more]))
 
 
 def _check_hash(path: Path, entry: dict[str, Any], advance: Callable[[int], None]) -> None:
     if hash_file(path, advance) != (entry["size"], entry["sha256"]):
-        raise Damaged(
-            f"{path} is damaged: its bytes do not have the size and SHA-256 of the manifest; copy the "
-            f"artifact again or make it again"
-        )
+        raise Damaged(f"{path} is damaged: its bytes do not have the size and SHA-256 of the manifest. {AGAIN}")
 
 
 def _stamp(path: Path) -> tuple[int, ...]:
@@ -333,15 +336,15 @@ def _stamp(path: Path) -> tuple[int, ...]:
 
 def _no_manifest(path: Path) -> NotAnArtifact:
     if not path.exists():
-        return NotAnArtifact(f"{path} does not exist")
+        return NotAnArtifact(f"{path} does not exist.")
     if not path.is_dir():
-        return NotAnArtifact(f"{path} is a file; an artifact is a directory with a {MANIFEST}")
+        return NotAnArtifact(f"{path} is a file. An artifact is a directory with a {MANIFEST}.")
     if (path / PROGRESS).exists():
         kind = ""
         with contextlib.suppress(FormatError, OSError):
             kind = str(parse(read_small(path / PROGRESS), PROGRESS).get("kind"))
         command = f" (`{COMMANDS[kind]}`)" if kind in COMMANDS else ""
-        return Unfinished(f"{path} is not finished; run the same command{command} again to resume")
+        return Unfinished(f"{path} is not finished. Run the same command{command} again to resume.")
     if (path / "config.json").exists():
-        return NotAnArtifact(f"{path} is a model folder but no artifact: it has no {MANIFEST}")
-    return NotAnArtifact(f"{path} is not an artifact: it has no {MANIFEST}")
+        return NotAnArtifact(f"{path} is a model folder and not an artifact: it has no {MANIFEST}.")
+    return NotAnArtifact(f"{path} is not an artifact: it has no {MANIFEST}.")

@@ -1,7 +1,7 @@
-"""The one layer through which every byte of an artifact is written.
+"""Every byte of an artifact is written through the functions of this module.
 
-A file appears under its name complete or not at all: temporary file in the same directory, fsync, rename,
-fsync of the directory. Tests that inject faults replace the functions of this module.
+A file appears under its name complete or not at all: it is written to a temporary file in the same directory, fsynced
+and renamed, and the directory is fsynced. Tests that inject faults replace the functions of this module.
 """
 
 from __future__ import annotations
@@ -29,15 +29,16 @@ class Written(NamedTuple):
 
 
 def temporary(path: Path) -> Path:
-    """The temporary name beside `path`. One writer at a time: no random part, and it cannot pile up."""
+    """The temporary name beside `path`. It has no random part, so that such files cannot pile up: there is one writer
+    at a time."""
     return path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
 
 
 def write(path: Path, chunks: Iterable[Any]) -> Written:
     """Writes the chunks (bytes-like objects) as the file `path`, durably; returns its size and SHA-256.
 
-    Permissions are 0666 less the umask. On an exception the temporary file is gone and an older file under
-    `path` untouched. Raises OSError (ENOSPC when the disk is full).
+    Permissions are 0666 less the umask. On an exception the temporary file is removed, and an older file under `path`
+    is left as it was. Raises OSError (ENOSPC when the disk is full).
     """
     beside = temporary(path)
     digest, size = hashlib.sha256(), 0
@@ -69,7 +70,7 @@ def write(path: Path, chunks: Iterable[Any]) -> Written:
 
 
 def append(descriptor: int, data: bytes) -> None:
-    """Appends to an open log; what a crash leaves half-written is cut off when the writer resumes."""
+    """Appends to an open log. When the writer resumes after a crash, it cuts off what was half written."""
     view = memoryview(data)
     while len(view):
         view = view[os.write(descriptor, view) :]
@@ -82,14 +83,15 @@ def rename(source: Path, target: Path) -> None:
 
 
 def exchange(first: Path, second: Path) -> None:
-    """Swaps the names of two directories in one: at once where the system can (Linux), else by three renames."""
+    """Swaps the names of two directories in the same folder: in one step where the system can (Linux), else by three
+    renames."""
     swap = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     at_cwd, exchange_flag = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of linux/fcntl.h and linux/fs.h
     if swap is not None and swap(at_cwd, os.fsencode(first), at_cwd, os.fsencode(second), exchange_flag) == 0:
         fsync_directory(second.parent)
         return
     code = ctypes.get_errno() if swap is not None else errno.ENOSYS
-    if code not in (errno.ENOSYS, errno.EINVAL):  # not the file system's lack of it
+    if code not in (errno.ENOSYS, errno.EINVAL):  # these say that the system or the file system has no such call
         raise OSError(code, os.strerror(code), str(second))
     aside = temporary(second)
     rename(second, aside)
@@ -98,7 +100,7 @@ def exchange(first: Path, second: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Removes a file, if it is there, durably."""
+    """Removes a file durably, if it is there."""
     try:
         os.unlink(path)
     except FileNotFoundError:

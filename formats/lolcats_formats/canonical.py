@@ -1,4 +1,4 @@
-"""JSON that means one thing only: strict reading, one canonical writing, ids, differences of settings."""
+"""JSON without ambiguity: strict reading, one canonical way of writing, ids, and differences between settings."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ NOT_IN_ID = ("id", "created")
 def parse(data: bytes, where: str) -> dict[str, Any]:
     """One JSON object from UTF-8 bytes; `where` names the file in messages.
 
-    Raises Damaged for what JSON readers disagree about or stumble over: a key given twice, NaN, infinities,
-    integers beyond 2^53 - 1, more than MAX_JSON_DEPTH levels, lone surrogates, over MAX_JSON_BYTES bytes.
+    Raises Damaged for everything that JSON readers treat differently or fail on: a key given twice, NaN, infinities,
+    integers beyond 2^53 - 1, more than MAX_JSON_DEPTH levels, lone surrogates, more than MAX_JSON_BYTES bytes.
     """
     if len(data) > MAX_JSON_BYTES:
-        raise Damaged(f"{where} is larger than {MAX_JSON_BYTES} bytes, the most that is read")
+        raise Damaged(f"{where} is larger than the limit of {MAX_JSON_BYTES} bytes.")
     try:
         value = json.loads(
             data.decode("utf-8"),
@@ -34,9 +34,9 @@ def parse(data: bytes, where: str) -> dict[str, Any]:
     except FormatError as error:
         raise Damaged(f"{where}: {error}") from None
     except RecursionError:
-        raise Damaged(f"{where}: nested deeper than {MAX_JSON_DEPTH} levels") from None
+        raise Damaged(f"{where} is nested deeper than {MAX_JSON_DEPTH} levels.") from None
     except ValueError as error:
-        raise Damaged(f"{where} is not valid JSON: {error}") from None
+        raise Damaged(f"{where} is not valid JSON: {error}.") from None
 
 
 def plain(value: Any, where: str) -> Any:
@@ -63,7 +63,7 @@ def canonical(value: Any) -> bytes:
 
 
 def identity(value: Any) -> Any:
-    """The value without what is not part of an identity: every "path" key, at any depth."""
+    """The value without every "path" key, at any depth: a path is not part of an identity."""
     if isinstance(value, dict):
         return {k: identity(v) for k, v in value.items() if k != "path"}
     if isinstance(value, list):
@@ -105,56 +105,56 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in pairs:
         if key in result:
-            raise FormatError(f"the key {key[:80]!r} is given twice")
+            raise FormatError(f"The key {key[:80]!r} is given twice.")
         result[key] = value
     return result
 
 
 def _no_constant(text: str) -> Any:
-    raise FormatError(f"{text} is not a JSON number")
+    raise FormatError(f"{text} is not a JSON number.")
 
 
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise FormatError(f"the number {text[:40]} is too large")
+        raise FormatError(f"The number {text[:40]} is too large.")
     return value
 
 
 def _plain_object(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise FormatError("holds no JSON object")
+        raise FormatError("The file holds no JSON object.")
     result: dict[str, Any] = _plain(value, "", 1)
     return result
 
 
 def _plain(value: Any, where: str, depth: int) -> Any:
-    place = where or "the top level"
+    place = where or "The top level"
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
         try:
             value.encode("utf-8")
         except UnicodeEncodeError:
-            raise FormatError(f"{place}: text with a lone surrogate cannot be written as UTF-8") from None
+            raise FormatError(f"{place}: Text with a lone surrogate cannot be written as UTF-8.") from None
         return str(value)
     if isinstance(value, int):
         if abs(value) > MAX_INTEGER:
-            raise FormatError(f"{place}: the integer is beyond 2^53 - 1, the largest that every JSON reader keeps")
+            raise FormatError(f"{place}: The integer is beyond 2^53 - 1, the largest that every JSON reader keeps.")
         return int(value)
     if isinstance(value, float):
         if not math.isfinite(value):
-            raise FormatError(f"{place}: {value} is not a JSON number")
+            raise FormatError(f"{place}: {value} is not a JSON number.")
         return float(value)
     if not isinstance(value, (Mapping, list, tuple)):
-        raise FormatError(f"{place}: a {type(value).__name__} cannot be stored in JSON")
+        raise FormatError(f"{place}: A value of the type {type(value).__name__} cannot be stored in JSON.")
     if depth > MAX_JSON_DEPTH:
-        raise FormatError(f"{place[:80]}: nested deeper than {MAX_JSON_DEPTH} levels")
+        raise FormatError(f"{place[:80]} is nested deeper than {MAX_JSON_DEPTH} levels.")
     if isinstance(value, Mapping):
         result = {}
         for key, item in value.items():
             if not isinstance(key, str):
-                raise FormatError(f"{place}: the key {key!r} is not text")
+                raise FormatError(f"{place}: The key {key!r} is not text.")
             _plain(key, f"{place}, a key", depth)
             result[str(key)] = _plain(item, f"{where}.{key}" if where else str(key), depth + 1)
         return result

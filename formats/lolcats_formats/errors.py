@@ -1,4 +1,7 @@
-"""What can be wrong with an artifact. Every message is for people: what, where, and what to do next."""
+"""What can be wrong with an artifact.
+
+Every message is for people. It consists of whole sentences: what is wrong, where, and what to do next.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from collections.abc import Sequence
 
 
 class FormatError(ValueError):
-    """Base of all errors of this package. Those of the system (disk full, no permission) stay OSError."""
+    """The base of all errors of this package. Errors of the system (disk full, no permission) stay OSError."""
 
 
 class NotAnArtifact(FormatError):
@@ -18,11 +21,11 @@ class Unfinished(NotAnArtifact):
 
 
 class WrongKind(FormatError):
-    """An artifact, but not of the kind that was asked for."""
+    """The artifact is not of the kind that was asked for."""
 
 
 class UnsupportedVersion(FormatError):
-    """An artifact of a format version that this reader does not know."""
+    """The artifact has a format version that this reader does not know."""
 
 
 class Damaged(FormatError):

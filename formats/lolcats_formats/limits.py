@@ -10,7 +10,7 @@ FORMAT = "lolcats-artifact"
 VERSION = "1.2"
 SUPPORTED_MAJOR = 1
 KINDS = ("capture", "transfer", "lora", "student")
-# Which command makes an artifact of a kind, for messages.
+# The command that makes an artifact of each kind, for messages.
 COMMANDS = {
     "capture": "lolcats capture",
     "transfer": "lolcats transfer",
@@ -48,20 +48,21 @@ def check_name(name: str) -> str:
     parts = name.split("/")
     if len(name) > MAX_NAME or len(parts) > MAX_NAME_PARTS or not _NAME.fullmatch(name):
         raise Damaged(
-            f"{name[:MAX_NAME]!r} cannot be the name of an artifact's file: relative, of letters, digits and "
-            f"'_.+-', no part starting with '.+-', at most {MAX_NAME_PARTS} parts and {MAX_NAME} characters"
+            f"{name[:MAX_NAME]!r} cannot be the name of an artifact's file. Such a name is relative and has at most "
+            f"{MAX_NAME_PARTS} parts and {MAX_NAME} characters. The characters are letters, digits and '_.+-', and no "
+            "part starts with one of '.+-'."
         )
     if name in _RESERVED or is_ignored(name):
-        raise Damaged(f"{name!r} is a reserved name and cannot be listed as an artifact's file")
+        raise Damaged(f"{name!r} is a reserved name. It cannot be listed as an artifact's file.")
     return name
 
 
 def is_ignored(name: str) -> bool:
     """True for what may lie in an artifact's directory without belonging to it.
 
-    Names with a part that starts with a dot (`.git/`, `.gitattributes`, `.cache/`, our own lock), README.md
-    (a model card) at the top, and the progress.json and scratch folder that a killed writer left beside its finished
-    manifest. None of it is ever read.
+    These are names with a part that starts with a dot (`.git/`, `.gitattributes`, `.cache/`, our own lock), the model
+    card README.md at the top, and the progress.json and the scratch folder that a writer left when it was killed after
+    it had written its manifest. None of these files is ever read.
     """
     parts = name.split("/")
     return name in (README, PROGRESS) or parts[0] == SCRATCH or any(part.startswith(".") for part in parts)

@@ -1,4 +1,5 @@
-"""One writer per directory: an advisory lock (flock) in it, which the kernel frees when its owner dies."""
+"""A lock that allows one writer per directory. It is an advisory lock (flock), which the system frees when its owner
+dies."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ class DirectoryLock:
                 owner = os.read(descriptor, 256).decode("utf-8", "replace").split()
                 by = f"process {owner[0]} on {owner[1]}" if len(owner) == 2 else "another process"
                 raise Locked(
-                    f"{directory} is being written by {by}; wait for it, or choose another output directory"
+                    f"{directory} is being written by {by}. Wait for it, or choose another output directory."
                 ) from None
             finally:
                 if self._descriptor != descriptor:
@@ -76,7 +77,7 @@ def _open(path: Path) -> int:
 
 
 def _no_lock(path: Path) -> FormatError:
-    return FormatError(f"{path} is not a regular file, so the directory cannot be locked; remove it")
+    return FormatError(f"{path} is not a regular file, so the directory cannot be locked. Remove that file.")
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

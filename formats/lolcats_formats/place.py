@@ -1,4 +1,4 @@
-"""Whether an artifact can be written into a directory, as far as can be told before any work."""
+"""Checks before any work whether an artifact can be written into a directory."""
 
 from __future__ import annotations
 
@@ -14,21 +14,23 @@ Resume = Literal["auto", "required", "never"]
 
 
 def check_place(path: Path, resume: Resume, force: bool) -> None:
-    """Raises, before any work, what `ArtifactWriter.create` would raise of this directory whatever the settings.
+    """Raises the errors of `ArtifactWriter.create` that depend on the directory and not on the settings.
 
-    Raises NotAnArtifact, FormatError, or PermissionError where nothing can be written.
+    Raises NotAnArtifact or FormatError for what lies there, and PermissionError where nothing can be written.
     """
     if path.exists() and not path.is_dir():
-        raise NotAnArtifact(f"{path} is a file; give a directory to write the artifact into")
+        raise NotAnArtifact(f"{path} is a file. Give a directory to write the artifact into.")
     if os.path.lexists(path / MANIFEST):
-        return  # finished, or of something else: `create` looks into it
+        return  # `create` looks into it
     unfinished = (path / PROGRESS).exists()
     if not unfinished and path.is_dir() and any(not n.startswith(".") for n in os.listdir(path)):
-        raise NotAnArtifact(f"{path} holds other files and no artifact; choose another output directory")
+        raise NotAnArtifact(f"{path} holds other files and no artifact. Choose another output directory.")
     if not unfinished and resume == "required" and not force:
-        raise NotAnArtifact(f"{path} holds no artifact, so there is nothing to resume; leave --resume away to begin")
+        raise NotAnArtifact(f"{path} holds no artifact, so there is nothing to resume. To begin, leave out --resume.")
     if unfinished and resume == "never" and not force:
-        raise FormatError(f"{path} is unfinished; leave --resume away to continue it, or begin anew with --force")
+        raise FormatError(
+            f"{path} is unfinished. Leave out --resume to continue it, or use --force to start from the beginning."
+        )
     place = path.absolute()
     while not place.exists():
         place = place.parent

@@ -16,20 +16,20 @@ _BASE = "urn:lolcats:artifact:1:"
 def check_version(document: dict[str, Any], where: str) -> None:
     """Raises NotAnArtifact for another format's document, UnsupportedVersion for an unknown major version."""
     if document.get("format") != FORMAT:
-        raise NotAnArtifact(f'{where} is not of a lolcats artifact: its "format" is not "{FORMAT}"')
+        raise NotAnArtifact(f'{where} does not belong to a lolcats artifact: its "format" is not "{FORMAT}".')
     version = document.get("version")
     major, dot, minor = version.partition(".") if isinstance(version, str) else ("", "", "")
     if not (dot and all(x.isascii() and x.isdigit() and len(x) <= 6 for x in (major, minor))):
-        raise Damaged(f'{where}: "version" is not of the form MAJOR.MINOR')
+        raise Damaged(f'{where}: The "version" is not of the form MAJOR.MINOR.')
     if int(major) != SUPPORTED_MAJOR:
         raise UnsupportedVersion(
-            f"{where} is of format version {version}; this program reads {SUPPORTED_MAJOR}.x "
-            f"(it writes {VERSION}): install a newer lolcats to read it"
+            f"{where} has the format version {version}. This program reads {SUPPORTED_MAJOR}.x and writes {VERSION}. "
+            "Install a newer lolcats to read it."
         )
 
 
 def check(document: dict[str, Any], name: str, where: str) -> None:
-    """Validates against the schema `name`: a kind, or "progress". Raises Damaged with place and reason."""
+    """Validates against the schema `name`: a kind, or "progress". Raises Damaged with the place and the reason."""
     from jsonschema.exceptions import best_match
 
     error = best_match(_validator(name).iter_errors(document))
@@ -39,7 +39,7 @@ def check(document: dict[str, Any], name: str, where: str) -> None:
     said = error.message
     if error.validator == "pattern" and "description" in error.schema:
         said = f"{error.instance!r} {error.schema['description']}"
-    raise Damaged(f"{where}: {place}: {said[:300]}")
+    raise Damaged(f"{where}: {place}: {said[:300].rstrip('.')}.")
 
 
 @functools.cache

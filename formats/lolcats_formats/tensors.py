@@ -1,8 +1,8 @@
-"""safetensors files: headers read without torch, data written one tensor at a time, reproducibly.
+"""safetensors files. Headers are read without torch. Data is written one tensor at a time, and always the same way.
 
-The library's own `save_file` is not used for writing: it leaves mode 0600, does not fsync, orders metadata at
-random, and its bytes would have to be read again to be hashed. Files written here are
-byte-equal to the library's own, but for the order of the metadata.
+The library's own `save_file` is not used for writing. It leaves mode 0600, does not fsync, and orders metadata at
+random, and its bytes would have to be read again to be hashed. Files written here have the same bytes as the library's
+own, except for the order of the metadata.
 """
 
 from __future__ import annotations
@@ -57,32 +57,36 @@ def read_header(path: Path, where: str) -> dict[str, TensorInfo]:
         length = struct.unpack("<Q", file.read(8))[0] if size >= 8 else 0
         if length < 2 or length > min(size - 8, MAX_HEADER_BYTES):
             raise Damaged(
-                f"{where} is no safetensors file: its header would have {length} bytes, the file has {size} "
-                f"(and {MAX_HEADER_BYTES} is the most that is read)"
+                f"{where} is no safetensors file: its header would have {length} bytes, but the file has {size}, and "
+                f"a header may have {MAX_HEADER_BYTES}."
             )
-        header = parse(file.read(length).rstrip(b" "), f"the header of {where}")
+        header = parse(file.read(length).rstrip(b" "), f"The header of {where}")
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise Damaged(f"the header of {where}: __metadata__ is not a map from text to text")
+        raise Damaged(f"The header of {where} is damaged: its __metadata__ is not a map from text to text.")
     tensors, spans = {}, []
     for name, entry in header.items():
-        tensors[name], span = _entry(entry, f"the header of {where}: {name[:120]!r}")
+        tensors[name], span = _entry(entry, f"The header of {where} is damaged: {name[:120]!r}")
         spans.append(span)
     end = 0
     for start, stop in sorted(spans):
         if start != end:
-            raise Damaged(f"the header of {where}: the tensors overlap or leave a gap at byte {end} of the data")
+            raise Damaged(
+                f"The header of {where} is damaged: at byte {end} of the data, tensors overlap or leave a gap."
+            )
         end = stop
     if end != size - 8 - length:
-        raise Damaged(f"{where} is truncated or too long: its tensors take {end} bytes, it has {size - 8 - length}")
+        raise Damaged(
+            f"{where} is truncated or too long: its tensors take {end} bytes, and it holds {size - 8 - length}."
+        )
     return tensors
 
 
 def serialize(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None, where: str) -> Iterator[Any]:
     """The bytes of a safetensors file, in chunks; at most one tensor is copied at a time.
 
-    The metadata defaults to {"format": "pt"}, which transformers wants. Raises FormatError for what cannot be
-    stored.
+    The metadata defaults to {"format": "pt"}, which transformers expects. Raises FormatError for tensors that cannot
+    be stored.
     """
     assert sys.byteorder == "little"
     metadata = {"format": "pt"} if metadata is None else metadata
@@ -92,14 +96,14 @@ def serialize(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] |
     offset = 0
     for name in order:
         if name == "__metadata__":
-            raise FormatError(f"{where}: no tensor can have the name {name!r}")
+            raise FormatError(f"{where}: No tensor can have the name {name!r}.")
         dtype, shape, nbytes = infos[name]
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
         offset += nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER_BYTES:
-        raise FormatError(f"{where}: too many tensors for one file, its header would take {len(text)} bytes")
+        raise FormatError(f"{where} would hold too many tensors: its header would take {len(text)} bytes.")
     return _chunks(struct.pack("<Q", len(text)) + text, [tensors[name] for name in order])
 
 
@@ -128,26 +132,27 @@ def _describe(tensor: torch.Tensor, where: str) -> TensorInfo:
     import torch
 
     if not isinstance(tensor, torch.Tensor):
-        raise FormatError(f"{where} is a {type(tensor).__name__}, not a tensor")
+        raise FormatError(f"{where} is a {type(tensor).__name__}, not a tensor.")
     dtype = _TORCH_NAMES.get(str(tensor.dtype).removeprefix("torch."))
     if dtype is None or tensor.layout != torch.strided or tensor.is_meta or tensor.dim() > MAX_RANK:
         raise FormatError(
-            f"{where} cannot be stored: {tensor.dtype}, {tensor.layout}, on {tensor.device}, {tensor.dim()} dimensions"
+            f"{where} cannot be stored. It is {tensor.dtype}, {tensor.layout}, on {tensor.device}, with "
+            f"{tensor.dim()} dimensions."
         )
     return TensorInfo(dtype, tuple(tensor.shape), tensor.numel() * ITEM_BYTES[dtype])
 
 
 def _entry(entry: Any, where: str) -> tuple[TensorInfo, tuple[int, int]]:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise Damaged(f"{where} must have dtype, shape and data_offsets and nothing else")
+        raise Damaged(f"{where} must have dtype, shape and data_offsets and nothing else.")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-        raise Damaged(f"{where} has the dtype {str(dtype)[:40]!r}; known are {', '.join(ITEM_BYTES)}")
+        raise Damaged(f"{where} has the dtype {str(dtype)[:40]!r}, which is not one of {', '.join(ITEM_BYTES)}.")
     if not _counts(shape) or len(shape) > MAX_RANK or not _counts(offsets) or len(offsets) != 2:
-        raise Damaged(f"{where} has a shape or data_offsets that are not lists of sizes")
+        raise Damaged(f"{where} has a shape or data_offsets that are not lists of sizes.")
     nbytes = math.prod(shape) * ITEM_BYTES[dtype]
     if offsets[1] - offsets[0] != nbytes:
-        raise Damaged(f"{where} has {offsets[1] - offsets[0]} bytes, its shape {shape} of {dtype} needs {nbytes}")
+        raise Damaged(f"{where} has {offsets[1] - offsets[0]} bytes, but its shape {shape} of {dtype} needs {nbytes}.")
     return TensorInfo(dtype, tuple(shape), nbytes), (offsets[0], offsets[1])
 
 

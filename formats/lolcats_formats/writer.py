@@ -1,4 +1,4 @@
-"""Writing an artifact: file by file, resumable at every moment, finished by the manifest alone."""
+"""Writing an artifact file by file. Writing can be resumed at any moment, and the manifest alone finishes it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from . import atomic, schema
-from .artifact import Artifact, check_names, hash_file, lineage, read_small, unlisted, walk
+from .artifact import AGAIN, Artifact, check_names, hash_file, lineage, read_small, unlisted, walk
 from .canonical import artifact_id, canonical, differences, parse, plain, plain_metrics, pretty
 from .errors import ConfigMismatch, Damaged, FormatError, NotAnArtifact
 from .limits import (
@@ -53,15 +53,14 @@ _IDENTITY = (
 
 
 class ArtifactWriter:
-    """Writes one artifact directory; made by `create`, used as a context manager.
+    """Writes one artifact directory. It is made by `create` and used as a context manager.
 
-    Every file is on the disk and recorded in progress.json before the call that writes it returns. An
-    exception, a signal or a crash at any moment leaves an unfinished directory, which `create` with the same
-    settings continues.
+    A call that writes a file returns when the file is on the disk and recorded in progress.json. An exception, a signal
+    or a crash at any moment leaves an unfinished directory, and `create` with the same settings continues it.
 
-    Several threads may write files at the same time. All else is for one thread.
+    Several threads may write files at the same time. Everything else is for one thread.
 
-    finished: the artifact, when `create` found it finished in the directory; nothing can be written then.
+    finished: the artifact, when `create` found a finished one in the directory; nothing can be written then.
     """
 
     def __init__(self, path: Path, record: dict[str, Any], tool: str) -> None:
@@ -91,16 +90,16 @@ class ArtifactWriter:
     ) -> Self:
         """Starts the artifact in `path`, or continues it, or finds it finished there (`.finished`).
 
-        tool: name and version of the program, such as "lolcats 0.1.0"; recorded, but no part of the id.
-        resume: "required" wants an artifact of these settings there, "never" refuses an unfinished one.
-        force: what `path` holds of an artifact is replaced. A finished one stays until `finish`, and is exchanged at
-        once; until then the new one grows beside it, in `.NAME.lolcats-new`, and is continued there.
-        Raises ConfigMismatch when the directory holds an artifact of other settings, NotAnArtifact when it
-        holds other things, Locked when another process writes into it, FormatError for settings that JSON
-        cannot hold and when `resume` forbids.
+        tool: name and version of the program, such as "lolcats 0.1.0". It is recorded, but the id does not cover it.
+        resume: "required" demands an artifact of these settings there, "never" refuses an unfinished one.
+        force: the artifact in `path` is replaced. A finished artifact stays until `finish`, which exchanges the two in
+        one step. Until then the new one is written, and continued, beside it in `.NAME.lolcats-new`.
+        Raises ConfigMismatch when the directory holds an artifact with other settings, NotAnArtifact when it holds
+        something else, Locked when another process writes into it, and FormatError for settings that JSON cannot hold
+        or that `resume` forbids.
         """
         if kind not in KINDS:
-            raise FormatError(f"the kind {kind!r} is none of {', '.join(KINDS)}")
+            raise FormatError(f"The kind {kind!r} is not one of {', '.join(KINDS)}.")
         record: dict[str, Any] = {
             "format": FORMAT,
             "version": VERSION,
@@ -114,7 +113,7 @@ class ArtifactWriter:
         }
         writer = cls(Path(path), record, tool)
         try:
-            schema.check(writer._manifest({}, {}), kind, f"the new {kind} artifact")
+            schema.check(writer._manifest({}, {}), kind, f"The new {kind} artifact")
         except Damaged as error:
             raise FormatError(str(error)) from None
         writer._start(resume, force)
@@ -130,8 +129,10 @@ class ArtifactWriter:
         return list(self.finished.files if self.finished else self._record["files"])
 
     def restart(self) -> Path | None:
-        """Goes back to the checkpoint, for a stage whose files all come after it: forgets the files so far and the
-        events since. Returns `checkpointed`."""
+        """Goes back to the checkpoint: forgets all files, and the events since the checkpoint. Returns `checkpointed`.
+
+        It is for a stage that writes all its files after its last checkpoint.
+        """
         self._assert_open()
         folder = self.checkpointed
         if self._log is not None:
@@ -169,7 +170,10 @@ class ArtifactWriter:
         folder = self.path / SCRATCH / state["folder"]
         found = {} if not folder.is_dir() else {name: _entry(_hashed(folder / name)) for name in walk(folder)}
         if found != state["files"]:
-            raise Damaged(f"{folder} is not as it was saved, so {self.path} cannot be resumed; begin anew with --force")
+            raise Damaged(
+                f"{folder} has changed since it was saved, so {self.path} cannot be resumed. Use --force to start from "
+                "the beginning."
+            )
         return folder
 
     @property
@@ -204,7 +208,7 @@ class ArtifactWriter:
         try:
             content = pretty(value)
         except (TypeError, ValueError) as error:
-            raise FormatError(f"{self.path / name} cannot be written as JSON: {error}") from None
+            raise FormatError(f"{self.path / name} cannot be written as JSON: {error}.") from None
         self._write(name, [content])
 
     def copy(self, name: str, source: Path | tuple[Artifact, str]) -> None:
@@ -220,10 +224,11 @@ class ArtifactWriter:
         return sorted(path for path in self.path.glob(f"{PART_PREFIX}*") if path.is_dir())
 
     def absorb(self, part: Path) -> None:
-        """Takes in the completed files of a part: an unfinished artifact of the same settings in one of `parts`, whose
-        writer is closed. The files are renamed, their events appended, and what is left of the part is removed.
+        """Takes over the completed files of a part.
 
-        A part of other settings, which `force` left behind, is removed.
+        A part is an unfinished artifact of the same settings in one of `parts`. Its writer is closed. The files are
+        renamed into this directory, their events are appended, and the rest of the part is removed. A part with other
+        settings, which `force` left behind, is removed as a whole.
         """
         self._assert_open()
         with DirectoryLock(part):
@@ -238,7 +243,7 @@ class ArtifactWriter:
                     atomic.make_directory((self.path / name).parent)
                     atomic.rename(part / name, self.path / name)
                 elif not (self.path / name).is_file() or _entry(_hashed(self.path / name)) != entry:
-                    raise Damaged(f"{part / name} is missing; remove {part}, and run the same command again")
+                    raise Damaged(f"{part / name} is missing. Remove {part}, and run the same command again.")
                 self._record["files"][name] = entry  # recorded below: a crash before that finds it renamed
                 self._by_lower[name.lower()] = name
             if new and found["metrics"]:
@@ -248,7 +253,7 @@ class ArtifactWriter:
             shutil.rmtree(part)
 
     def order_metrics(self, key: Callable[[dict[str, Any]], Any]) -> None:
-        """Sorts the events by `key`; those that are equal stay in their order."""
+        """Sorts the events by `key`. Events with equal keys stay in their order."""
         self._assert_open()
         path = self.path / METRICS
         if not path.exists():
@@ -261,7 +266,7 @@ class ArtifactWriter:
         atomic.write(path, lines)  # as long as before: what progress.json says of it stays true
 
     def adopt(self, name: str) -> None:
-        """Records a file that a library wrote into the directory: durable, hashed, permissions by umask.
+        """Records a file that a library wrote into the directory: fsyncs and hashes it, and sets its permissions.
 
         The file must be complete. README.md may be written but is never recorded (SPEC.md, "Other files").
         """
@@ -271,7 +276,7 @@ class ArtifactWriter:
             return
         self._check_new(name)
         if path.is_symlink() or not path.is_file():
-            raise FormatError(f"{path} cannot be added to the artifact: it is not a regular file")
+            raise FormatError(f"{path} cannot be added to the artifact: it is not a regular file.")
         # Libraries leave other modes behind (safetensors 0600); progress.json got the umask's.
         os.chmod(path, os.stat(self.path / PROGRESS).st_mode & 0o777)
         atomic.fsync_file(path)
@@ -280,19 +285,19 @@ class ArtifactWriter:
         self._add(name, _hashed(path))
 
     def log(self, **event: Any) -> None:
-        """Appends one event to metrics.jsonl. It belongs to the file that is completed next.
+        """Appends one event to metrics.jsonl. The event belongs to the file that is completed next.
 
-        After a crash, events since the last completed file are dropped, as the work between is done again. An
-        event carries what is measured, but no times or durations, which would differ between two runs.
+        After a crash, events since the last completed file are dropped, because the work since then is done again. An
+        event carries measured values, but no times or durations: those would differ between two runs.
         """
         self._assert_open()
         line = canonical(plain_metrics(event, "a metrics event")) + b"\n"
         if len(line) > MAX_METRICS_LINE:
-            raise FormatError(f"a metrics event of {len(line)} bytes is longer than {MAX_METRICS_LINE}")
+            raise FormatError(f"A metrics event of {len(line)} bytes is longer than the limit of {MAX_METRICS_LINE}.")
         atomic.append(self._open_log(), line)
 
     def finish(self, summary: Mapping[str, Any]) -> Artifact:
-        """Publishes manifest.json, the artifact's one act of completion, and returns the artifact.
+        """Writes manifest.json, which alone makes the artifact complete, and returns the artifact.
 
         summary: results for people and scripts, without times. Raises FormatError when a file lies in the
         directory that was not written through this object.
@@ -308,7 +313,7 @@ class ArtifactWriter:
         extra = unlisted(self.path, files)
         if extra:
             raise FormatError(
-                f"{self.path / extra[0]} is not part of the artifact; move it away and run the same command again"
+                f"{self.path / extra[0]} is not part of the artifact. Move it away, and run the same command again."
             )
         manifest = self._manifest(files, summary)
         schema.check(manifest, manifest["kind"], str(self.path / MANIFEST))
@@ -358,7 +363,7 @@ class ArtifactWriter:
             self.close()
 
     def _aim_beside(self) -> None:
-        """Turns to the directory that will replace a finished artifact, if there is one to replace."""
+        """Chooses the directory beside `path` as the place to write, if a finished artifact is to be replaced."""
         target = Path(os.path.realpath(self.path))
         beside = target.with_name(f".{target.name}{REPLACEMENT_SUFFIX}")
         aside = atomic.temporary(target)  # of an exchange that the system could not do at once
@@ -376,14 +381,14 @@ class ArtifactWriter:
         if finished:
             where = str(target / MANIFEST)
             if parse(read_small(target / MANIFEST), where).get("format") != FORMAT:
-                raise NotAnArtifact(f"{where} is not of a lolcats artifact; choose another output directory")
+                raise NotAnArtifact(f"{where} does not belong to a lolcats artifact. Choose another output directory.")
         elif not beside.is_dir():
             return
         self.path, self._replaces = beside, target
 
     def _take_place(self) -> None:
-        """Exchanges the finished directory with the one it replaces. Its progress.json says until then that it is
-        the newer of the two."""
+        """Exchanges the finished directory with the one it replaces. Until then, its progress.json marks it as the
+        newer of the two."""
         if self._replaces is not None:
             beside, self.path = self.path, self._replaces
             if (self.path / MANIFEST).exists():
@@ -409,7 +414,7 @@ class ArtifactWriter:
         return True
 
     def _clear(self) -> None:
-        """Removes an unfinished artifact, its progress last, so that a crash leaves it one."""
+        """Removes an unfinished artifact. Its progress.json goes last, so that after a crash it still is one."""
         for entry in list(os.scandir(self.path)):
             if not entry.name.startswith(".") and entry.name != PROGRESS:
                 if entry.is_dir(follow_symlinks=False):
@@ -430,25 +435,25 @@ class ArtifactWriter:
         return True
 
     def _tidy(self) -> None:
-        """Removes what a finished artifact needs no more; until then a stage may have to go back to its checkpoint."""
+        """Removes what a finished artifact no longer needs. Until then, a stage may go back to its checkpoint."""
         shutil.rmtree(self.path / SCRATCH, ignore_errors=True)
         atomic.remove(self.path / PROGRESS)
 
     def _continue(self) -> None:
-        """Takes over what an earlier writer completed, removes what it had half done."""
+        """Takes over the files that an earlier writer completed, and removes those it had half written."""
         if (self.path / PROGRESS).exists():
             found = self._read_progress(self.path)
             for name, entry in found["files"].items():
                 file = self.path / name
                 if not file.is_file() or file.stat().st_size != entry["size"]:
-                    raise Damaged(f"{file} is not as it was completed; remove {self.path} and start again")
+                    raise Damaged(f"{file} has changed since it was completed. Remove {self.path}, and start again.")
             self._record["files"], self._record["metrics"] = found["files"], found["metrics"]
             if "checkpoint" in found:
                 self._record["checkpoint"] = found["checkpoint"]
             self._by_lower = {name.lower(): name for name in found["files"]}
         for name in list(walk(self.path)):
             if (self.path / name).is_symlink():
-                raise Damaged(f"{self.path / name} is a link, which could lead out of the artifact; remove it")
+                raise Damaged(f"{self.path / name} is a link, which could lead out of the artifact. Remove it.")
             if name.endswith(TEMPORARY_SUFFIX):
                 os.unlink(self.path / name)
         self._clear_scratch()
@@ -465,7 +470,7 @@ class ArtifactWriter:
         return found
 
     def _clear_scratch(self) -> None:
-        """Removes resume state but the recorded one."""
+        """Removes all resume state except the recorded one."""
         scratch, keep = self.path / SCRATCH, self._record.get("checkpoint", {}).get("folder")
         for entry in os.scandir(scratch) if scratch.is_dir() else ():
             if entry.name != keep and entry.is_dir(follow_symlinks=False):
@@ -477,7 +482,7 @@ class ArtifactWriter:
         path, length = self.path / METRICS, self._record["metrics"]
         size = path.stat().st_size if path.exists() else 0
         if size < length:
-            raise Damaged(f"{path} is shorter than it was; remove {self.path} and start again")
+            raise Damaged(f"{path} is shorter than it was. Remove {self.path}, and start again.")
         if length == 0:
             atomic.remove(path)
         elif size > length:
@@ -491,8 +496,8 @@ class ArtifactWriter:
             )
             more = f"; and {len(fields) - 5} more" if len(fields) > 5 else ""
             raise ConfigMismatch(
-                f"{self.path} holds {state} {found['kind']} artifact of other settings: {shown}{more}. "
-                f"Choose another output directory, give the settings it was made with, or replace it with --force",
+                f"{self.path} holds {state} {found['kind']} artifact with other settings: {shown}{more}. "
+                f"Choose another output directory, give the settings it was made with, or replace it with --force.",
                 list(fields),
             )
 
@@ -515,10 +520,12 @@ class ArtifactWriter:
         except Damaged as error:
             raise FormatError(str(error)) from None
         if name == METRICS or len(self._record["files"]) >= MAX_FILES - 1:
-            raise FormatError(f"{name!r} cannot be added: metrics go through log(), and {MAX_FILES} files is the most")
+            raise FormatError(
+                f"{name!r} cannot be added. Metrics are written by log(), and {MAX_FILES} files is the limit."
+            )
         other = self._by_lower.get(name.lower(), name)
         if other != name:
-            raise FormatError(f"the names {other!r} and {name!r} differ only in case")
+            raise FormatError(f"The names {other!r} and {name!r} differ only in upper and lower case.")
 
     def _add(self, name: str, written: atomic.Written) -> None:
         with self._recording:
@@ -544,7 +551,7 @@ class ArtifactWriter:
 
     def _publish(self, name: str, content: bytes) -> None:
         if len(content) > MAX_JSON_BYTES:
-            raise FormatError(f"{self.path / name} would be larger than {MAX_JSON_BYTES} bytes, the most that is read")
+            raise FormatError(f"{self.path / name} would be larger than the limit of {MAX_JSON_BYTES} bytes.")
         atomic.write(self.path / name, [content])
 
     def _manifest(self, files: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -558,14 +565,15 @@ class ArtifactWriter:
 
     def _assert_open(self) -> None:
         if self.finished is not None:
-            raise FormatError(f"{self.path} is a finished {self.finished.kind} artifact; nothing can be added to it")
+            raise FormatError(f"{self.path} is a finished {self.finished.kind} artifact. Nothing can be added to it.")
         assert self._lock is not None, "the writer is closed"
 
 
 def begun_config(path: str | os.PathLike[str], force: bool = False) -> dict[str, Any] | None:
-    """The configuration of what `ArtifactWriter.create`, given the same, would find finished or continue in `path`.
+    """The configuration of the artifact that `ArtifactWriter.create` would find finished or continue in `path`.
 
-    With `force` that is the unfinished artifact which is to replace another. None if there is none that can be read.
+    With `force` that is the unfinished artifact which is to replace another. None if there is no artifact that can be
+    read.
     """
     target = Path(os.path.realpath(path))
     beside = target.with_name(f".{target.name}{REPLACEMENT_SUFFIX}")
@@ -597,4 +605,4 @@ def _chunks(path: Path, sha256: str | None = None) -> Iterator[bytes]:
             digest.update(chunk)
             yield chunk
     if sha256 is not None and digest.hexdigest() != sha256:
-        raise Damaged(f"{path} is damaged: its bytes do not have the SHA-256 of its manifest")
+        raise Damaged(f"{path} is damaged: its bytes do not have the SHA-256 of its manifest. {AGAIN}")

@@ -204,7 +204,7 @@ def test_names_that_a_manifest_may_not_list(artifact, name, tmp_path):
 
 def test_names_that_differ_only_in_case_are_refused(artifact):
     edit_manifest(artifact, lambda m: m["files"].update({SHARD.replace("maps", "MAPS"): m["files"][SHARD]}))
-    with pytest.raises(Damaged, match="only in case"):
+    with pytest.raises(Damaged, match="only in upper and lower case"):
         Artifact.open(artifact.path)
 
 
@@ -305,7 +305,7 @@ def test_what_is_not_an_artifact(artifact, tmp_path):
         (tmp_path / "nowhere", "does not exist"),
         (tmp_path / "empty", "no manifest.json"),
         (tmp_path / "model", "model folder"),
-        (tmp_path / "other", "not of a lolcats artifact"),
+        (tmp_path / "other", "does not belong to a lolcats artifact"),
         (artifact.path / "manifest.json", "is a file"),
     ]:
         with pytest.raises(NotAnArtifact, match=reason) as error:

@@ -188,7 +188,7 @@ def test_resume_required_wants_something_to_resume(create, kit, tmp_path):
 def test_resume_never_refuses_what_is_unfinished_and_leaves_it(create, tmp_path):
     with create(resume="never") as writer:
         writer.write_text("x.json", "x")
-    with pytest.raises(FormatError, match=r"is unfinished; .*--force"):
+    with pytest.raises(FormatError, match=r"is unfinished\. .*--force"):
         create(resume="never")
     with create() as writer:
         assert writer.has("x.json")
@@ -258,7 +258,7 @@ def test_force_takes_no_other_files(create, tmp_path):
     with pytest.raises(NotAnArtifact, match="other files"):
         create(force=True)
     (tmp_path / "a" / "manifest.json").write_text('{"name": "a web page"}')
-    with pytest.raises(NotAnArtifact, match="not of a lolcats artifact"):
+    with pytest.raises(NotAnArtifact, match="does not belong to a lolcats artifact"):
         create(force=True)
     assert (tmp_path / "a" / "thesis.tex").read_text() == "years"
 

@@ -73,7 +73,7 @@ def test_an_exception_leaves_an_unfinished_directory_that_is_continued(artifact,
             writer.save(kit.LAYERS[done], kit.layer_tensors(done))
             writer.log(layer=done + 1, loss="of the unit that is lost")
             raise KeyboardInterrupt
-        with pytest.raises(Unfinished, match=r"not finished; run the same command \(`lolcats transfer`\) again"):
+        with pytest.raises(Unfinished, match=r"not finished\. Run the same command \(`lolcats transfer`\) again"):
             Artifact.open(path)
     with create(path) as writer:
         kit.write_layers(writer)
@@ -359,7 +359,7 @@ def test_names_that_cannot_be_written(create, name):
 def test_stray_files_stop_the_end_and_not_more(create, kit, tmp_path):
     with create() as writer:
         (tmp_path / "a" / "notes.txt").write_text("x")
-        with pytest.raises(FormatError, match=r"notes\.txt is not part of the artifact; move it away"):
+        with pytest.raises(FormatError, match=r"notes\.txt is not part of the artifact\. Move it away"):
             kit.write_layers(writer)
     (tmp_path / "a" / "notes.txt").unlink()
     with create() as writer:
