@@ -43,13 +43,8 @@ from .tensors import CHUNK, serialize
 if TYPE_CHECKING:
     import torch
 
-_IDENTITY = (
-    "kind",
-    "config",
-    "teacher",
-    "data",
-    "parents",
-)  # what must agree for a directory to be continued
+# What must agree for a directory to be continued.
+_IDENTITY = ("kind", "config", "teacher", "data", "parents")
 
 
 class ArtifactWriter:
@@ -171,8 +166,7 @@ class ArtifactWriter:
         found = {} if not folder.is_dir() else {name: _entry(_hashed(folder / name)) for name in walk(folder)}
         if found != state["files"]:
             raise Damaged(
-                f"{folder} has changed since it was saved, so {self.path} cannot be resumed. Use --force to start from "
-                "the beginning."
+                f"{folder} changed after it was saved: {self.path} cannot be resumed. Start again with --force."
             )
         return folder
 
@@ -266,9 +260,9 @@ class ArtifactWriter:
         atomic.write(path, lines)  # as long as before: what progress.json says of it stays true
 
     def adopt(self, name: str) -> None:
-        """Records a file that a library wrote into the directory: fsyncs and hashes it, and sets its permissions.
+        """Records a complete file that a library wrote into the directory: fsyncs and hashes it, sets its permissions.
 
-        The file must be complete. README.md may be written but is never recorded (SPEC.md, "Other files").
+        README.md may be written but is never recorded (SPEC.md, "Other files").
         """
         self._assert_open()
         path = self.path / name

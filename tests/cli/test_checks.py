@@ -29,7 +29,7 @@ MISTAKES = [
     ("capture {teacher} {text} -o new --keep 3", 2, "--select and --keep need each other"),
     ("capture {teacher} {text} -o new --dtype int8", 2, "--dtype"),
     ("transfer nowhere -o new", 3, "nowhere does not exist"),
-    ("transfer {teacher} -o new", 3, "is a model folder but no artifact"),
+    ("transfer {teacher} -o new", 3, "is a model folder and not an artifact"),
     ("transfer {lora} -o new", 3, "a capture artifact is needed here"),
     ("transfer {capture} -o {teacher}", 3, "holds other files"),
     ("transfer {capture} -o new --layers 0-7", 2, "--layers 2: the layers are 0 to 1"),
