@@ -124,10 +124,8 @@ class ArtifactWriter:
         return list(self.finished.files if self.finished else self._record["files"])
 
     def restart(self) -> Path | None:
-        """Goes back to the checkpoint: forgets all files, and the events since the checkpoint. Returns `checkpointed`.
-
-        It is for a stage that writes all its files after its last checkpoint.
-        """
+        """Goes back to the checkpoint, in a stage that writes all its files after its last one. Forgets all files, and
+        the events since the checkpoint. Returns `checkpointed`."""
         self._assert_open()
         folder = self.checkpointed
         if self._log is not None:
@@ -218,11 +216,10 @@ class ArtifactWriter:
         return sorted(path for path in self.path.glob(f"{PART_PREFIX}*") if path.is_dir())
 
     def absorb(self, part: Path) -> None:
-        """Takes over the completed files of a part.
+        """Takes over the completed files of a part: an unfinished artifact in one of `parts`, whose writer is closed.
 
-        A part is an unfinished artifact of the same settings in one of `parts`. Its writer is closed. The files are
-        renamed into this directory, their events are appended, and the rest of the part is removed. A part with other
-        settings, which `force` left behind, is removed as a whole.
+        The files are renamed into this directory, their events are appended, and the rest of the part is removed. A
+        part with other settings, which `force` left behind, is removed as a whole.
         """
         self._assert_open()
         with DirectoryLock(part):
