@@ -1,4 +1,4 @@
-"""inspect: what an artifact's manifest and headers say, without torch."""
+"""inspect: reads what an artifact's manifest and headers say, without torch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def describe(artifact: Artifact) -> dict[str, Any]:
 
 
 def describe_lineage(artifact: Artifact) -> list[dict[str, Any]]:
-    """The artifact and all it was made from, nearest first, with where each lay and whether it is there now."""
+    """The artifact and its ancestors, nearest first, each with its recorded path and whether it is there now."""
     here: dict[str, Any] = {
         "id": artifact.id,
         "kind": artifact.kind,
@@ -56,10 +56,10 @@ def _is_there(entry: dict[str, Any]) -> bool:
 
 
 def describe_layer(artifact: Artifact, layer: int) -> dict[str, Any]:
-    """One layer: its attention, its tensors by file, its figures. Raises `UsageError` if there is no such layer."""
+    """One layer: its attention, its tensors by file, and its figures. Raises `UsageError` for an unknown layer."""
     layers = artifact.teacher.get("layers", [])
     if layer >= len(layers):
-        raise UsageError(f"{artifact.path} has no layer {layer}; its layers are 0 to {len(layers) - 1}.")
+        raise UsageError(f"{artifact.path} has no layer {layer}. Its layers are 0 to {len(layers) - 1}.")
     tensors = [
         {"file": name, "tensor": tensor, "dtype": info.dtype, "shape": list(info.shape)}
         for name in _files(artifact, layer)

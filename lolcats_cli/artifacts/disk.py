@@ -1,4 +1,4 @@
-"""Whether what a stage will write fits on the disk."""
+"""Checks whether the disk has room for what a stage will write."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from lolcats_cli.errors import NotEnoughSpace
 
 
 def check_space(needed: int, output: Path | str, advice: str) -> str:
-    """Raise `NotEnoughSpace`, ending in `advice`, if the disk of `output` lacks `needed` bytes; else both as text."""
+    """Raises `NotEnoughSpace`, with `advice`, if the disk of `output` has less than `needed` bytes free.
+
+    Returns the needed and the free space as a text for people.
+    """
     free = free_space(output)
     if needed > free:
-        raise NotEnoughSpace(f"{output} takes {human(needed)} and its disk has {human(free)} free. {advice}")
+        raise NotEnoughSpace(f"{output} needs {human(needed)}, and its disk has {human(free)} free. {advice}")
     return f"{human(needed)} to {output} ({human(free)} free)"
 
 

@@ -15,11 +15,11 @@ SUFFIX = "_scale"  # of the name of a tensor's scales in a file
 
 
 def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [B, H, T, D] as float8 of that shape, and the scales [B, H] in fp32 that give it back."""
+    """x [B, H, T, D] in float8, and the scales [B, H] in fp32 by which `dequantize` multiplies it."""
     scale = (x.float().abs().amax((2, 3)) / LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
     return (x.float() / scale[..., None, None]).to(DTYPE), scale
 
 
 def dequantize(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """What `quantize` rounded, [B, H, T, D] in `dtype`."""
+    """The tensor that `quantize` got, up to rounding: [B, H, T, D] in `dtype`."""
     return (x.float() * scale[..., None, None]).to(dtype)

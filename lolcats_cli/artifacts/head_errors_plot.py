@@ -1,4 +1,4 @@
-"""The picture of a transfer: the error of every head, by layer and against the entropy of the attention it imitates."""
+"""The picture of a transfer: the error of every head, by layer and by the entropy of the attention that it imitates."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ ENTROPY, ERROR = "head_entropy", "head_relative_mse"  # of a layer's figures in 
 
 
 def plot(artifact: Artifact, file: Path) -> None:
-    """Draw a transfer's figures into `file`, of the format that its name ends in.
+    """Draws a transfer's figures into `file`. The end of its name tells the format.
 
     Raises:
         UsageError: matplotlib is not installed, or does not know the format.
-        BadInput: the artifact is no transfer, or has no figures by head.
+        BadInput: the artifact is not a transfer, or has no figures by head.
     """
     try:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise UsageError("--plot needs matplotlib. Install it with: pip install 'lolcats[plot]'") from error
+        raise UsageError("--plot needs matplotlib. Install it with: pip install 'lolcats[plot]'.") from error
 
     if artifact.kind != "transfer":
         raise BadInput(f"--plot shows a transfer's error, and {artifact.path} is a {artifact.kind} artifact.")
@@ -31,12 +31,12 @@ def plot(artifact: Artifact, file: Path) -> None:
     heads = [[len(figures.get(name, ())) for name in (ENTROPY, ERROR)] for figures in layers.values()]
     if not layers or not all(entropies == errors > 0 for entropies, errors in heads):
         raise BadInput(
-            f"{artifact.path} has no error and attention entropy by head: it, or its capture, was made by an earlier "
-            "lolcats. Make them again."
+            f"{artifact.path} does not hold the error and the attention entropy of every head. It, or its capture, was "
+            "made by an earlier lolcats. Make both again."
         )
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     if file.suffix.removeprefix(".").lower() not in figure.canvas.get_supported_filetypes():
-        raise UsageError(f"--plot {file}: the name must end in a picture's format, such as .png, .svg or .pdf.")
+        raise UsageError(f"--plot {file}: The name must end in the format of a picture, such as .png, .svg or .pdf.")
     scatter, grid = figure.subplots(1, 2)
 
     colors = matplotlib.colormaps["viridis"].resampled(len(layers))
@@ -61,5 +61,5 @@ def plot(artifact: Artifact, file: Path) -> None:
 
 
 def _floats(values: list) -> list[float]:
-    """Numbers, and NaN and infinities that a manifest spells out."""
+    """The values as numbers. A manifest writes NaN and infinities as words."""
     return [float(value) for value in values]

@@ -1,4 +1,4 @@
-"""What an artifact was made from, and the figures of each step that people want to read. Needs no torch."""
+"""What an artifact was made from, and the figures of each step for people. Needs no torch."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Step:
     """One artifact of a lineage.
 
     Attributes:
-        path: where it lay when the next one was made from it.
-        artifact: None if it is no longer there, or another one is.
+        path: its path when the next artifact was made from it.
+        artifact: None if it is no longer there, or if another artifact lies there.
     """
 
     kind: str
@@ -28,12 +28,12 @@ class Step:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """Its results; empty if it is no longer there."""
+        """Its results; empty if the artifact is no longer there."""
         return self.artifact.summary if self.artifact else {}
 
 
 def history(artifact: Artifact) -> list[Step]:
-    """The artifact and all it was made from, nearest first. Each is looked for where it lay, and beside `artifact`."""
+    """The artifact and its ancestors, nearest first. Each is looked for at its recorded path and beside `artifact`."""
     steps = [Step(artifact.kind, artifact.id, str(artifact.path), artifact)]
     todo = list(artifact.parents)
     while todo:
@@ -63,7 +63,7 @@ class Figure:
 
 
 def figures(steps: Iterable[Step]) -> list[Figure]:
-    """The results of every step that is there, nearest first."""
+    """The results of every step whose artifact is there, nearest first."""
     return [Figure(step.kind, name, value) for step in steps for name, value in _of(step)]
 
 
@@ -102,7 +102,7 @@ def _perplexity(nats: float) -> str:
 
 
 def transfer_summary(steps: Iterable[Step]) -> dict[str, Any]:
-    """The summary with the transfer's figures by layer: its own, or that of the LoRA, which repeats them."""
+    """The summary that holds the transfer's figures by layer: the transfer's own, or LoRA's, which repeats them."""
     known = {step.kind: step.summary for step in steps if isinstance(step.summary.get("layers"), dict)}
     return known.get("transfer") or known.get("lora") or {}
 
@@ -119,7 +119,7 @@ def layer_figures(summary: dict[str, Any]) -> dict[int, dict[str, float]]:
 
 
 def head_errors(summary: dict[str, Any]) -> dict[int, list[float]]:
-    """Every head's error beside its output's power, by layer; layers without it are left out."""
+    """The relative squared error of every head, by layer. Layers without these figures are left out."""
     layers = summary.get("layers")
     found = layers if isinstance(layers, dict) else {}
     errors = {
@@ -131,6 +131,6 @@ def head_errors(summary: dict[str, Any]) -> dict[int, list[float]]:
 
 
 def number(value: Any) -> float | None:
-    """A finite number as it is; None for all else, also for the strings that stand for NaN and infinity."""
+    """A finite number, unchanged; None for everything else, also for the strings that stand for NaN and infinity."""
     usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return float(value) if usable else None

@@ -3,13 +3,13 @@
 A capture stores one of three things, from which the transfer gets the same queries, keys and values:
 
 - "attention": q, k and v of every layer.
-- "block": the hidden states in front of every `block_size`-th layer but the first; the transfer computes q, k and v
-  with the teacher's layers from there on.
-- "tokens": the tokens alone; the teacher runs along with the transfer.
+- "block": the hidden states in front of every `block_size`-th layer except the first. The transfer computes q, k and v
+  from them with the teacher's layers.
+- "tokens": the tokens alone. The transfer runs the teacher.
 
-Rows are computed in **groups** of neighbouring rows: a group is what the transfer shuffles and holds in memory, and
-where forward passes begin, whatever is stored. A **unit** is what is written together: one group, or for hidden states
-as many neighbouring groups as fill a shard.
+Rows are computed in **groups** of neighbouring rows. The transfer holds one group in memory and shuffles its rows, and
+forward passes begin with a group, for every store. A **unit** is written together: it is one group, or, for hidden
+states, as many neighbouring groups as fill a shard.
 
 Shapes: N rows, T tokens of a row, E hidden size, H query heads.
 """
@@ -33,7 +33,7 @@ from lolcats_cli.teacher.data import Rows, split_numbers
 from lolcats_cli.teacher.record import LayerInfo
 
 SPLITS = ("train", "validation")
-SAMPLE = 16  # of so many rows one is measured, unless all are
+SAMPLE = 16  # one in this number of rows is measured, unless all are
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,12 @@ class Unit:
 
     Attributes:
         block: the number of the block of layers that computes them.
-        number: counts the split's units, alike in every block.
+        number: the number of the unit in its split, the same in every block.
         groups: the ranges of rows, in the split, of the unit's groups.
-        measured: those rows, in the split, whose attention is measured.
-        activations: the file of every layer's q, k and v by layer, or of the hidden states behind the block by None.
-        statistics: the file of the measured rows' statistics; None if none of them is measured.
+        measured: the rows, in the split, whose attention is measured.
+        activations: files by layer. The key of a file with q, k and v is its layer; that of the file with the hidden
+            states behind the block is None.
+        statistics: the file with the statistics of the measured rows; None if no row is measured.
     """
 
     block: int
@@ -63,7 +64,7 @@ class Unit:
 
     @property
     def computed(self) -> tuple[int, ...]:
-        """The rows that pass through the block: all, or the measured ones where nothing else is stored."""
+        """The rows that pass through the block: all of them, or only the measured ones if nothing else is stored."""
         return tuple(self.rows) if self.activations else self.measured
 
     @property
@@ -82,7 +83,7 @@ class Layout:
         hidden_size: E.
         dtype: of the activations.
         seq_len: T.
-        rows: the number of each split's rows in the data, by split, in the order of the split.
+        rows: by split, the numbers that its rows have in the data, in the order of the split.
         config: the capture's configuration.
     """
 
@@ -97,7 +98,7 @@ class Layout:
 
     @classmethod
     def of(cls, manifest: dict[str, Any]) -> Layout:
-        """The layout that a capture's manifest, or the fields that a new one begins with, stand for."""
+        """The layout of the capture with this manifest. The fields that a new capture begins with are enough."""
         config, teacher = manifest["config"], manifest["teacher"]
         counts = manifest["data"]["rows"]
         numbers = split_numbers(sum(counts.values()), config["val_fraction"], config["seed"])
@@ -125,7 +126,7 @@ class Layout:
 
     @property
     def blocks(self) -> list[range]:
-        """The layers of every block: all in one where no hidden states are stored."""
+        """The layers of every block. There is one block if no hidden states are stored."""
         return blocks(len(self.layers), self.block_size)
 
     @property
@@ -230,8 +231,10 @@ def tokens_name(split: str) -> str:
 
 
 def summarize(folder: Path, layout: Layout, rows: dict[str, Rows]) -> dict[str, dict[str, Any]]:
-    """Of every layer, from the statistics of the measured rows in a capture's `folder`: a query's `entropy` in nats,
-    also by head, and a row's `esl`. Empty if no row was measured."""
+    """For every layer, the mean `entropy` of a query in nats, the same by head, and the mean `esl` of a row.
+
+    They are computed from the statistics of the measured rows in a capture's `folder`. Empty if no row was measured.
+    """
     units = [unit for unit in layout.all_units() if unit.statistics]
     tokens = sum(rows[u.split].select(torch.tensor(u.measured)).tokens for u in units if u.block == 0)
     found: dict[str, list[Tensor]] = {}

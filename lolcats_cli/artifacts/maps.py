@@ -1,4 +1,4 @@
-"""Where an artifact keeps the feature maps of its layers, and which layers have none."""
+"""The files in which an artifact keeps the feature maps of its layers, and the layers without feature maps."""
 
 from __future__ import annotations
 
@@ -10,29 +10,31 @@ from lolcats_cli.errors import IdentityMismatch
 
 
 def maps_file(layer: int) -> str:
-    """Where an artifact keeps a layer's maps."""
+    """The file in which an artifact keeps a layer's maps."""
     return f"maps/layer-{layer:03d}.safetensors"
 
 
 def kept_layers(artifact: Artifact) -> list[int]:
-    """The layers that a transfer, and all that is made from it, leaves softmax."""
+    """The layers that keep their softmax attention, in a transfer and in everything that is made from it."""
     return artifact.config.get("keep_softmax", [])
 
 
 def kept_config(artifact: Artifact) -> dict[str, list[int]]:
-    """The entry of a configuration that says so; empty if there are none."""
+    """The entry of a configuration with the kept layers; empty if there are none."""
     kept = kept_layers(artifact)
     return {"keep_softmax": kept} if kept else {}
 
 
 def recorded_heads(artifact: Artifact, layers: Collection[int]) -> dict[int, tuple[int, int]]:
-    """By layer the number of query heads, and the size of their queries, as the capture saw them.
+    """For every layer, the number of query heads and the size of their queries that the capture recorded.
 
-    Raises `IdentityMismatch` for a layer that it did not see.
+    Raises `IdentityMismatch` for a layer that the capture did not record.
     """
     seen = artifact.teacher["layers"]
     heads = {layer: (seen[layer]["num_heads"], seen[layer]["head_dim"]) for layer in layers if layer < len(seen)}
     missing = sorted(set(layers) - {layer for layer, (count, _) in heads.items() if count})
     if missing:
-        raise IdentityMismatch(f"{artifact.path} is of a teacher that has no softmax attention in layer {missing[0]}.")
+        raise IdentityMismatch(
+            f"{artifact.path} was made from a teacher that has no softmax attention in layer {missing[0]}."
+        )
     return heads

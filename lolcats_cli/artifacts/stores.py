@@ -1,6 +1,6 @@
-"""Which store a capture takes: what each needs of the disk and of memory, and the choice between them.
+"""The choice of a capture's store, from the disk space and the memory that each store needs.
 
-Imports neither torch nor transformers, as `plan` does not.
+Imports neither torch nor transformers, because `plan` does not.
 """
 
 from __future__ import annotations
@@ -14,42 +14,41 @@ from lolcats_cli.artifacts.disk import human
 from lolcats_cli.errors import NotEnoughSpace
 
 STORES = ("attention", "block", "tokens")
-SHARD_BYTES = 256 * 2**20  # of a file
-GROUP_BYTES = 2 * 2**30  # of the q, k and v of one group of rows in all layers: what is held in memory
-USABLE = 0.9  # of a device's memory; the rest is lost to fragments
+SHARD_BYTES = 256 * 2**20  # the size of a file
+GROUP_BYTES = 2 * 2**30  # the size of q, k and v of one group of rows in all layers, which are held in memory
+USABLE = 0.9  # the part of a device's memory that can be used; the rest is lost to fragmentation
 PROCESS = 10**9  # bytes that Python, torch and a CUDA context take
-TRAINING_TOKEN = (
-    38  # bytes per head and its size that training a layer on one token takes (H200, bf16: 151 MiB / 1,024)
-)
-STATES = 16  # bytes of a trained parameter: itself, its gradient and AdamW's two moments, in fp32
+# Bytes that training a layer takes per token, head and element of a head (H200, bf16: 151 MiB / 1,024).
+TRAINING_TOKEN = 38
+STATES = 16  # bytes per trained parameter: the parameter, its gradient and AdamW's two moments, in fp32
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes at the peak: of the device, and of the host beside it."""
+    """The peak memory in bytes, of the device and of the host."""
 
     device: float
     host: float
 
     def on(self, cpu: bool) -> float:
-        """What the device must have: all of it if it is a CPU, where the process is one."""
+        """The memory that the device must have. On a CPU that is the sum, with the process counted once."""
         return self.device + self.host - PROCESS if cpu else self.device
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a capture and its transfer are made of, in bytes.
+    """The sizes that decide what a capture and its transfer need. Sizes are in bytes unless the text says otherwise.
 
     Attributes:
-        rows, seq_len: of the data.
+        rows, seq_len: the number of rows of the data, and their tokens.
         batch_size: rows of a forward pass.
-        attention: of a token's q, k and v, by layer.
-        hidden: of a token's hidden state.
-        weights: by layer.
-        beside: of the weights that every pass needs beside its layers: the embedding.
-        width: of what a token takes inside a layer, while it is there.
-        heads: the sizes of all query heads of a layer, summed.
-        maps: parameters that are trained in a layer.
+        attention: the size of a token's q, k and v, by layer.
+        hidden: the size of a token's hidden state.
+        weights: the size of the weights, by layer.
+        beside: the size of the weights that every pass needs in addition to its layers: the embedding.
+        width: the size of a token's activations inside a layer.
+        heads: the number of query heads of a layer times the elements of a head.
+        maps: the number of parameters that are trained in a layer.
     """
 
     rows: int
@@ -64,22 +63,28 @@ class Sizes:
     maps: int
 
     def disk(self, store: str, block_size: int | None = None) -> int:
-        """Of the activations that a capture stores, and its tokens."""
+        """Bytes of the activations that a capture stores, and of its tokens."""
         per_token = {"attention": sum(self.attention), "tokens": 0}
         if store == "block":
             per_token["block"] = self.hidden * (len(blocks(len(self.weights), block_size)) - 1)
         return self.rows * self.seq_len * (per_token[store] + 4)
 
     def capture_memory(self, store: str, block_size: int | None = None) -> Memory:
-        """A block's weights and one batch on the device; the unit that is computed and the one that is written."""
+        """The memory of a capture: a block's weights and one batch on the device, and two units on the host.
+
+        One unit is computed while the other is written.
+        """
         hidden = min(SHARD_BYTES, self.rows * self.seq_len * self.hidden)
         unit = {"attention": self.group(range(len(self.weights))), "block": hidden, "tokens": 0}[store]
         device = self.block_weights(block_size) + self.batch_size * self.seq_len * self.width + PROCESS
         return Memory(device, 2 * unit + PROCESS)
 
     def transfer_memory(self, store: str, block_size: int | None = None) -> Memory:
-        """The layers that are trained together, and where a teacher computes q, k and v, it and a group of rows, twice
-        as its batches are put together."""
+        """The memory of a transfer: the training of the layers that are trained together.
+
+        Where the teacher computes q, k and v, its weights and a group of rows are added. The group counts twice,
+        because its batches are put together into one tensor.
+        """
         training = self.seq_len * self.heads * TRAINING_TOKEN
         if store == "attention":
             return Memory(training + STATES * self.maps + PROCESS, SHARD_BYTES + PROCESS)
@@ -90,17 +95,17 @@ class Sizes:
         return Memory(self.block_weights(block_size) + rows + states + max(training, computing) + PROCESS, PROCESS)
 
     def memory(self, store: str, block_size: int | None, cpu: bool) -> float:
-        """What capture and transfer need of the device."""
+        """Bytes that the device needs for both the capture and the transfer."""
         both = (self.capture_memory(store, block_size), self.transfer_memory(store, block_size))
         return max(needed.on(cpu) for needed in both)
 
     def block_weights(self, block_size: int | None) -> int:
-        """Of the largest block of layers, and of what every block needs."""
+        """Bytes of the weights of the largest block of layers, and of the weights that every block needs."""
         together = blocks(len(self.weights), block_size)
         return self.beside + max(sum(self.weights[layer] for layer in block) for block in together)
 
     def group(self, layers: range) -> int:
-        """Of a group of rows' q, k and v in these layers."""
+        """Bytes of q, k and v of one group of rows in these layers."""
         per_row = [self.seq_len * size for size in self.attention]
         rows = min(self.rows, group_rows(per_row, SHARD_BYTES, GROUP_BYTES))
         return rows * sum(per_row[layer] for layer in layers)
@@ -108,7 +113,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Choice:
-    """The store that is taken, and why, as a sentence."""
+    """The store that is taken, and a sentence that tells why."""
 
     store: str
     block_size: int | None
@@ -116,66 +121,68 @@ class Choice:
 
 
 def blocks(layers: int, block_size: int | None) -> list[range]:
-    """The layers of every block: all in one without a size."""
+    """The layers of every block. Without a size there is one block."""
     size = block_size or layers
     return [range(first, min(first + size, layers)) for first in range(0, layers, size)]
 
 
 def group_rows(per_row: Sequence[int], shard_bytes: int, group_bytes: int) -> int:
-    """The rows of a group, from the bytes of a row's q, k and v in every layer."""
+    """The number of rows in a group. `per_row` has the bytes of a row's q, k and v in every layer."""
     return max(1, min(shard_bytes // max(per_row), group_bytes // sum(per_row)))
 
 
 def choose(sizes: Sizes, disk: float, memory: float, cpu: bool) -> Choice:
-    """The store for a disk of `disk` free bytes and a device of `memory` bytes, which is a CPU or not.
+    """The store for a disk with `disk` free bytes and a device with `memory` bytes.
 
-    Weights count in full on a CPU too, which could read them anew for every batch: that would take days.
-    Raises `NotEnoughSpace`, saying what would help, if no store fits.
+    All weights are counted on a CPU too. It could read them again for every batch, but that would take days.
+    Raises `NotEnoughSpace`, which says what would help, if no store fits.
     """
     wanted, has = sizes.disk("attention"), f"{human(memory)} of memory"
     if wanted <= disk and fits(sizes.memory("attention", None, cpu), memory):
-        return Choice("attention", None, f"q, k and v take {human(wanted)}, and the disk has {human(disk)}.")
-    whole = sizes.memory("tokens", None, cpu)
-    why = f"q, k and v would take {human(wanted)}, and the disk has {human(disk)}"
-    if fits(whole, memory) and sizes.disk("tokens") <= disk:
         return Choice(
-            "tokens", None, f"{why}; the whole teacher and the training take {human(whole)} of the {human(memory)}."
+            "attention", None, f"The queries, keys and values take {human(wanted)}, and the disk has {human(disk)}."
         )
+    whole = sizes.memory("tokens", None, cpu)
+    why = f"The queries, keys and values would take {human(wanted)}, and the disk has {human(disk)}."
+    training = f"The whole teacher and the training take {human(whole)} of the device's {has}."
+    if fits(whole, memory) and sizes.disk("tokens") <= disk:
+        return Choice("tokens", None, f"{why} {training}")
     if wanted <= disk:
-        why = f"the whole teacher takes {human(sizes.memory('attention', None, cpu))} of the device's {has}"
+        why = f"The whole teacher takes {human(sizes.memory('attention', None, cpu))} of the device's {has}."
     else:
-        why += f"; the whole teacher and the training take {human(whole)} of the device's {has}"
+        why += f" {training}"
     block_size = largest_block(sizes, memory, cpu)
     if block_size is None:
         least = sizes.memory("block", 1, cpu)
         raise NotEnoughSpace(
-            f"No store fits: {why}, and a single layer takes {human(least)}. It takes a device of "
-            f"{human(least / USABLE)}, or shorter rows (--seq-len)."
+            f"No store fits. {why} A single layer takes {human(least)}. Use a device with {human(least / USABLE)}, or "
+            "shorter rows (--seq-len)."
         )
     stored, needed = sizes.disk("block", block_size), sizes.memory("block", block_size, cpu)
     layers = "1 layer" if block_size == 1 else f"{block_size} layers"
     if stored > disk:
         raise NotEnoughSpace(
-            f"No store fits: {why}; the hidden states of blocks of {layers}, the largest that fit in memory, take "
-            f"{human(stored)}, and the disk has {human(disk)}. Take fewer --samples, or a larger disk."
+            f"No store fits. {why} The largest blocks that fit in memory have {layers}. Their hidden states take "
+            f"{human(stored)}, and the disk has {human(disk)}. Use fewer --samples, or a larger disk."
         )
-    return Choice("block", block_size, f"{why}; blocks of {layers} take {human(needed)}, and {human(stored)} of disk.")
+    reason = f"{why} Blocks of {layers} take {human(needed)} of memory and {human(stored)} of disk."
+    return Choice("block", block_size, reason)
 
 
 def largest_block(sizes: Sizes, memory: float, cpu: bool) -> int | None:
-    """The layers of the largest blocks that fit, evened out; None if one layer does not fit."""
+    """The number of layers of the largest blocks that fit, made even; None if one layer does not fit."""
     count = len(sizes.weights)
     fitting = [size for size in range(1, count) if fits(sizes.memory("block", size, cpu), memory)]
     return -(-count // len(blocks(count, max(fitting)))) if fitting else None
 
 
 def fits(needed: float, memory: float) -> bool:
-    """Whether a device of so much memory has what is needed."""
+    """Whether a device with `memory` bytes has the `needed` bytes."""
     return needed <= USABLE * memory
 
 
 def available_memory() -> float:
-    """Bytes of this computer's memory that a new process may take: what is free, within the limit of its cgroup."""
+    """Bytes of this computer's memory that a new process can use: the free memory, within the limit of its cgroup."""
     found = [float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))]
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():

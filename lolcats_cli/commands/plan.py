@@ -69,7 +69,7 @@ def show(found: Plan, as_json: bool) -> None:
 
 
 def _lines(found: Plan) -> list[str]:
-    """The plan for people: what it is of, the table, what does not fit, and the commands."""
+    """The plan for people: the teacher and the machine, the table, what does not fit, and the commands."""
     from lolcats_cli.artifacts.disk import human
 
     shape, machine = found.shape, found.machine
@@ -104,9 +104,11 @@ def _lines(found: Plan) -> list[str]:
         problems.setdefault(name, []).extend(step.problems)
     sentences = [f"{name} does not fit: {'; '.join(why)}." for name, why in problems.items() if why]
     if found.choice:
-        sentences.append(f"Take --store {found.choice.store}: {found.choice.reason}")
+        sentences.append(f"Use --store {found.choice.store}. {found.choice.reason}")
     state, cache = human(found.state), human(found.cache * 1024)
-    sentences.append(f"A student keeps {state} of a sequence, however long; the teacher {cache} of every 1,024 tokens.")
+    sentences.append(
+        f"A student keeps {state} for a sequence of any length. The teacher keeps {cache} for every 1,024 tokens."
+    )
     for sentence in sentences:
         lines += textwrap.wrap(sentence, WIDTH, break_on_hyphens=False)
     return lines + (["", *found.commands] if found.commands else [])

@@ -1,4 +1,4 @@
-"""eval: how good a model is on held-out text, and which part of a student's attention does the work.
+"""eval: measures how good a model is on held-out text, and which part of a student's attention does the work.
 
 Shapes: N rows, B batch, T time, V vocabulary.
 """
@@ -17,7 +17,7 @@ from lolcats_kernels.softmax import AttentionSpec, softmax_attention
 
 from lolcats_cli.errors import BadInput
 from lolcats_cli.evaluation.recall import recall_accuracy, recall_rows
-from lolcats_cli.loading.any_model import Loaded
+from lolcats_cli.loading.any_model import NO_NUMBERS, Loaded
 from lolcats_cli.progress import Progress
 from lolcats_cli.student.build import hybrid_modules, set_terms
 from lolcats_cli.teacher.data import DataOptions, Rows, read_rows
@@ -41,28 +41,31 @@ def evaluate(
     seed: int = 0,
     progress: Progress = Progress(),
 ) -> dict:
-    """Perplexity, recall and, for a student, the attention's error, with all its terms and with each alone.
+    """Measures perplexity and recall; of a student also the error of its attention, with both terms and each alone.
 
     Args:
-        terms: what to measure of a student: "both" terms of its attention, the "window" or the "linear" one alone.
+        terms: the parts of a student's attention that are measured: "both" terms, the "window" alone, or the "linear"
+            term alone.
         batch_size: rows per forward pass.
-        recall_count: rows per recall distance; 0 leaves recall out.
+        recall_count: rows per recall distance; with 0, recall is not measured.
 
     Returns:
-        {"rows", "tokens", "seq_len", "results": {term: figures}}, where a teacher has the term "both" alone and the
-        figures are `nats_per_token`, its `standard_error` over rows, `perplexity`, `attention_mse`,
-        `relative_attention_mse` (to the softmax output's power) and `recall` by distance in tokens.
+        {"rows", "tokens", "seq_len", "results": {term: figures}}. A teacher has the term "both" alone. The figures are
+        `nats_per_token`, its `standard_error` over rows, `perplexity`, `attention_mse`, `relative_attention_mse`
+        (divided by the mean square of the softmax output) and `recall` by distance in tokens.
 
     Raises:
-        BadInput: the data cannot be read or is too short; the model's predictions are no numbers.
+        BadInput: the data cannot be read or is too short, or the model predicts NaN or infinity.
     """
     limit = model_limit(loaded.model.config)
     if limit is not None and options.seq_len > limit:
-        raise BadInput(f"--seq-len {options.seq_len} is over the {limit} tokens that the model was made for.")
+        raise BadInput(
+            f"--seq-len {options.seq_len} is over the {limit} tokens that the model was made for. Choose a smaller one."
+        )
     vocab_size = loaded.model.config.get_text_config().vocab_size
     rows = read_rows(data, loaded.tokenizer, options, vocab_size=vocab_size, progress=progress)
     if rows.valid is not None and not bool(rows.valid[:, 1:].any()):
-        raise BadInput("No row of the data has a second token, which is the first that can be predicted.")
+        raise BadInput("No row of the data has two tokens, so there is nothing to predict. Pass longer texts.")
     is_student = loaded.kind != "teacher"
     chosen = terms if is_student else ("both",)
     filler = rows.input_ids.flatten() if rows.valid is None else rows.input_ids[rows.valid]
@@ -71,7 +74,7 @@ def evaluate(
         try:
             made = recall_rows(loaded.tokenizer, filler.long(), distance=distance, count=recall_count, seed=seed)
         except ValueError as error:
-            progress.note(f"recall at {distance} tokens is left out: {error}")
+            progress.note(f"Recall at {distance} tokens is not measured: {error}")
             continue
         if limit is None or made.input_ids.shape[1] <= limit:
             questions[distance] = made
@@ -82,9 +85,7 @@ def evaluate(
                 set_terms(loaded.model, term)
             figures = _text_figures(loaded.model, rows, loaded.layers, batch_size, advance)
             if term == "both" and not math.isfinite(figures["nats_per_token"]):
-                raise BadInput(
-                    "The model predicts NaN or infinity: its weights are damaged, or overflow in this --dtype."
-                )
+                raise BadInput(NO_NUMBERS)
             figures["recall"] = {}
             for distance, made in questions.items():
                 figures["recall"][str(distance)] = recall_accuracy(loaded.model, made, batch_size)
@@ -112,7 +113,7 @@ def _text_figures(
             counts += valid[:, 1:].sum(1).tolist()
             advance(len(ids))
     mean = sum(losses) / sum(counts)
-    # Rows are independent, tokens within one are not: the standard error of a ratio over rows.
+    # This is the standard error of a ratio over rows: rows are independent, and the tokens within a row are not.
     spread = sum((loss - mean * count) ** 2 for loss, count in zip(losses, counts, strict=True))
     n = len(losses)
     return {

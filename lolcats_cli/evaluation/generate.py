@@ -1,4 +1,4 @@
-"""generate: text from a model, as it comes."""
+"""generate: streams the text that a model writes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import BatchEncoding
 
 from lolcats_cli.errors import BadInput, LolcatsError, UsageError
-from lolcats_cli.loading.any_model import Loaded
+from lolcats_cli.loading.any_model import NO_NUMBERS, Loaded
 from lolcats_cli.teacher.load import first_line
 
 
@@ -20,11 +20,11 @@ class Sampling:
     """How tokens are drawn.
 
     Attributes:
-        temperature: 0 takes the likeliest token every time; the others then mean nothing.
-        top_p: draw among the likeliest tokens that together have this probability; 1 means all.
-        top_k: draw among so many of the likeliest tokens; 0 means all. None of either leaves it to the model's
-            generation_config.json.
-        seed: of the draws.
+        temperature: with 0, the likeliest token is taken every time, and the other attributes have no effect.
+        top_p: tokens are drawn from the likeliest ones that together have this probability; 1 means all.
+        top_k: tokens are drawn from this number of the likeliest ones; 0 means all. Where `top_p` or `top_k` is None,
+            the model's generation_config.json decides.
+        seed: the seed of the draws.
     """
 
     temperature: float = 0.0
@@ -33,7 +33,7 @@ class Sampling:
     seed: int = 0
 
     def options(self) -> dict[str, Any]:
-        """As transformers' generate takes them."""
+        """The keyword arguments of transformers' `generate`."""
         if not self.temperature:
             return {"do_sample": False}
         given = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
@@ -48,14 +48,14 @@ def generate(
     sampling: Sampling = Sampling(),
     write: Callable[[str], None] = lambda text: None,
 ) -> str:
-    """Continue `prompt`; `write` gets the continuation piece by piece, and the whole is returned.
+    """Continues `prompt`. `write` gets the continuation piece by piece, and the whole continuation is returned.
 
     Args:
         prompt: a text, or the turns of a conversation (`role` and `content`), for the tokenizer's chat template.
 
     Raises:
-        UsageError: the prompt has no tokens, or the tokenizer no chat template.
-        BadInput: the model's predictions are no numbers, or its generation_config.json cannot be followed.
+        UsageError: the prompt has no tokens, or the tokenizer has no chat template.
+        BadInput: the model predicts NaN or infinity, or its generation_config.json cannot be followed.
     """
     from transformers import LogitsProcessorList, TextStreamer
 
@@ -82,8 +82,10 @@ def generate(
         )
     except (LolcatsError, OSError):
         raise
-    except Exception as error:  # of every sort, as settings of a wrong type or size meet all of transformers
-        raise BadInput(f"{type(model).__name__} cannot generate as its folder says: {first_line(error)}") from error
+    except Exception as error:  # wrong settings may raise anything, as they reach all of transformers
+        raise BadInput(
+            f"{type(model).__name__} cannot generate with its generation_config.json: {first_line(error)}"
+        ) from error
     return "".join(pieces)
 
 
@@ -93,17 +95,17 @@ def _encode(loaded: Loaded, prompt: str | list[dict[str, str]]) -> BatchEncoding
     if isinstance(prompt, str):
         return tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
     if not tokenizer.chat_template:
-        raise UsageError("--chat needs a chat template, and this tokenizer has none. Leave --chat out.")
+        raise UsageError("--chat needs a chat template, and this tokenizer has none. Leave out --chat.")
     try:
         made = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    except Exception as error:  # of every sort: a template is a program
+    except Exception as error:  # a template is a program and may raise anything
         raise BadInput(f"The tokenizer's chat template cannot be used: {first_line(error)}") from error
     assert isinstance(made, BatchEncoding)
     return made
 
 
 def _check_numbers(input_ids: Tensor, scores: Tensor) -> Tensor:
-    """The scores [B, V] of the next token as they are. Raises `BadInput` if they are no numbers; -inf rules one out."""
+    """The scores [B, V] of the next token, unchanged. Raises `BadInput` for NaN and infinity; -inf is allowed."""
     if bool(scores.isnan().any()) or bool((scores == torch.inf).any()):
-        raise BadInput("The model predicts NaN or infinity: its weights are damaged, or overflow in this --dtype.")
+        raise BadInput(NO_NUMBERS)
     return scores

@@ -1,7 +1,8 @@
-"""Golden logits: what a merged student answers to a few prompts, kept beside its weights; `verify` computes them again.
+"""Golden logits: the logits of a merged student for a few prompts. They lie beside its weights, and `verify` computes
+them again.
 
-Hashes show that a folder's bytes are right. This shows that the software and the machine where the folder lies make the
-same model of them. Weights are read module by module from the folder, so a model need not fit into memory.
+Hashes show that the bytes of a folder are right. Golden logits show that the software and the machine compute the same
+model from them. Weights are read module by module from the folder, so a model need not fit into memory.
 
 Shapes: P prompts, T tokens, V vocabulary.
 """
@@ -31,17 +32,17 @@ PROMPTS = (
     "The sea was calm that morning, and nobody on board had slept. The captain counted the boats twice, then again",
     "To linearize a model, replace the softmax of each attention by a product of feature maps, and train these so that",
 )
-BEYOND = 8  # tokens more than the window holds, so that the linear term has its say
-# The largest error, relative to the spread of the golden logits, by the dtype that the student is computed in: machines
-# round differently, and the differences grow from layer to layer.
+BEYOND = 8  # tokens more than the window holds, so that the linear term has an effect
+# The largest accepted error, relative to the standard deviation of the golden logits, by the dtype of the computation.
+# Machines round differently, and the differences grow from layer to layer.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.1}
 
 
 def golden(folder: Path, scratch: Path) -> dict[str, Tensor]:
     """The golden logits of the student in `folder`: `input_ids` [P, T] and the `logits` [P, V] after the last of them.
 
-    scratch: where weights are laid out anew of models whose modules hold them in another form than their files do.
-    Raises BadInput if they are no numbers.
+    scratch: a folder for converted weights, for models whose modules hold them in another form than their files do.
+    Raises BadInput if the logits are NaN or infinite.
     """
     kind = student_class(folder)
     config = kind.config_class.from_pretrained(folder)
@@ -52,14 +53,14 @@ def golden(folder: Path, scratch: Path) -> dict[str, Tensor]:
     logits = _logits(kind, folder, input_ids, scratch)[0]
     if not logits.isfinite().all():
         raise BadInput(
-            f"The student in {folder} answers two prompts with NaN or infinity, so it is not finished: its weights "
-            "overflow, or the training diverged. Train again with a lower --lr."
+            f"The student in {folder} is not finished, because its logits for two prompts are NaN or infinite. Its "
+            "weights overflow, or the training diverged. Train again with a lower --lr."
         )
     return {"input_ids": input_ids, "logits": logits}
 
 
 def try_one_block(folder: Path, scratch: Path) -> None:
-    """Compute logits of the student in `folder` as `golden` does, with its layers cut off behind the first attention.
+    """Computes logits of the student in `folder` as `golden` does, without the layers behind the first attention.
 
     Raises BadInput, with the reason, if that cannot be done.
     """
@@ -72,7 +73,7 @@ def try_one_block(folder: Path, scratch: Path) -> None:
             super().__init__(config)
             stack, number = _place(self)
             del self.get_submodule(stack)[number + 1 :]
-            # What the files hold of the other layers is no cause for a warning.
+            # The files also hold the weights of the other layers, which is no cause for a warning.
             self._keys_to_ignore_on_load_unexpected |= {r"\.\d+\."}
 
     length = whole.config_class.from_pretrained(folder).lolcats["hybrid"]["window"] + BEYOND
@@ -85,9 +86,9 @@ def try_one_block(folder: Path, scratch: Path) -> None:
 
 
 def check_saved_again(folder: Path) -> dict[str, Any]:
-    """What `verify` tells of a student that was saved again: no manifest says how its bytes or its answers should be.
+    """What `verify` tells of a student that was saved again. Such a student has no manifest to be compared with.
 
-    Raises BadInput if weights are missing, or if it does not answer with numbers.
+    Raises BadInput if weights are missing, or if its logits are NaN or infinite.
     """
     files = identity.weight_files(folder)
     with tempfile.TemporaryDirectory() as scratch:
@@ -101,9 +102,9 @@ def check_saved_again(folder: Path) -> dict[str, Any]:
 
 
 def check(artifact: Artifact) -> float:
-    """The error of a student's logits here, relative to the spread of its golden ones.
+    """The error of the logits that a student computes here, relative to the standard deviation of its golden ones.
 
-    Raises BadInput if it is beyond what rounding explains, or if the golden file is no such file.
+    Raises BadInput if rounding does not explain the error, or if the golden file does not hold golden logits.
     """
     found = artifact.load(GOLDEN)
     where = artifact.path / GOLDEN
@@ -116,23 +117,27 @@ def check(artifact: Artifact) -> float:
             raise
         raise BadInput(f"The student in {artifact.path} cannot be run here: {first_line(problem)}") from problem
     if logits.shape != expected.shape:
-        raise BadInput(f"{where} is of a vocabulary of {expected.shape[1]}; the student has {logits.shape[1]}.")
+        raise BadInput(
+            f"{where} is for a vocabulary of {expected.shape[1]} tokens, and the student has {logits.shape[1]}. Copy "
+            "the artifact again, or merge it again."
+        )
     error = ((logits - expected).square().mean().sqrt() / expected.std()).item()
     tolerance = TOLERANCE[dtype]
     if not error <= tolerance:  # NaN is an error too
         import transformers
 
         raise BadInput(
-            f"The student in {artifact.path} answers otherwise than when it was merged: its logits differ from those "
-            f"in {GOLDEN} by {error:.2g} of their spread; rounding explains {tolerance:g} at most. Its files are "
-            f"intact: torch {torch.__version__}, transformers {transformers.__version__} or this machine computes "
-            f"something else than {artifact.manifest['created']['tool']} did. Try the versions it was merged with."
+            f"The student in {artifact.path} computes other logits than when it was merged. They differ from those in "
+            f"{GOLDEN} by {error:.2g} of their standard deviation, and rounding explains at most {tolerance:g}. Its "
+            f"files are intact, so torch {torch.__version__}, transformers {transformers.__version__} or this machine "
+            f"computes something else than {artifact.manifest['created']['tool']} did. Try the versions it was merged "
+            "with."
         )
     return error
 
 
 def _tokens(folder: Path, vocabulary: int) -> list[list[int]]:
-    """The prompts by the student's tokenizer; their bytes if it has none."""
+    """The tokens of the prompts: those of the student's tokenizer, or bytes if it has none."""
     if not (folder / "tokenizer_config.json").is_file():
         return [[byte % vocabulary for byte in prompt.encode()] for prompt in PROMPTS]
     tokenizer = load_tokenizer(folder)
@@ -141,10 +146,10 @@ def _tokens(folder: Path, vocabulary: int) -> list[list[int]]:
 
 @torch.no_grad()
 def _logits(kind: Any, folder: Path, input_ids: Tensor, scratch: Path) -> tuple[Tensor, torch.dtype]:
-    """Those after the last token [P, V], in fp32, computed on the CPU; and the dtype of the computation.
+    """The logits after the last token [P, V], in fp32, computed on the CPU; and the dtype of the computation.
 
-    Weights are mapped from their files. Where modules hold them in another form, as those of experts, the layers are
-    laid out anew on the disk, and stay there until they are run.
+    Weights are mapped from their files. Where modules hold them in another form, as experts do, the layers are
+    converted on the disk, and stay there until they are run.
     """
     disable_progress_bar()
     steps = get_checkpoint_conversion_mapping(kind.config_class.model_type) or ()
@@ -157,15 +162,15 @@ def _logits(kind: Any, folder: Path, input_ids: Tensor, scratch: Path) -> tuple[
 
 
 def _offloaded(kind: Any, folder: Path, scratch: Path) -> Any:
-    """A student whose layers lie on the disk; what is around them is loaded, as code of some models asks where the
-    embeddings lie."""
+    """A student whose layers lie on the disk. The modules around them are loaded, because the code of some models asks
+    for the device of the embeddings."""
     with torch.device("meta"):
         stack, _ = _place(skeleton := kind(kind.config_class.from_pretrained(folder)))
     size = sum(file.stat().st_size for file in identity.weight_files(folder))
-    check_space(size, scratch, "The weights of experts are laid out anew there for a while.")
+    check_space(size, scratch, "The weights of experts are converted there for a while. Set TMPDIR to a larger disk.")
     logger = logging.getLogger("accelerate.big_modeling")
     level = logger.level
-    logger.setLevel(logging.ERROR)  # that weights stay on the disk is the point
+    logger.setLevel(logging.ERROR)  # weights stay on the disk on purpose
     try:
         return kind.from_pretrained(folder, dtype="auto", device_map=_devices(skeleton, stack), offload_folder=scratch)
     finally:
@@ -173,7 +178,7 @@ def _offloaded(kind: Any, folder: Path, scratch: Path) -> Any:
 
 
 def _place(model: nn.Module) -> tuple[str, int]:
-    """Where the first attention of a model lies: the name of the list of layers, and the number of the layer in it."""
+    """The place of a model's first attention: the name of the list of layers, and the number of the layer in it."""
     first = attention_modules(model)[0]
     name = next(name for name, module in model.named_modules() if module is first)
     parts = name.split(".")
@@ -182,7 +187,7 @@ def _place(model: nn.Module) -> tuple[str, int]:
 
 
 def _devices(model: nn.Module, stack: str) -> dict[str, str]:
-    """Where the parts of a model lie while it runs: the layers in `stack` on the disk, the others in memory."""
+    """The device map of a model: the layers in `stack` stay on the disk, the others in memory."""
     found = {f"{stack}.{name}": "disk" for name, _ in model.get_submodule(stack).named_children()}
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     for name, _ in tensors:
@@ -193,8 +198,11 @@ def _devices(model: nn.Module, stack: str) -> dict[str, str]:
 
 
 def _checked(found: dict[str, Tensor], where: Path) -> tuple[Tensor, Tensor]:
-    """(input_ids, logits). Raises BadInput unless they are what `golden` makes."""
-    message = f"{where} does not hold input_ids [prompts, tokens] and logits [prompts, vocabulary]."
+    """(input_ids, logits). Raises BadInput unless they have the form that `golden` gives them."""
+    message = (
+        f"{where} does not hold input_ids [prompts, tokens] and logits [prompts, vocabulary]. Copy the artifact again, "
+        "or merge it again."
+    )
     if set(found) != {"input_ids", "logits"}:
         raise BadInput(message)
     input_ids, logits = found["input_ids"], found["logits"]

@@ -8,21 +8,22 @@ from typing import Any
 from lolcats_cli.errors import BadInput, UsageError
 from lolcats_cli.loading.any_model import Loaded
 
-# The six of the paper (arXiv 2410.10254), with the worked examples before each question.
+# The paper's six tasks (arXiv 2410.10254), each with the number of worked examples before a question.
 PAPER = {"piqa": 0, "arc_easy": 0, "arc_challenge": 0, "hellaswag": 0, "winogrande": 0, "mmlu": 5}
 
-Tasks = dict[str, list[Any]]  # per name that was asked for, the harness's tasks or groups
+Tasks = dict[str, list[Any]]  # the harness's tasks or groups, by the name that was asked for
 
 
 def load_tasks(names: Sequence[str]) -> Tasks:
-    """The tasks of these names or YAML files, with their data, from the hub if it is not in a cache; "paper" is PAPER.
+    """The tasks of these names or YAML files, with their data. The name "paper" stands for the tasks in PAPER.
 
-    Raises UsageError without lm_eval or for a name that it does not know, BadInput if the data cannot be had.
+    The data comes from the hub if it is not in the cache. Raises UsageError if lm_eval is not installed or does not
+    know a name, and BadInput if the data cannot be read.
     """
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise UsageError(f"--tasks needs lm_eval ({error}): pip install 'lolcats[eval]'") from error
+        raise UsageError(f"--tasks needs lm_eval ({error}). Install it with: pip install 'lolcats[eval]'.") from error
     manager, tasks = TaskManager(), {}
     for name in [task for given in names for task in (PAPER if given == "paper" else [given])]:
         try:
@@ -33,8 +34,9 @@ def load_tasks(names: Sequence[str]) -> Tasks:
             ) from error
         except Exception as error:
             raise BadInput(
-                f"The data of the task {name} cannot be had from the Hugging Face hub nor from its cache: {error}. "
-                "Check the network and HF_HUB_OFFLINE, or run it where both are and copy ~/.cache/huggingface here."
+                f"The data of the task {name} cannot be read from the Hugging Face hub or from its cache: {error}. "
+                "Check the network and HF_HUB_OFFLINE. Or run the task on a computer with a network, and copy its "
+                "~/.cache/huggingface here."
             ) from error
         group = found["groups"].get(name)
         tasks[name] = [group] if group is not None else list(found["tasks"].values())
@@ -44,7 +46,7 @@ def load_tasks(names: Sequence[str]) -> Tasks:
 def run_tasks(loaded: Loaded, tasks: Tasks, *, samples: int | None, batch_size: int, seed: int) -> dict[str, dict]:
     """Figures by task: `shots`, and what the harness measures, such as `acc` and `acc_stderr`.
 
-    samples: the most questions of each task.
+    samples: the largest number of questions of each task; None for all.
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM

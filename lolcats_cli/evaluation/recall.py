@@ -1,7 +1,7 @@
 """Recall: can a model repeat a fact that was stated ``distance`` tokens ago?
 
-A fact is one sentence, ``They call Anna river.``; asking it is the same sentence up to the name. Names and answers
-are drawn at random, so that only the row itself tells the answer: chance is about ``1 / len(ANSWERS)``.
+A fact is one sentence, ``They call Anna river.`` The question is the same sentence up to the name. Names and answers
+are drawn at random, so that only the row itself tells the answer. Chance is about ``1 / len(ANSWERS)``.
 
 Shapes: N rows, T tokens per row.
 """
@@ -51,17 +51,20 @@ class RecallRows:
 
 
 def statement(name: str, answer: str) -> str:
-    """The sentence that states a fact; with its leading space it can follow any sentence."""
+    """The sentence that states a fact. It starts with a space, so that it can follow any sentence."""
     return f" They call {name} {answer}."
 
 
 def is_evaluation_pair(name: str, answer: str) -> bool:
-    """About one pair in eight is kept for measuring and never occurs in the embedded teacher's training text."""
+    """Whether a pair is kept for measuring. About one in eight is. The embedded teacher's training text has none."""
     return hashlib.sha256(f"{name}/{answer}".encode()).digest()[0] % 8 == 0
 
 
 def draw_facts(rng: random.Random, count: int, *, evaluation: bool) -> list[tuple[str, str]]:
-    """``count`` (name, answer) pairs with different names and different answers, all from one side of the split."""
+    """``count`` (name, answer) pairs with different names and different answers.
+
+    evaluation: whether all pairs are among those kept for measuring; otherwise none is.
+    """
     facts: list[tuple[str, str]] = []
     for name in rng.sample(NAMES, count):
         while True:
@@ -73,7 +76,7 @@ def draw_facts(rng: random.Random, count: int, *, evaluation: bool) -> list[tupl
 
 
 class FactTokens:
-    """Token ids of facts under one tokenizer: ``full`` (the sentence), and its split into question and answer."""
+    """The token ids of facts by one tokenizer: ``full`` (the sentence), and its question and answer."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -113,42 +116,43 @@ def recall_rows(
 ) -> RecallRows:
     """Rows ``lead · facts · filler · question · answer`` with ``distance`` tokens from the asked fact to its question.
 
-    ``tokenizer``: any Hugging Face tokenizer. ``filler``: 1-D token ids of ordinary text, of which every row takes a
-    random contiguous piece. ``facts`` are stated one after the other in random order and one of them is asked, so
-    "repeat the answer word of the row" does not suffice. The facts that follow the asked one count in ``distance``.
-    ``evaluation`` picks the side of the split of (name, answer) pairs (see ``is_evaluation_pair``).
+    ``tokenizer``: any Hugging Face tokenizer. ``filler``: 1-D token ids of ordinary text; every row takes a random
+    contiguous piece of it. ``facts`` is the number of facts that are stated one after the other. One of them is asked,
+    so it does not help to repeat any answer word of the row. The facts that follow the asked one count in ``distance``.
+    ``evaluation``: see ``draw_facts``.
 
-    Returns rows of equal length; same arguments, same rows. Raises ValueError if the filler or the distance is too
-    short, or a count is not positive.
+    Returns rows of equal length. The same arguments give the same rows. Raises ValueError if the filler or the distance
+    is too short, or a count is not positive.
     """
     if count < 1 or not 1 <= facts <= len(NAMES):
-        raise ValueError(f"recall needs a positive number of rows and 1 to {len(NAMES)} facts, got {count} and {facts}")
+        raise ValueError(
+            f"Recall needs at least one row and 1 to {len(NAMES)} facts. It got {count} rows and {facts} facts."
+        )
     if filler.dim() != 1:
-        raise ValueError(f"the filler must be one row of token ids, got the shape {list(filler.shape)}")
+        raise ValueError(f"The filler must be one row of token ids. It has the shape {list(filler.shape)}.")
     rng = random.Random(f"recall {seed} {distance} {facts}")
     tokens = FactTokens(tokenizer)
-    plans = []  # per row: the facts' ids in order, the index of the asked one, its question and its answer
+    plans = []  # for every row: the facts' ids in order, the index of the asked one, its question and its answer
     for _ in range(count):
         drawn = draw_facts(rng, facts, evaluation=evaluation)
         asked = rng.randrange(facts)
         plans.append(([tokens(*fact)[0] for fact in drawn], asked, *tokens(*drawn[asked])[1:]))
-    # What is not filler differs between rows by some tokens; the lead takes up the difference.
+    # The facts and the question of rows differ in length by some tokens. The lead makes up for the difference.
     before = [sum(map(len, stated[: asked + 1])) for stated, asked, _, _ in plans]
     after = [sum(map(len, stated[asked + 1 :])) for stated, asked, _, _ in plans]
     ending = [len(question) + len(answer) for _, _, question, answer in plans]
     if distance < max(after):
-        raise ValueError(f"a distance of {distance} tokens is too short for {facts} facts; it needs {max(after)}")
+        raise ValueError(
+            f"A distance of {distance} tokens is too short for {facts} facts, which need {max(after)} tokens."
+        )
     length = LEAD + distance + max(b + e for b, e in zip(before, ending, strict=True))
     if len(filler) < length:
-        raise ValueError(
-            f"the text is too short to measure recall at {distance} tokens: it has {len(filler)} tokens and "
-            f"{length} are needed; give a longer text or a smaller distance"
-        )
+        raise ValueError(f"The text has {len(filler)} tokens, and {length} are needed. Give a longer text.")
     input_ids = torch.empty(count, length, dtype=torch.long)
     answer_mask = torch.zeros(count, length, dtype=torch.bool)
     for row, (stated, _, question, answer) in enumerate(plans):
         lead = length - distance - before[row] - ending[row]
-        # Text that calls the asked name something else itself would be the later fact: take another piece.
+        # Text that itself calls the asked name something would be a later fact. Then another piece is taken.
         for _ in range(100):
             start = rng.randrange(len(filler) - length + 1)
             text = filler[start : start + lead + distance - after[row]].tolist()
@@ -163,7 +167,7 @@ def recall_rows(
 def recall_hits(
     forward: Callable[[torch.Tensor], torch.Tensor], rows: RecallRows, batch_size: int = 8
 ) -> Iterator[bool]:
-    """Per row: is every token of the answer the most likely one? ``forward``: ids [B, T] -> logits [B, T, V]."""
+    """For every row, whether each token of the answer is the likeliest. ``forward``: ids [B, T] -> logits [B, T, V]."""
     for start in range(0, len(rows.input_ids), batch_size):
         ids = rows.input_ids[start : start + batch_size]
         mask = rows.answer[start : start + batch_size]
@@ -174,9 +178,9 @@ def recall_hits(
 
 @torch.no_grad()
 def recall_accuracy(model: Any, rows: RecallRows, batch_size: int = 8) -> float:
-    """The share of rows whose whole answer is the model's first choice, given the true tokens before each.
+    """The share of rows in which every token of the answer is the model's first choice, given the true tokens before.
 
-    ``model``: a causal language model of transformers, in evaluation mode already if it has dropout.
+    ``model``: a causal language model of transformers. If it has dropout, it must be in evaluation mode.
     """
     device = execution_device(model)
     hits = list(recall_hits(lambda ids: model(input_ids=ids.to(device), use_cache=False).logits, rows, batch_size))

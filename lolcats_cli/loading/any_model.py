@@ -1,4 +1,5 @@
-"""From whatever a command is given to a model that runs: a teacher, a transfer or LoRA artifact, or a merged folder."""
+"""Loads a model that runs from the path that a command is given: a teacher, a transfer or LoRA artifact, or a merged
+folder."""
 
 from __future__ import annotations
 
@@ -19,13 +20,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+NO_NUMBERS = (
+    "The model predicts NaN or infinity. Its weights are damaged, or they overflow in this --dtype. Check the folder "
+    "with `lolcats verify`, or choose --dtype float32."
+)
+
+
 @dataclass(frozen=True)
 class Loaded:
     """A model that runs.
 
     Attributes:
         kind: "teacher", "transfer", "lora" or "student".
-        layers: a student's softmax attentions, those that its own imitate; None for a teacher.
+        layers: the softmax attentions that a student's attentions imitate; None for a teacher.
     """
 
     model: PreTrainedModel
@@ -35,9 +42,9 @@ class Loaded:
 
 
 def listed_files(artifact: Artifact) -> tempfile.TemporaryDirectory:
-    """A folder with the artifact's files and no others, every byte checked.
+    """A folder with the artifact's files and no others. Every byte is checked.
 
-    Libraries use what lies in a model folder: an adapter beside the weights, a template, code.
+    Libraries use everything that lies in a model folder: an adapter beside the weights, a template, code.
     """
     artifact.check_all()
     folder = tempfile.TemporaryDirectory(prefix="lolcats-")
@@ -49,9 +56,9 @@ def listed_files(artifact: Artifact) -> tempfile.TemporaryDirectory:
 
 
 def load_any(path: str, load: LoadOptions, *, teacher: str | None = None, revision: str | None = None) -> Loaded:
-    """Load what `path` is. `teacher` replaces the recorded folder of an artifact's teacher.
+    """Loads the model in `path`. `teacher` replaces the recorded folder of an artifact's teacher.
 
-    Of a student, only the files that its manifest lists are used, and no code that it brings along is run.
+    Of a student, only the files that its manifest lists are used. Code in its folder is not run.
     """
     if not any((Path(path) / name).is_file() for name in ("manifest.json", "progress.json")):
         from lolcats_cli.loading.merged import is_saved_again, load_merged
@@ -72,6 +79,6 @@ def load_any(path: str, load: LoadOptions, *, teacher: str | None = None, revisi
     folder = teacher_folder(artifact, teacher)
     model = load_student(artifact, folder, load)
     if artifact.kind == "lora":
-        check_on_devices(model, "an adapter is added to weights that stay. Merge it, and take the merged folder")
+        check_on_devices(model, "an adapter can only be added to weights on them. Merge it, and use the merged folder")
         load_adapter(artifact).fold_into(model)
     return Loaded(model, load_tokenizer(folder, load.trust_remote_code), artifact.kind, layers)

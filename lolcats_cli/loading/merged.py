@@ -1,4 +1,4 @@
-"""Loading a merged folder with the installed code: nothing that the folder brings along is run."""
+"""Loads a merged folder with the installed code. Code in the folder is not run."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def load_merged(folder: Path, load: LoadOptions) -> PreTrainedModel:
 
 
 def is_saved_again(folder: Path | str) -> bool:
-    """Whether a folder holds a student that was saved by `save_pretrained`: it has no manifest, but is one by its
-    configuration."""
+    """Whether a folder holds a student that was saved by `save_pretrained`: it has no manifest, but its configuration
+    is a student's."""
     folder = Path(folder)
     if (folder / "manifest.json").exists() or not (folder / "config.json").is_file():
         return False

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 
 def teacher_folder(artifact: Artifact, override: str | None = None) -> Path:
-    """The folder of the artifact's teacher, checked to be the one that was captured.
+    """The folder of the artifact's teacher. It is compared with the teacher that was captured.
 
-    Raises `BadInput` if it is not there, `IdentityMismatch` if it holds another model.
+    Raises `BadInput` if the folder is not there, `IdentityMismatch` if it holds another model.
     """
     folder = resolve_folder(override or str(identity.recorded_folder(artifact.teacher, artifact.path)))
     identity.check(artifact.teacher, folder)
@@ -32,14 +32,14 @@ def teacher_folder(artifact: Artifact, override: str | None = None) -> Path:
 
 
 def check_finite(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Raise `BadInput`, naming the tensor, for maps with NaN or infinity in them."""
+    """Raises `BadInput`, naming the tensor, for maps that hold NaN or infinity."""
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise BadInput(f"{file}: {name} holds NaN or infinity. Train the layer again, with a lower --lr.")
 
 
 def load_adapter(artifact: Artifact) -> Adapter:
-    """The adapter of a LoRA artifact, its bytes checked. Raises `BadInput` if it cannot be folded."""
+    """The adapter of a LoRA artifact. Its bytes are checked. Raises `BadInput` if it cannot be folded."""
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         artifact.check(f"adapter/{name}")
     return Adapter(artifact.path / "adapter")
@@ -56,7 +56,7 @@ def load_student(artifact: Artifact, folder: Path, load: LoadOptions) -> PreTrai
 
 
 def check_on_devices(model: PreTrainedModel, reason: str) -> None:
-    """Raise `UsageError`, with the reason, if a device map leaves weights on the CPU or disk until they are used."""
+    """Raises `UsageError`, with the reason, if a device map leaves weights on the CPU or disk until they are used."""
     for name, parameter in model.named_parameters():
         if parameter.device.type == "meta":
-            raise UsageError(f"--device-map leaves {name} off the devices that compute, and {reason}.")
+            raise UsageError(f"--device-map keeps {name} away from the devices that compute, and {reason}.")

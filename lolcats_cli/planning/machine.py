@@ -1,6 +1,6 @@
-"""What a plan counts with: rates and memory of GPUs from a table, or of this computer, measured.
+"""The rates and the memory that a plan is computed from: those of GPUs in a table, or those of this computer, measured.
 
-torch is imported only to measure.
+torch is imported only for measuring.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from lolcats_cli.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
-# Name -> dense bf16 TFLOP/s with fp32 sums, without sparsity, and GB of memory, from NVIDIA's data sheets: A100, H100
-# (SXM), H200, L4, L40S, A10, the Blackwell architecture's technical brief (B200), and the Ada GPU architecture's
-# whitepaper (RTX 4090, RTX 3090).
+# By name: dense bf16 TFLOP/s with fp32 sums and without sparsity, and GB of memory. The figures are from NVIDIA's data
+# sheets (A100, H100 SXM, H200, L4, L40S, A10), the technical brief of the Blackwell architecture (B200), and the
+# whitepaper of the Ada GPU architecture (RTX 4090, RTX 3090).
 GPUS = {
     "A10-24GB": (125, 24),
     "A100-40GB": (312, 40),
@@ -35,28 +35,29 @@ GPUS = {
     "RTX3090-24GB": (71, 24),
     "RTX4090-24GB": (165, 24),
 }
-EFFICIENCY = 0.55  # of the vendor's rate that a model reaches (docs/planning.md)
-# A layer's hybrid attention is many small kernels: what a pass takes to launch them, in seconds, and the part of the
-# vendor's rate that they reach (H200, forward and backward, 1,024 to 32,768 tokens).
+EFFICIENCY = 0.55  # the part of the vendor's rate that a model reaches (docs/planning.md)
+# A layer's hybrid attention consists of many small kernels. These are the seconds that a pass takes to launch them, and
+# the part of the vendor's rate that they reach (H200, forward and backward, 1,024 to 32,768 tokens).
 LAUNCH, ATTENTION = 0.0025, 0.012
-DISK = 2e9  # bytes a second that one NVMe disk writes and reads
-PER_NODE = 8  # GPUs of a computer, at most
-PRODUCT_TO_MODEL = 0.75  # what a model reaches of the rate of a large matrix product
-SECONDS, CHUNK = 6.0, 2**28  # that each measurement takes, about; bytes that are written at a time
+DISK = 2e9  # bytes per second that one NVMe disk writes and reads
+PER_NODE = 8  # the largest number of GPUs in a computer
+PRODUCT_TO_MODEL = 0.75  # the part of a large matrix product's rate that a model reaches
+SECONDS = 6.0  # the time that each measurement takes, roughly
+CHUNK = 2**28  # bytes that are written at a time
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a plan is carried out.
+    """The machine for which a plan is made.
 
     Attributes:
-        name, count: of the GPUs; "CPU" and 1 without any.
-        memory: bytes of one of them.
-        rate: operations a second that a model's layers reach on one.
-        launch, attention: seconds that every pass of a layer's hybrid attention takes, and the operations a second
-            that it reaches beside them.
-        source: where these rates come from, for people.
-        disk: bytes a second, to write and to read.
+        name, count: the name and the number of the GPUs; "CPU" and 1 if there is none.
+        memory: the bytes of one of them.
+        rate: the operations per second that a model's layers reach on one of them.
+        launch, attention: the seconds that every pass of a layer's hybrid attention takes to start, and the operations
+            per second that it then reaches.
+        source: the origin of these rates, for people.
+        disk: the bytes per second that the disk writes, and those that it reads.
     """
 
     name: str
@@ -74,20 +75,20 @@ class Machine:
 
     @property
     def nodes(self) -> tuple[int, int]:
-        """Computers, and the GPUs of each."""
+        """The number of computers, and the number of GPUs in each."""
         each = max(size for size in range(1, min(self.count, PER_NODE) + 1) if self.count % size == 0)
         return self.count // each, each
 
 
 def of_gpus(text: str) -> Machine:
-    """ "8xH100-80GB" or "A100-40GB" as a machine. Raises `UsageError` for others than those of the table."""
+    """ "8xH100-80GB" or "A100-40GB" as a machine. Raises `UsageError` for a GPU that is not in the table."""
     found = re.fullmatch(r"(?:([1-9]\d{0,4})\s*[xX×]\s*)?([A-Za-z0-9-]+)", text.strip())
     names = {name.lower(): name for name in GPUS}
     name = names.get(found[2].lower()) if found else None
     if found is None or name is None:
         raise UsageError(
-            f"--gpus {text} is not a number and a GPU, such as 8xH100-80GB. Those known are {', '.join(GPUS)}; "
-            "--calibrate measures the one that is here."
+            f"--gpus {text} is not a number and a GPU, such as 8xH100-80GB. The known GPUs are {', '.join(GPUS)}. For "
+            "another one, run `lolcats plan --calibrate` on its computer."
         )
     tera, memory = GPUS[name]
     peak, source = tera * 1e12, f"{EFFICIENCY:.0%} of the vendor's"
@@ -95,14 +96,14 @@ def of_gpus(text: str) -> Machine:
 
 
 def calibrate(dtype: str, heads: tuple[int, int, int], seq_len: int, operations: float, folder: Path) -> Machine:
-    """Measure this computer, in up to a minute.
+    """Measures this computer. This takes up to a minute.
 
     Args:
-        dtype: of the teacher's weights.
-        heads: query heads, key heads, and their size.
-        seq_len: tokens of a row, of which one layer's hybrid attention is trained.
-        operations: of such a pass over one row.
-        folder: on the disk to measure.
+        dtype: the dtype of the teacher's weights.
+        heads: the number of query heads, the number of key heads, and the size of a head.
+        seq_len: the tokens of a row. One layer's hybrid attention is trained on one row.
+        operations: the operations of such a training pass.
+        folder: a folder on the disk that is measured.
     """
     import torch
 
@@ -127,7 +128,7 @@ def calibrate(dtype: str, heads: tuple[int, int, int], seq_len: int, operations:
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """What `work` takes, at its fastest, after a first time."""
+    """The shortest time that `work` takes, in seconds. A first run is not counted."""
     import torch
 
     def once() -> float:
@@ -145,7 +146,7 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 def _training_pass(heads: tuple[int, int, int], seq_len: int, dtype: torch.dtype, device: torch.device) -> float:
-    """Seconds of a pass forward and backward of a layer's hybrid attention over one row, and of its softmax target."""
+    """The seconds of a training pass of a layer's hybrid attention over one row, with its softmax target."""
     import torch
     from lolcats_kernels import HybridConfig, HybridMaps, hybrid_attention
 
@@ -163,7 +164,7 @@ def _training_pass(heads: tuple[int, int, int], seq_len: int, dtype: torch.dtype
 
 
 def _disk(folder: Path) -> tuple[float, float]:
-    """Bytes a second that a file is written with, fsync included, and that it is read with from the disk."""
+    """The bytes per second that the disk writes, with fsync, and those that it reads."""
     chunk, written = os.urandom(CHUNK), 0
     status = os.statvfs(folder)
     most = min(2**33, status.f_bavail * status.f_frsize // 2)

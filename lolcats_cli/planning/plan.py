@@ -1,7 +1,7 @@
-"""plan: what the four stages would take of disk, memory and time, for every store, from a teacher's configuration.
+"""plan: computes the disk space, memory and time of the four stages, for every store, from a teacher's configuration.
 
-Operations are counted from the shapes, and times follow from a machine's rates. All options are the defaults of the
-commands that it prints.
+Operations are counted from the shapes, and times follow from a machine's rates. The printed commands leave all other
+options at their defaults.
 
 Letters: T tokens of a row, H query heads, D head, F feature size, w window, E hidden size, V vocabulary.
 """
@@ -39,23 +39,23 @@ CAPTURE_BATCH, SAMPLE, VALIDATION = 8, 16, 0.05
 EPOCHS, GRAD_ACCUM, EVAL_STEPS, RANK = 2, 2, 400, 8
 SHARD_OF_MERGE = 5_000_000_000
 
-FORWARD = 0.3  # of the time of a training pass of the hybrid attention, for one forward alone (H200: 0.2 to 0.3)
-NORMS = 26  # bytes per hidden size and token that a layer's norms and projections keep for the backward pass
-MLP = 3  # inner activations of the MLP that it keeps
-LOGITS = 12  # bytes per logit beside it: in fp32, its softmax, and the gradient
-FINISHING = 2  # passes over the validation rows when a training is finished, by both terms and by the window
+FORWARD = 0.3  # a forward pass of the hybrid attention takes this part of a training pass (H200: 0.2 to 0.3)
+NORMS = 26  # bytes per hidden element and token that a layer's norms and projections keep for the backward pass
+MLP = 3  # activations per inner element of the MLP that the layer keeps for it
+LOGITS = 12  # bytes per logit in addition to itself: its fp32 copy, its softmax, and its gradient
+FINISHING = 2  # passes over the validation rows at the end of a training: with both terms, and with the window alone
 
 
 @dataclass(frozen=True)
 class Step:
-    """One stage, with one store where it matters.
+    """One stage, with one store if the stage depends on it.
 
     Attributes:
-        disk: bytes that it writes.
-        memory: of each device and host.
-        operations: of all devices together.
-        seconds: that it takes.
-        problems: why it does not fit, clause by clause; empty if it does.
+        disk: the bytes that it writes.
+        memory: the peak memory of each device and host.
+        operations: the operations of all devices together.
+        seconds: the time that it takes.
+        problems: why it does not fit, as clauses; empty if it fits.
     """
 
     stage: str
@@ -75,14 +75,15 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `plan` found.
+    """The result of `plan`.
 
     Attributes:
-        teacher, disk: what it was asked for, and the bytes of disk that it went by.
-        choice: the store to take; None if none fits, for the reason `refusal`.
+        teacher: the name or folder of the teacher.
+        disk: the free bytes of the disk.
+        choice: the store to take; None if no store fits. Then `refusal` tells why.
         commands: the shell commands of the four stages.
-        state: bytes that a student keeps of a sequence while it generates, however long that is.
-        cache: bytes that the teacher keeps of each of its tokens.
+        state: the bytes that a student keeps of a sequence while it generates, for any length.
+        cache: the bytes that the teacher keeps of every token.
     """
 
     teacher: str
@@ -109,17 +110,17 @@ def plan(
     seq_len: int = 1024,
     revision: str | None = None,
 ) -> Plan:
-    """What converting a teacher takes.
+    """Plans the conversion of a teacher.
 
     Args:
-        teacher: a model folder, or a hub id (with `revision`), of which config.json alone is read.
-        tokens: of the data, in rows of `seq_len`.
-        disk: free bytes.
-        machine: what it is converted on; None measures this computer, in up to a minute.
-        memory: bytes of each device, if not the machine's.
+        teacher: a model folder, or a hub id (with `revision`). Only its config.json is read.
+        tokens: the number of tokens in the data. Rows have `seq_len` of them.
+        disk: the free bytes of the disk.
+        machine: the machine that converts the teacher. With None, this computer is measured in up to a minute.
+        memory: the bytes of each device, if they differ from the machine's.
 
     Raises:
-        BadInput: a configuration that is not to be had, or not understood.
+        BadInput: the configuration cannot be read, or is not understood.
     """
     shape = read_shape(teacher, revision)
     if machine is None:
@@ -158,20 +159,23 @@ def plan(
 
 
 def hybrid_operations(shape: Shape, seq_len: int) -> float:
-    """Of a row's forward pass through one layer's hybrid attention: φ of q and k, the state's update and reading with
-    2F features, the window."""
+    """The operations of a row's forward pass through one layer's hybrid attention.
+
+    They compute φ of q and k, update and read the state with its 2F features, and attend to the window.
+    """
     return seq_len * shape.num_heads * shape.head_dim * (4.0 * FEATURES + 8 * FEATURES + 4 * WINDOW)
 
 
 def training_operations(shape: Shape, seq_len: int) -> float:
-    """Of a row's training pass in transfer: the hybrid attention forward and backward, and its softmax target."""
+    """The operations of a row's training pass in transfer: the hybrid attention forward and backward, and its softmax
+    target."""
     target = seq_len * shape.num_heads * shape.head_dim * 2.0 * seq_len
     return 3 * hybrid_operations(shape, seq_len) + target
 
 
 @dataclass(frozen=True)
 class Work:
-    """The stages' work on one machine."""
+    """The work of the stages on one machine."""
 
     shape: Shape
     rows: int
@@ -203,34 +207,34 @@ class Work:
 
     @property
     def maps(self) -> int:
-        """Parameters of a layer's feature maps."""
+        """The number of parameters of a layer's feature maps."""
         return 2 * self.heads * FEATURES
 
     @property
     def validation(self) -> int:
-        """Rows."""
+        """The number of rows for validation."""
         return min(max(1, round(VALIDATION * self.rows)), self.rows - 1)
 
     @property
     def training(self) -> int:
-        """Rows."""
+        """The number of rows for training."""
         return self.rows - self.validation
 
     # --- operations -------------------------------------------------------------------------------------------------
 
     def forward(self, layer: int) -> float:
-        """Operations of a row's forward pass through one layer: two per weight, and causal softmax attention."""
+        """The operations of a row's forward pass through one layer: two per weight, and causal softmax attention."""
         found = self.shape.layers[layer]
         return self.seq_len * 2.0 * (found.attention + found.active + self.heads * self.seq_len)
 
     def forwards(self) -> float:
-        """Those of all layers."""
+        """The operations of a row's forward pass through all layers."""
         return sum(self.forward(layer) for layer in range(len(self.shape.layers)))
 
     # --- stages -----------------------------------------------------------------------------------------------------
 
     def capture(self, store: str, block_size: int | None) -> Step:
-        """The teacher's layers once over all rows; where nothing is stored behind them, over the measured rows."""
+        """Runs the teacher's layers once over all rows; where no output is stored, only over the measured rows."""
         sizes, machine = self.sizes, self.machine
         together = blocks(len(self.shape.layers), block_size)
         operations = 0.0
@@ -247,7 +251,7 @@ class Work:
         )
 
     def transfer(self, store: str, block_size: int | None) -> Step:
-        """Every layer's training, the validations on the way, and before them what gives it q, k and v."""
+        """Trains and validates every layer. Before that, q, k and v are read or computed."""
         sizes, machine, layers = self.sizes, self.machine, len(self.shape.layers)
         steps = EPOCHS * ceil(self.training / GRAD_ACCUM)
         passes = EPOCHS * self.training
@@ -279,7 +283,7 @@ class Work:
         )
 
     def lora(self) -> Step:
-        """Forward and backward through frozen weights: four operations per weight; the validations on the way."""
+        """Runs forward and backward through frozen weights, with four operations per weight, and validates."""
         shape, machine, layers = self.shape, self.machine, len(self.shape.layers)
         weights = sum(layer.attention + layer.active for layer in shape.layers) + shape.embedding
         steps = EPOCHS * ceil(self.training / self.grad_accum)
@@ -304,23 +308,26 @@ class Work:
 
     @property
     def grad_accum(self) -> int:
-        """Rows of an optimizer step, which the processes share evenly."""
+        """The rows of an optimizer step. The processes share them evenly."""
         return GRAD_ACCUM if self.machine.count == 1 else ceil(GRAD_ACCUM / self.machine.count) * self.machine.count
 
     @property
     def lora_savings(self) -> tuple[bool, bool]:
-        """Whether the weights are spread over the devices, and whether activations are computed again: the least of
-        these that fits in memory, or both."""
+        """Whether the weights are spread over the devices, and whether activations are computed again.
+
+        The first choice that fits in memory is taken: neither, spread weights, activations computed again, both.
+        """
         several = self.machine.count > 1
         savings = [(False, False), *[(True, False)] * several, (False, True), (several, True)]
         fitting = (both for both in savings if fits(self.lora_memory(*both).on(self.machine.cpu), self.memory))
         return next(fitting, savings[-1])
 
     def lora_memory(self, spread: bool, again: bool) -> Memory:
-        """Weights, what a row's layers keep for the backward pass, its logits, and what is trained with AdamW's states.
+        """The memory of LoRA: the weights, the activations that a row's layers keep for the backward pass, the row's
+        logits, and the trained parameters with AdamW's states.
 
         spread: each device holds its part of the weights, and two layers that it fetches.
-        again: layers keep their input alone, and one at a time computes the rest again.
+        again: a layer keeps its input alone. It computes its other activations again, one layer at a time.
         """
         shape, layers = self.shape, self.shape.layers
         weights = float(shape.weights * shape.itemsize)
@@ -336,7 +343,7 @@ class Work:
         return Memory(weights + activations + logits + trained + PROCESS, PROCESS)
 
     def merge(self) -> Step:
-        """Every weight is read and written once, and read again for the golden logits."""
+        """Reads and writes every weight once, and reads it again for the golden logits."""
         shape = self.shape
         size = shape.weights * shape.itemsize + len(shape.layers) * self.maps * 4
         tensor = shape.embedding * shape.itemsize
@@ -366,12 +373,12 @@ class Work:
 
 
 def _share(parts: int, count: int) -> float:
-    """Of the whole that the busiest of `count` does, of equal parts."""
+    """The share of the whole that the busiest of `count` workers does, when the whole consists of equal parts."""
     return ceil(parts / count) / parts
 
 
 def _commands(teacher: str, work: Work, choice: Choice) -> list[str]:
-    """The four stages with this store, over all devices."""
+    """The shell commands of the four stages with this store, on all devices."""
     nodes, each = work.machine.nodes
     single, many = "lolcats", "lolcats"
     if work.machine.count > 1:
@@ -391,7 +398,7 @@ def _commands(teacher: str, work: Work, choice: Choice) -> list[str]:
 
 
 def to_dict(found: Plan) -> dict[str, Any]:
-    """The plan as one JSON document: bytes, operations, hours."""
+    """The plan as one JSON document. Its units are bytes, operations and hours."""
     shape, machine = found.shape, found.machine
     return {
         "teacher": {

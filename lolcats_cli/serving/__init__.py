@@ -8,7 +8,7 @@ ARCHITECTURE, MOE_ARCHITECTURE = "LolcatsForCausalLM", "LolcatsMoEForCausalLM"
 
 
 def register() -> None:
-    """Make vLLM, and transformers inside it, know students. Idempotent; nothing of torch is loaded."""
+    """Registers students with vLLM, and with transformers inside it. May be called again. Does not import torch."""
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     from vllm import ModelRegistry

@@ -1,4 +1,4 @@
-"""The configuration of a student as vLLM sees it, and what is refused before any weights are loaded."""
+"""The configuration of a student for vLLM, and the checks that run before any weights are loaded."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from lolcats_cli import __version__
 
-# The internals of vLLM change between minor versions: those that the tests ran with.
+# The minor versions of vLLM that the tests ran with. Its internals change between minor versions.
 VLLM_VERSIONS = ((0, 32),)
 STUDENT_FIELDS = {"hybrid", "layers", "num_heads", "head_dim"}
-# Of the configurations of mixtures of experts: how many there are.
+# The names that configurations of mixtures of experts have for the number of experts.
 EXPERT_COUNTS = ("num_experts", "moe_num_experts", "n_routed_experts", "num_local_experts")
 PREFIX = "lolcats_"
 
@@ -24,8 +24,8 @@ def vllm_is_known() -> bool:
 
 @cache
 def placeholder(model_type: str) -> type[PreTrainedConfig]:
-    """What transformers is told of students of a teacher's type: the class proper is made when it is asked for, as the
-    teachers' classes are many and take their time to import."""
+    """The class that transformers gets for students of a teacher's type. It makes the real class when it is used,
+    because there are many teachers' classes and they take long to import."""
 
     def from_dict(cls: Any, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         return student_config_class(model_type).from_dict(config_dict, **kwargs)
@@ -35,7 +35,7 @@ def placeholder(model_type: str) -> type[PreTrainedConfig]:
 
 
 class _Student:
-    """What is a student's own in its configuration; stands before the teacher's class."""
+    """The fields and methods that a student's configuration adds to the teacher's class."""
 
     lolcats: dict[str, Any] | None = None
     sparse_cache_size: int = 0
@@ -47,7 +47,7 @@ class _Student:
         config = made[0] if isinstance(made, tuple) else made
         if any(getattr(config, name, 0) for name in EXPERT_COUNTS):
             config.architectures = ["LolcatsMoEForCausalLM"]
-        # vLLM asks for the layers' kinds here too, and takes a model whose layers all say "full_attention" for plain.
+        # vLLM reads the kinds of layers here too. If all are "full_attention", it takes the model for a plain one.
         config.teacher_layer_types = getattr(config, "layer_types", None)
         kind = "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
         kinds = config.teacher_layer_types or [kind] * config.num_hidden_layers
@@ -56,7 +56,7 @@ class _Student:
         return made
 
     def teacher_config(self) -> PreTrainedConfig:
-        """The teacher's own configuration, with what vLLM's options changed in this one."""
+        """The teacher's own configuration, with the changes that vLLM's options made to this one."""
         values = self.to_dict()  # type: ignore[attr-defined]
         values["layer_types"] = values.pop("teacher_layer_types")
         if values["layer_types"] is None:
@@ -76,14 +76,14 @@ def student_config_class(model_type: str) -> type[PreTrainedConfig]:
 
 
 def __getattr__(name: str) -> Any:
-    """The classes above by their names, where a configuration is unpickled in another process."""
+    """The classes above by their names. Unpickling a configuration in another process needs this."""
     if name.startswith("StudentConfig_"):
         return student_config_class(name.removeprefix("StudentConfig_"))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class OptionChecks:
-    """vLLM calls these for students, with what it has worked out of its options."""
+    """vLLM calls these for students, after it has resolved its options."""
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
@@ -91,16 +91,20 @@ class OptionChecks:
         config = model_config.hf_config
         if getattr(config, "sparse_cache_size", 0):
             raise ValueError(
-                f"vLLM does not serve the sparse cache (sparse_cache_size={config.sparse_cache_size}): set it to 0, or "
+                f"vLLM does not serve the sparse cache (sparse_cache_size={config.sparse_cache_size}). Set it to 0, or "
                 "generate with transformers."
             )
         if isinstance(config.lolcats["num_heads"], list) or isinstance(config.lolcats["head_dim"], list):
-            raise ValueError("vLLM does not serve students whose layers differ in their heads.")
+            raise ValueError("vLLM does not serve students whose layers differ in their heads. Use transformers.")
         if config.get_text_config() is not config:
-            raise ValueError(f"vLLM serves students of plain language models; {config.model_type} has more than text.")
+            raise ValueError(
+                f"vLLM serves students of plain language models, and {config.model_type} also takes other inputs than "
+                "text. Use transformers."
+            )
         if getattr(config, "kv_lora_rank", None) is not None:
             raise ValueError(
-                f"vLLM does not serve students of teachers with latent attention (MLA), as {config.model_type} is."
+                f"vLLM does not serve students of teachers with latent attention (MLA), such as {config.model_type}. "
+                "Use transformers."
             )
 
     @staticmethod
@@ -108,18 +112,18 @@ class OptionChecks:
         """Raises ValueError for options that cannot work with students."""
         if vllm_config.speculative_config is not None:
             raise ValueError(
-                "Speculative decoding takes tokens back, which the state of a student cannot do: leave out "
-                "--speculative-config."
+                "Speculative decoding removes tokens from the state again, which a student's state does not allow. "
+                "Leave out --speculative-config."
             )
         cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
         if cache.enable_prefix_caching and cache.mamba_cache_mode == "all":
-            raise ValueError("Prefix caching of students works with --mamba-cache-mode align, not with all.")
+            raise ValueError("Prefix caching of students does not work with --mamba-cache-mode all. Choose align.")
         for name in ("mamba_cache_dtype", "mamba_ssm_cache_dtype"):
             if getattr(cache, name) not in ("auto", "float32"):
-                raise ValueError(f"A student's state is kept in float32: leave out --{name.replace('_', '-')}.")
+                raise ValueError(f"A student's state is kept in float32. Leave out --{name.replace('_', '-')}.")
         if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
             raise ValueError(
-                "A student's state is not spread over a context: leave out --decode-context-parallel-size and "
+                "A student's state cannot be split along the context. Leave out --decode-context-parallel-size and "
                 "--prefill-context-parallel-size."
             )
 
@@ -132,7 +136,7 @@ def _check_versions(config: dict[str, Any]) -> None:
         known = " and ".join(f"{major}.{minor}" for major, minor in VLLM_VERSIONS)
         kind = "older" if _vllm_version() < VLLM_VERSIONS[0] else "newer"
         raise ValueError(
-            f"lolcats {__version__} serves students with vLLM {known}; vLLM {vllm.__version__} is {kind}. Install "
+            f"lolcats {__version__} serves students with vLLM {known}, and vLLM {vllm.__version__} is {kind}. Install "
             f"vllm=={known}.*" + (", or a newer lolcats." if kind == "newer" else ".")
         )
     student = config.get("lolcats")
@@ -144,11 +148,11 @@ def _check_versions(config: dict[str, Any]) -> None:
     try:
         HybridConfig(**student["hybrid"])
     except (TypeError, ValueError) as error:
-        unknown.append(str(error))
+        unknown.append(str(error).rstrip("."))
     if unknown:
         raise ValueError(
-            f"A newer lolcats than {__version__} made this student: its config.json has what this one does not know "
-            f"({', '.join(unknown)}). Install a newer lolcats."
+            f"A newer lolcats than {__version__} made this student. This lolcats does not know these entries of its "
+            f"config.json: {', '.join(unknown)}. Install a newer lolcats."
         )
 
 

@@ -55,7 +55,7 @@ def pick(
         if not force or begun == json.loads(json.dumps(same)):  # with --force, others are begun anew
             return store, block_size
     choice = choose(sizes, disk, memory, cpu)
-    progress.note(f"--store auto takes {choice.store}: {choice.reason}")
+    progress.note(f"--store auto takes {choice.store}. {choice.reason}")
     return choice.store, choice.block_size
 
 

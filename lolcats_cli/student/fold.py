@@ -1,8 +1,8 @@
 """Folding a LoRA adapter (a plain PEFT folder) into weights, one tensor at a time.
 
-W' = W + s · (B @ A), with s = alpha / r, or alpha / sqrt(r) for rsLoRA; DoRA (arXiv 2402.09353) then scales each
-output's row to its learned length, m · W' / |W'|. All in fp32, rounded once.
-Whatever this does not understand is refused: a fold that leaves something out would be another model.
+W' = W + s · (B @ A), with s = alpha / r, or alpha / sqrt(r) for rsLoRA. DoRA (arXiv 2402.09353) then scales the row of
+each output to its learned length, m · W' / |W'|. Everything is computed in fp32 and rounded once.
+An adapter that is not fully understood is refused, because a fold that leaves something out gives another model.
 
 Shapes: r rank, I input features, O output features.
 """
@@ -42,17 +42,17 @@ UNDERSTOOD = {
 }
 # Other initialisations (PiSSA, OLoRA, LoftQ, CorDA …) change the base weights when training starts.
 PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
-BLOCK_ELEMENTS = 2**18  # folded at a time: in fp32 they stay in the processor's cache, a whole weight would not
+BLOCK_ELEMENTS = 2**18  # folded at a time. In fp32 they stay in the processor's cache, and a whole weight would not
 FOLDABLE = (torch.float32, torch.bfloat16, torch.float16)
 MAX_RANK, MAX_ALPHA = 65536, 1e9
 SWITCHES = ("use_rslora", "use_dora", "fan_in_fan_out")
-# The keys of rank_pattern and alpha_pattern that are taken: a module's name, or the end of it at a dot. PEFT takes any
-# regular expression, and one from a file could run for ever.
+# The keys of rank_pattern and alpha_pattern that are accepted: a module's name, or the end of a name behind a dot. PEFT
+# accepts any regular expression, and one from a file could run for ever.
 _NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)
 
 
 class Adapter:
-    """A LoRA adapter read from `folder`: which weights it changes, and by how much.
+    """A LoRA adapter that is read from `folder`. It knows which weights it changes, and by how much.
 
     Raises BadInput naming the field, variant or tensor that cannot be folded.
     """
@@ -70,30 +70,32 @@ class Adapter:
         self._scales = {module: self._scaling(module) for module in self.modules}
         for name, tensor in self._tensors.items():
             if not tensor.is_floating_point() or not tensor.isfinite().all():
-                raise BadInput(f"{path}: {name} holds NaN, infinity or no floating point. Train it with a lower --lr.")
+                raise BadInput(
+                    f"{path}: {name} holds NaN or infinity, or is not of floating point. Train again with a lower --lr."
+                )
 
     @property
     def weights(self) -> set[str]:
-        """The names of the weights that change, as the model's state dict has them."""
+        """The names of the weights that change, in the model's state dict."""
         return {f"{module}.weight" for module in self.modules}
 
     def _scaling(self, module: str) -> float:
-        """s of one module, with PEFT's rank and alpha patterns."""
+        """The factor s of one module, with PEFT's rank and alpha patterns."""
         rank = self._tensors[self.modules[module][0]].shape[0]
         stated = _by_pattern(self.config.get("rank_pattern"), module, self.config["r"])
         if rank != stated:
-            raise BadInput(f"{self.folder}: the adapter of {module} has rank {rank}, its configuration says {stated}.")
+            raise BadInput(f"{self.folder}: The adapter of {module} has rank {rank}. Its configuration says {stated}.")
         alpha = _by_pattern(self.config.get("alpha_pattern"), module, self.config["lora_alpha"])
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
     def fold(self, name: str, weight: Tensor) -> Tensor:
-        """The weight `name` with its delta added, in the weight's dtype; [O, I], or [I, O] with fan_in_fan_out.
+        """The weight `name` with its change added, in the weight's dtype; [O, I], or [I, O] with fan_in_fan_out.
 
         Raises BadInput if the shapes do not fit, the weight is quantised, or the result is beyond its dtype.
         """
         if weight.dtype not in FOLDABLE:
             raise BadInput(
-                f"{name} is stored as {weight.dtype}; an adapter folds into fp32, bf16 or fp16 weights only."
+                f"{name} is stored as {weight.dtype}. An adapter can be folded into fp32, bf16 or fp16 weights only."
             )
         module = name.removesuffix(".weight")
         a, b, *length = (self._tensors[key].to(weight.device).float() for key in self.modules[module])
@@ -101,8 +103,8 @@ class Adapter:
         changed = [b.shape[0], a.shape[1]] if not transposed else [a.shape[1], b.shape[0]]
         if a.shape[0] != b.shape[1] or list(weight.shape) != changed or any(m.shape != b[:, 0].shape for m in length):
             raise BadInput(
-                f"{name} is {list(weight.shape)}, the adapter's B {list(b.shape)} and A {list(a.shape)} do not fit it: "
-                "it is another model's adapter."
+                f"{name} has the shape {list(weight.shape)}. The adapter's B {list(b.shape)} and A {list(a.shape)} do "
+                "not fit it, so the adapter belongs to another model."
             )
         base = weight.T if transposed else weight
         result = torch.empty_like(base)
@@ -113,26 +115,29 @@ class Adapter:
                 folded *= (length[0][i : i + rows] / torch.linalg.norm(folded, dim=1))[:, None]
             result[i : i + rows] = folded
         if not result.isfinite().all():
-            raise BadInput(f"{self.folder}: with the adapter, {name} holds NaN or numbers beyond {weight.dtype}.")
+            raise BadInput(
+                f"{self.folder}: With the adapter, {name} holds NaN, or numbers that are too large for {weight.dtype}. "
+                "Train the adapter again with a lower --lr."
+            )
         return (result.T if transposed else result).contiguous()
 
     def fold_into(self, model: nn.Module) -> None:
-        """Fold every weight of a model in memory, in place. Raises BadInput for one that the model has not."""
+        """Folds every weight of a model in memory, in place. Raises BadInput for a weight that the model lacks."""
         parameters = dict(model.named_parameters(remove_duplicate=False))
         for name in sorted(self.weights):
             if name not in parameters:
-                raise BadInput(f"{self.folder} changes {name}, which {type(model).__name__} has not.")
+                raise BadInput(f"{self.folder} changes {name}, but {type(model).__name__} has no such weight.")
             parameters[name].data.copy_(self.fold(name, parameters[name].data))
 
     def _by_module(self) -> dict[str, list[str]]:
-        """Per module, the names of its A [r, I] and B [O, r], and with DoRA of its rows' lengths [O]."""
+        """For every module, the names of its A [r, I] and B [O, r], and with DoRA of the lengths of its rows [O]."""
         parts = ["lora_A.weight", "lora_B.weight", *["lora_magnitude_vector"] * bool(self.config.get("use_dora"))]
         modules: dict[str, set[str]] = {}
         for key in self._tensors:
             match = re.fullmatch(re.escape(PREFIX) + rf"(.+)\.({'|'.join(map(re.escape, parts))})", key)
             if not match:
                 raise BadInput(
-                    f"{self.folder} holds {key}, which merge does not understand; only LoRA and DoRA are folded."
+                    f"{self.folder} holds {key}, which merge does not understand. It folds LoRA and DoRA only."
                 )
             modules.setdefault(match[1], set()).add(match[2])
         for module, found in modules.items():
@@ -140,7 +145,7 @@ class Adapter:
                 raise BadInput(f"{self.folder} lacks {missing[0]} of {module}: the adapter is incomplete.")
             for part in parts:
                 if self._tensors[f"{PREFIX}{module}.{part}"].ndim != (1 if part == "lora_magnitude_vector" else 2):
-                    raise BadInput(f"{self.folder}: {part} of {module} has not the shape of such a part.")
+                    raise BadInput(f"{self.folder}: The {part} of {module} has the wrong number of dimensions.")
         if not modules:
             raise BadInput(f"{self.folder} holds no LoRA weights.")
         return {module: [f"{PREFIX}{module}.{part}" for part in parts] for module in sorted(modules)}
@@ -149,19 +154,19 @@ class Adapter:
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     if not path.is_file():
-        raise BadInput(f"{folder} has no {CONFIG_FILE}: not a PEFT adapter.")
+        raise BadInput(f"{folder} has no {CONFIG_FILE}, so it is not a PEFT adapter.")
     config = read_object(path)
     if config.get("peft_type") != "LORA":
-        raise BadInput(f"{folder} is a {_shown(config.get('peft_type'))} adapter; merge folds LORA only.")
+        raise BadInput(f"{folder} is a {_shown(config.get('peft_type'))} adapter. merge folds LORA only.")
     if config.get("bias", "none") != "none":
         raise BadInput(
-            f"{folder} trained biases (bias={_shown(config['bias'])}), which merge does not fold. "
+            f"{folder} has trained biases (bias={_shown(config['bias'])}), which merge does not fold. "
             "Train with bias='none'."
         )
     if config.get("init_lora_weights") not in PLAIN_STARTS:
         raise BadInput(
-            f"{folder} started with init_lora_weights={_shown(config['init_lora_weights'])}, which changes the "
-            "teacher's weights; convert it to a plain LoRA with PEFT first."
+            f"{folder} was started with init_lora_weights={_shown(config['init_lora_weights'])}, which changes the "
+            "teacher's weights. Convert it to a plain LoRA with PEFT first."
         )
     for field, value in config.items():
         if value and field not in NEUTRAL | UNDERSTOOD:

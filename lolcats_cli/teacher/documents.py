@@ -1,4 +1,4 @@
-"""Records to documents: which columns are taken, the text that a template makes of them, and its tokens."""
+"""Makes documents from records: chooses their columns, applies a template, and tokenises the text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lolcats_cli.teacher.records import DataOptions, kind_of, reason
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# The columns that each template takes. "auto" takes the first that a record has all columns of.
+# The columns that each template takes. "auto" takes the first template whose columns a record has.
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "tokens": ("input_ids",),
     "text": (),  # the column --text-field
@@ -43,13 +43,18 @@ Message = dict[str, Any]
 
 
 class RowFault(Exception):
-    """Why a row cannot be used, in a sentence; whoever catches it knows which row."""
+    """A sentence that tells why a row cannot be used. The caller knows the row."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """The tokens of a record, and which of them are a completion's: what follows a prompt, or the assistant's turns.
-    `completion` is None, for the reason `untold`, where the record does not tell."""
+    """The tokens of a record.
+
+    Attributes:
+        completion: for every token, whether it belongs to a completion: to the text behind a prompt, or to a turn of
+            the assistant. None if the record does not tell this.
+        untold: why `completion` is None.
+    """
 
     ids: list[int]
     completion: list[bool] | None = None
@@ -60,7 +65,7 @@ def tokenise(record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, options
     """The document that a record's columns make.
 
     Raises:
-        RowFault: the columns are not those of a template, or do not hold what it takes.
+        RowFault: the columns do not fit a template, or hold values that it does not take.
     """
     template = _template(record, options)
     if template == "tokens":
@@ -93,8 +98,8 @@ def _template(record: dict[str, Any], options: DataOptions) -> str:
         if all(column in record for column in needed):
             return template
     raise RowFault(
-        f"The columns are {_shown(record)}, but "
-        f"{' or '.join(' and '.join(needed) for needed in wanted.values())} is needed. "
+        f"The columns are {_shown(record)}. They must include "
+        f"{', or '.join(' and '.join(needed) for needed in wanted.values())}. "
         "Name the text column with --text-field."
     )
 
@@ -108,7 +113,7 @@ def _shown(names: Iterable[str]) -> str:
 def _string(record: dict[str, Any], column: str) -> str:
     value = record[column]
     if not isinstance(value, str):
-        raise RowFault(f"The column {column} holds {kind_of(value)}, not text.")
+        raise RowFault(f"The column {column} holds {kind_of(value)} instead of text.")
     return value
 
 
@@ -125,59 +130,66 @@ def _text(prompt: str | None, completion: str, tokenizer: PreTrainedTokenizerBas
 def _encode(
     text: str, spans: Sequence[tuple[int, int]] | None, tokenizer: PreTrainedTokenizerBase, special: bool = False
 ) -> Document:
-    """The text's tokens; if there are `spans` of characters, those that end within one are the completion's."""
+    """The text's tokens. Tokens that end within one of the `spans` of characters belong to the completion."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise RowFault(
-            f"The text is not valid Unicode at character {error.start}: half a surrogate pair, or a byte that is not "
-            "UTF-8."
+            f"The text is not valid Unicode at character {error.start}. There is half a surrogate pair, or a byte that "
+            "is not UTF-8."
         ) from error
     told = spans is not None and tokenizer.is_fast
-    # verbose: packing cuts what is longer than the model's limit
+    # verbose=False: a text may be longer than the model's limit, because packing cuts it.
     encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=told, verbose=False)
     ids = list(encoded["input_ids"])
     if spans is None:
-        return Document(ids, untold="plain text has no prompt and completion")
+        return Document(ids, untold="Plain text has no prompt and completion.")
     if not told:
-        return Document(ids, untold="the tokenizer does not tell where its tokens stand in the text")
+        return Document(ids, untold="The tokenizer does not give the places of its tokens in the text.")
     ends = [end if end > start else 0 for start, end in encoded["offset_mapping"]]  # 0: a token that is not in the text
     return Document(ids, [any(first < end <= last for first, last in spans) for end in ends])
 
 
 def _messages(value: Any, column: str) -> list[Message]:
-    """A column's messages, those of ShareGPT with the usual roles and keys. Raises RowFault for anything else."""
-    if not isinstance(value, list) or not value:
-        raise RowFault(f"The column {column} holds {'no message' if value == [] else kind_of(value)}, not messages.")
+    """A column's messages. Those of ShareGPT get the usual roles and keys. Raises RowFault for anything else."""
+    if value == []:
+        raise RowFault(f"The column {column} holds no message.")
+    if not isinstance(value, list):
+        raise RowFault(f"The column {column} holds {kind_of(value)} instead of messages.")
     return [_message(message, f"message {number} of {column}") for number, message in enumerate(value, 1)]
 
 
 def _message(message: Any, where: str) -> Message:
     if not isinstance(message, dict):
-        raise RowFault(f"In {where} stands {kind_of(message)}, not an object with role and content.")
+        raise RowFault(f"The {where} is {kind_of(message)} instead of an object with role and content.")
     if "from" in message and "role" not in message:
         role = SHAREGPT_ROLES.get(str(message["from"]))
         if role is None:
             known = ", ".join(SHAREGPT_ROLES)
-            raise RowFault(f"In {where}, from is {str(message['from'])[:40]!r}, which is none of {known}.")
+            raise RowFault(f"The {where} has from={str(message['from'])[:40]!r}, which is not one of {known}.")
         message = {"role": role, "content": message.get("value")}
-    # Templates print a null as the word None; a key that is missing they know.
+    # Templates print a null as the word None, but they know what to do with a missing key.
     message = {key: value for key, value in message.items() if value is not None}
     content = message.get("content")
     if not isinstance(message.get("role"), str):
-        raise RowFault(f"In {where} there is no role. It has the keys {_shown(message)}.")
-    if isinstance(content, list):  # parts; a template that expects text would print the list as Python does
+        raise RowFault(f"The {where} has no role. It has the keys {_shown(message)}.")
+    if isinstance(content, list):  # a template that expects text would print the list as Python does
         if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
-            raise RowFault(f"In {where} the content is a list of other parts than text.")
+            raise RowFault(f"The {where} has parts that are not text.")
         message["content"] = "".join(part["text"] for part in content)
-    elif not isinstance(content, str) and not (content is None and "tool_calls" in message):
-        raise RowFault(f"In {where} the content is {'missing' if content is None else kind_of(content)}, not text.")
+    elif content is None and "tool_calls" not in message:
+        raise RowFault(f"The {where} has no content.")
+    elif content is not None and not isinstance(content, str):
+        raise RowFault(f"The content of {where} is {kind_of(content)} instead of text.")
     return message
 
 
 def _chat(messages: list[Message], prompt: int | None, tools: Any, tokenizer: PreTrainedTokenizerBase) -> Document:
-    """A conversation as the tokenizer's chat template renders it. The completion is all that follows the first `prompt`
-    messages, or, if that is None, the assistant's turns."""
+    """A conversation, rendered by the tokenizer's chat template.
+
+    prompt: the completion is everything behind this number of messages. If it is None, the assistant's turns are the
+    completion.
+    """
     if tokenizer.chat_template is None:
         raise RowFault("This is a conversation, but the teacher's tokenizer has no chat template.")
     tools = _tools(tools)
@@ -192,10 +204,10 @@ def _chat(messages: list[Message], prompt: int | None, tools: Any, tokenizer: Pr
 
     text = render(messages)
     if not text.strip():
-        raise RowFault("The chat template renders the conversation as nothing.")
+        raise RowFault("The chat template renders the conversation as an empty text.")
     template = tokenizer.get_chat_template(None, tools)
     if tools and "tools" not in template:
-        raise RowFault("The conversation has tools, which the chat template does not show. Remove that column.")
+        raise RowFault("The conversation has tools, and the chat template does not show them. Remove that column.")
     if prompt is None and tokenizer.is_fast and re.search(r"\{%-?\s*generation\s*-?%\}", template):
         found = render(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         return Document(_encode(text, None, tokenizer).ids, [bool(mark) for mark in found["assistant_masks"]])
@@ -209,41 +221,43 @@ def _chat(messages: list[Message], prompt: int | None, tools: Any, tokenizer: Pr
 def _answers(
     render: Callable[..., str], messages: list[Message], text: str, prompt: int | None
 ) -> list[tuple[int, int]]:
-    """Where in the rendered text the completion stands: found by rendering the conversation's beginnings.
+    """The places of the completion in the rendered text. They are found by rendering the conversation's beginnings.
 
-    Raises RowFault if a beginning alone is not rendered as it is in the whole.
+    Raises RowFault if a beginning is rendered differently alone than in the whole conversation.
     """
     spans = []
     for number in range(len(messages)) if prompt is None else [prompt]:
         if prompt is None and messages[number]["role"] != "assistant":
             continue
         if number == 0:
-            raise RowFault("The conversation begins with the assistant, so it is not told where its turn starts.")
+            raise RowFault("The conversation begins with the assistant, so the start of its turn cannot be found.")
         before = render(messages[:number], add_generation_prompt=True)
         after = text if prompt is not None else render(messages[: number + 1])
         if not (text.startswith(after) and after.startswith(before)):
             raise RowFault(
-                "The chat template does not render the beginning of the conversation as it does in the whole."
+                "The chat template renders the beginning of the conversation differently alone than in the whole."
             )
         spans.append((len(before), len(after)))
     return spans
 
 
 def _tools(tools: Any) -> list[dict[str, Any]] | None:
-    """The JSON schemas of the column tools, which may be JSON in a string; None if there are none."""
+    """The JSON schemas of the column tools, which may also be a string with JSON; None if there are none."""
     if isinstance(tools, str):
         try:
             tools = json.loads(tools)
         except (ValueError, RecursionError) as error:
-            raise RowFault(f"The column tools holds text that is not JSON ({reason(error)}).") from error
+            raise RowFault(f"The column tools holds a text that is not JSON ({reason(error)}).") from error
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise RowFault(f"The column tools holds {kind_of(tools)}, not a list of JSON schemas.")
+        raise RowFault(f"The column tools holds {kind_of(tools)} instead of a list of JSON schemas.")
     return tools or None
 
 
 def _given_tokens(record: dict[str, Any]) -> Document:
-    """Tokens as they were given, without those that `attention_mask` says are padding; `labels` of -100 are no
-    completion's."""
+    """The tokens of `input_ids`, without those that are padding by `attention_mask`.
+
+    Tokens whose `labels` are -100 do not belong to a completion.
+    """
     ids = _integers(record["input_ids"], "input_ids")
     mask, labels = (
         None if record.get(column) is None else _integers(record[column], column, len(ids))
@@ -254,12 +268,12 @@ def _given_tokens(record: dict[str, Any]) -> Document:
     kept = [place for place in range(len(ids)) if mask is None or mask[place]]
     tokens = [ids[place] for place in kept]
     if labels is None:
-        return Document(tokens, untold="there is no column labels")
+        return Document(tokens, untold="There is no column labels.")
     wrong = next((place for place in kept if labels[place] not in (-100, ids[place])), None)
     if wrong is not None:
         raise RowFault(
-            f"In the column labels stands {labels[wrong]} at place {wrong}, where input_ids has {ids[wrong]}: it must "
-            "be the same, or -100."
+            f"The column labels has {labels[wrong]} at place {wrong}, and input_ids has {ids[wrong]} there. A label "
+            "must be the same as the token, or -100."
         )
     return Document(tokens, [labels[place] != -100 for place in kept])
 

@@ -179,5 +179,6 @@ def indexer_limit(config) -> int | None:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says in its first line; its type's name if it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """What an error says in its first line, with a full stop; the name of its type if it says nothing."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if line.endswith((".", "!", "?")) else f"{line.rstrip(' :;,')}."

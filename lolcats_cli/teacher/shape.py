@@ -1,6 +1,6 @@
-"""A teacher's sizes from its config.json alone: no weights, neither torch nor transformers.
+"""Reads a teacher's sizes from its config.json alone, without its weights, torch or transformers.
 
-Only what counts in gigabytes is counted: matrices, not norms and biases. What is not understood is refused by name.
+Matrices are counted. Norms and biases are too small to count. A model that is not understood is refused by its name.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from lolcats_cli.teacher import identity
 from lolcats_cli.teacher.hub import fetch
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
-# Model types whose layers are q, k, v, o and an MLP of three matrices (gated) or two (plain), or experts of three.
+# Model types whose layers have the matrices q, k, v and o, and an MLP with three matrices (gated) or two (plain), or
+# experts with three.
 GATED = {
     "llama", "mistral", "ministral", "qwen2", "qwen3", "phi3", "olmo", "olmo2", "olmo3", "granite", "smollm3", "gemma",
     "gemma2", "gemma3_text", "glm", "glm4", "cohere", "cohere2", "stablelm", "exaone4", "seed_oss", "ernie4_5",
@@ -21,9 +22,9 @@ GATED = {
 }  # fmt: skip
 PLAIN = {"phi", "gpt_neox", "gpt2", "opt", "starcoder2", "nemotron", "apertus", "arcee"}
 EXPERTS = {"mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "glm4_moe"}
-# Those whose head is their embedding, unless the configuration says otherwise.
+# Model types that use their embedding as their head if the configuration does not say.
 TIED = {"smollm3", "gemma", "gemma2", "gemma3_text", "gpt2", "opt", "cohere", "cohere2", "starcoder2", "ernie4_5"}
-# What is counted, by the names that configurations have for it.
+# The names that configurations have for each size.
 NAMES = {
     "layers": identity.LAYER_NAMES,
     "hidden_size": ("hidden_size", "n_embd"),
@@ -33,18 +34,18 @@ NAMES = {
     "experts": ("num_local_experts", "num_experts", "n_routed_experts"),
     "active": ("num_experts_per_tok",),
 }
-SOFTMAX = {"full_attention", "sliding_attention", "chunked_attention"}  # of `layer_types`
+SOFTMAX = {"full_attention", "sliding_attention", "chunked_attention"}  # the layer types with softmax attention
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer's weights, by number.
+    """The number of weights in a layer.
 
     Attributes:
-        attention: of q, k, v and o.
-        mlp: of the MLP, or of all experts.
-        active: of `mlp`, those that one token goes through.
-        width: the inner activations of a token there.
+        attention: the weights of q, k, v and o.
+        mlp: the weights of the MLP, or of all experts.
+        active: the weights of `mlp` that one token uses.
+        width: the inner activations of a token in the MLP, or in the experts that it uses.
     """
 
     attention: int
@@ -58,9 +59,9 @@ class Shape:
     """A teacher's sizes.
 
     Attributes:
-        dtype: of its weights, as torch names it.
-        num_heads, num_key_value_heads, head_dim: of every layer's attention.
-        tied: whether the head is the embedding.
+        dtype: torch's name for the dtype of its weights.
+        num_heads, num_key_value_heads, head_dim: the heads of every layer's attention, and their size.
+        tied: whether the embedding is also the head.
     """
 
     model_type: str
@@ -75,34 +76,34 @@ class Shape:
 
     @property
     def itemsize(self) -> int:
-        """Bytes of a weight or activation."""
+        """The bytes of a weight or activation."""
         return ITEMSIZE[self.dtype]
 
     @property
     def embedding(self) -> int:
-        """Weights of the embedding, and of the head."""
+        """The number of weights in the embedding. The head has the same number."""
         return self.vocab_size * self.hidden_size
 
     @property
     def weights(self) -> int:
-        """All weights."""
+        """The number of all weights."""
         return sum(layer.attention + layer.mlp for layer in self.layers) + self.embedding * (1 if self.tied else 2)
 
     @property
     def attention_token(self) -> int:
-        """Bytes of a token's q, k and v in one layer."""
+        """The bytes of a token's q, k and v in one layer."""
         return (self.num_heads + 2 * self.num_key_value_heads) * self.head_dim * self.itemsize
 
     @property
     def hidden_token(self) -> int:
-        """Bytes of a token's hidden state."""
+        """The bytes of a token's hidden state."""
         return self.hidden_size * self.itemsize
 
 
 def read_shape(teacher: str, revision: str | None = None) -> Shape:
-    """The sizes of a teacher: a model folder, or a hub id, of which config.json alone is fetched.
+    """The sizes of a teacher. It is a model folder, or a hub id from which config.json alone is fetched.
 
-    Raises `BadInput` if there is no such configuration, or for what is not understood in it.
+    Raises `BadInput` if there is no configuration, or if it is not understood.
     """
     folder = identity.find_folder(teacher)
     if folder is not None:
@@ -121,16 +122,22 @@ def parse(config: dict[str, Any], teacher: str) -> Shape:
     text = config.get("text_config", config)  # of a model that also sees images
     kind, where = str(text.get("model_type")), f"The configuration of {teacher}"
     if kind not in GATED | PLAIN | EXPERTS:
-        raise BadInput(f"{where} is of the type {kind[:40]!r}, whose sizes `plan` does not know. `capture` may do.")
+        raise BadInput(
+            f"{where} has the model_type {kind[:40]!r}. `lolcats plan` does not know the sizes of this type. `lolcats "
+            "capture` may still be able to convert the model: it tells before it starts."
+        )
     if "quantization_config" in config or "quantization_config" in text:
-        raise BadInput(f"{where} has a quantization_config. Take the model whose weights are not quantized.")
+        raise BadInput(f"{where} has a quantization_config. Use the model whose weights are not quantised.")
     other = sorted(set(map(str, text.get("layer_types") or ())) - SOFTMAX)
     if other:
-        raise BadInput(f"{where} has layers of the type {other[0][:40]!r}, which is no softmax attention.")
+        raise BadInput(
+            f"{where} has layers of the type {other[0][:40]!r}, which have no softmax attention. `lolcats plan` cannot "
+            "count them."
+        )
     dtype = str(config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or text.get("torch_dtype"))
     dtype = "float32" if dtype == "None" else dtype.removeprefix("torch.")
     if dtype not in ITEMSIZE:
-        raise BadInput(f"{where} states the dtype {dtype[:40]!r}; `plan` knows {', '.join(ITEMSIZE)}.")
+        raise BadInput(f"{where} has the dtype {dtype[:40]!r}. `lolcats plan` knows {', '.join(ITEMSIZE)}.")
     hidden, heads = _number(text, "hidden_size", where), _number(text, "num_heads", where)
     head_dim = _optional(text, "head_dim", where) or hidden // heads
     kv_heads = _optional(text, "num_key_value_heads", where) or heads
@@ -170,12 +177,12 @@ def _layer(text: dict[str, Any], kind: str, index: int, hidden: int, attention: 
 
 
 def _optional(text: dict[str, Any], what: str, where: str) -> int | None:
-    """A size by any of its names; None where the configuration does not state it. Raises `BadInput` for no number."""
+    """A size under any of its names; None if the configuration does not state it. Raises `BadInput` for a bad value."""
     for name in NAMES.get(what, (what,)):
         size = text.get(name)
         if size is not None:
             if not isinstance(size, int) or not 0 <= size <= identity.MAX_SIZE:
-                raise BadInput(f"{where} states {name}: {str(size)[:40]}, which is not a size.")
+                raise BadInput(f"{where} has {name}: {str(size)[:40]}, which is not a size.")
             return size
     return None
 
@@ -183,5 +190,5 @@ def _optional(text: dict[str, Any], what: str, where: str) -> int | None:
 def _number(text: dict[str, Any], what: str, where: str) -> int:
     size = _optional(text, what, where)
     if not size:
-        raise BadInput(f"{where} does not state {' or '.join(NAMES[what])}, which `plan` counts with.")
+        raise BadInput(f"{where} does not state {' or '.join(NAMES[what])}. `lolcats plan` needs this size.")
     return size

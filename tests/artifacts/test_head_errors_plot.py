@@ -87,13 +87,13 @@ def test_values_that_are_no_numbers_and_layers_of_other_sizes(pipeline: SimpleNa
 def test_what_cannot_be_drawn(pipeline: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BadInput, match="is a lora artifact"):
         plot(Artifact.open(pipeline.lora), tmp_path / "out.png")
-    with pytest.raises(UsageError, match=r"out\.txt: the name must end in a picture's format"):
+    with pytest.raises(UsageError, match=r"out\.txt: The name must end in the format of a picture"):
         plot(Artifact.open(pipeline.transfer), tmp_path / "out.txt")
     old = edited(pipeline.transfer, tmp_path / "old", lambda layers: layers["1"].pop("head_entropy"))
     with pytest.raises(BadInput, match="made by an earlier lolcats"):
         plot(old, tmp_path / "out.png")
     short = edited(pipeline.transfer, tmp_path / "short", lambda layers: layers["1"]["head_entropy"].pop())
-    with pytest.raises(BadInput, match="no error and attention entropy by head"):
+    with pytest.raises(BadInput, match="does not hold the error and the attention entropy of every head"):
         plot(short, tmp_path / "out.png")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UsageError, match=r"pip install 'lolcats\[plot\]'"):

@@ -276,7 +276,7 @@ def test_disk_is_too_small(pipeline: SimpleNamespace, invoke, tmp_path: Path, mo
     result = invoke("capture", pipeline.teacher, pipeline.text, "-o", tmp_path / "c", *CAPTURE)
     assert (result.code, result.out) == (5, "")
     assert "No store fits" in result.err
-    assert "the disk has 1 B. Take fewer --samples, or a larger disk." in result.err
+    assert "the disk has 1 B. Use fewer --samples, or a larger disk." in result.err
     result = invoke("capture", pipeline.teacher, pipeline.text, "-o", tmp_path / "c", *CAPTURE, "--store", "attention")
     assert (result.code, result.out) == (5, "")
     assert "its disk has 1 B free" in result.err

@@ -116,7 +116,7 @@ def test_a_null_is_not_the_word_none(capture: Capture, tmp_path: Path) -> None:
     good = {"instruction": "do it", "input": None, "output": "done"}
     data = tmp_path / "a.jsonl"
     data.write_text(lines(good, good, good | {"output": None}, good))
-    assert f"{data}, line 3: The column output holds null, not text." in capture(data, *OPTIONS)
+    assert f"{data}, line 3: The column output holds null instead of text." in capture(data, *OPTIONS)
     assert capture(data, *OPTIONS, "--on-bad-row", "skip") == ["Below is an instruction that des"] * 3
 
 
@@ -195,7 +195,10 @@ def test_bad_rows_are_counted(invoke, pipeline: SimpleNamespace, tmp_path: Path)
     command = ("eval", pipeline.teacher, "--data", data, "--recall", "0", "--seq-len", "32", "--json")
     assert (invoke(*command).code, invoke(*command, "--on-bad-row", "skip").code) == (3, 0)
     result = invoke(*command, "--on-bad-row", "skip")
-    assert f"{data}: skipped 2 bad rows, the first: {data}, line 2: The column text holds null, not text." in result.err
+    assert (
+        f"{data}: skipped 2 bad rows, the first: {data}, line 2: The column text holds null instead of text."
+        in result.err
+    )
     assert json.loads(result.out)["tokens"] == 160 // 32 * 32
 
 
@@ -212,7 +215,7 @@ def test_eval_takes_a_document_a_row(invoke, pipeline: SimpleNamespace, tmp_path
         assert json.loads(invoke("--config", config, *command).out)["rows"] == rows
     (tmp_path / "c.jsonl").write_text(lines({"input_ids": [5]}))
     result = invoke(*command, "--data", tmp_path / "c.jsonl")
-    assert (result.code, "No row of the data has a second token" in result.err) == (3, True)
+    assert (result.code, "No row of the data has two tokens" in result.err) == (3, True)
 
 
 def test_loss_on_completions(invoke, pipeline: SimpleNamespace, tmp_path: Path) -> None:

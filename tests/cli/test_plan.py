@@ -57,7 +57,7 @@ def test_json_holds_the_same(teacher: str, invoke) -> None:
         ("merge", None),
     ]
     assert document["store"] == "tokens"
-    assert f"Take --store tokens: {document['reason']}"[:60] in text
+    assert f"Use --store tokens. {document['reason']}"[:60] in text
     assert text.endswith("\n".join(document["commands"]) + "\n")
     assert document["commands"][0].startswith("torchrun --nproc-per-node 8 -m lolcats_cli capture meta-llama/")
     assert document["stages"][0]["problems"] == ["capture writes 7.865 TB, and the disk has 300 GB"]
@@ -69,7 +69,7 @@ def test_what_fits_nowhere_ends_with_5_and_says_what_would_help(teacher: str, in
     result = invoke("plan", teacher, "--tokens", "20M", "--disk", "50GB", "--memory", "12GB")
     assert result.code == 5
     assert "No store fits" in result.err
-    assert "Take fewer --samples, or a larger disk" in result.err
+    assert "Use fewer --samples, or a larger disk" in result.err
     assert "--store tokens does not fit: capture takes 17 GB of memory" in result.out
     assert "lolcats capture" not in result.out
 
@@ -95,14 +95,17 @@ def test_a_teacher_that_is_not_understood(teacher: str, invoke) -> None:
     Path(teacher, "config.json").write_text('{"model_type": "mamba2"}')
     result = invoke("plan", teacher, "--tokens", "20M")
     assert (result.code, result.out) == (3, "")
-    assert "meta-llama/Llama-3.1-8B is of the type 'mamba2'" in result.err
+    assert "meta-llama/Llama-3.1-8B has the model_type 'mamba2'" in result.err
 
 
 def test_capture_takes_the_store_that_fits_and_says_why(pipeline: SimpleNamespace, invoke, tmp_path: Path) -> None:
     given = ("capture", pipeline.teacher, pipeline.text, "-o", tmp_path / "c", "--seq-len", "64", "--samples", "20")
     result = invoke(*given, "--disk", "100kB", "--memory", "100GB")
     assert (result.code, result.out) == (0, f"{tmp_path / 'c'}\n")
-    assert "--store auto takes tokens: q, k and v would take 1.32 MB, and the disk has 100 kB" in result.err
+    assert (
+        "--store auto takes tokens. The queries, keys and values would take 1.32 MB, and the disk has 100 kB"
+        in result.err
+    )
     again = invoke(*given)
     assert (again.code, again.out) == (0, result.out)
     assert "finished already" in again.err

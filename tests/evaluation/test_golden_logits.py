@@ -76,24 +76,26 @@ def test_another_computation_is_noticed(
         self.terms = "window"
 
     monkeypatch.setattr(HybridAttention, "__init__", without)
-    with pytest.raises(BadInput, match=r"answers otherwise.*of their spread.*0\.001.*torch .*transformers"):
+    with pytest.raises(
+        BadInput, match=r"computes other logits.*of their standard deviation.*0\.001.*torch .*transformers"
+    ):
         golden_logits.check(Artifact.open(pipeline.student))
     assert run(["verify", str(pipeline.student)]) == 3
     found = capsys.readouterr()
-    assert found.out == "" and "answers otherwise than when it was merged" in found.err
+    assert found.out == "" and "computes other logits than when it was merged" in found.err
 
 
 def test_forged_golden_files_are_refused(pipeline: SimpleNamespace, tmp_path: Path) -> None:
     true = load_file(pipeline.student / GOLDEN)
     cases = {
-        "answers otherwise": {"logits": true["logits"] + 0.01 * true["logits"].std() * torch.randn(2, 260)},
-        "answers otherwise.*nan": {"logits": torch.full((2, 260), torch.nan)},
+        "computes other logits": {"logits": true["logits"] + 0.01 * true["logits"].std() * torch.randn(2, 260)},
+        "computes other logits.*nan": {"logits": torch.full((2, 260), torch.nan)},
         "does not hold": {"input_ids": true["input_ids"] + 260},
         "does not hold input_ids": {"input_ids": true["input_ids"][:1]},
         "does not hold .*logits": {"logits": true["logits"].double()},
         "does not hold input_ids .prompts": {"input_ids": true["input_ids"][:, :0]},
         "does not hold input_ids .prompts, tokens": {"more": true["logits"].clone()},
-        "of a vocabulary of 300": {"logits": torch.zeros(2, 300)},
+        "for a vocabulary of 300": {"logits": torch.zeros(2, 300)},
     }
     for number, (message, changes) in enumerate(cases.items()):
         with pytest.raises(BadInput, match=message):

@@ -85,7 +85,7 @@ def test_lolcats_eval_gives_the_same(pipeline: SimpleNamespace, task: Path, caps
     assert (figures["acc"], figures["shots"]) == (pytest.approx(accuracy(pipeline.student)), 0)
     with pytest.raises(UsageError, match="no-such-task is neither a task of lm_eval"):
         harness.load_tasks(["no-such-task"])
-    with pytest.raises(BadInput, match="data of the task piqa cannot be had from the Hugging Face hub"):
+    with pytest.raises(BadInput, match="data of the task piqa cannot be read from the Hugging Face hub"):
         harness.load_tasks(["paper"])
 
 

@@ -140,11 +140,11 @@ def test_same_seed_same_rows(tokenizer: Any, filler: torch.Tensor) -> None:
 
 
 def test_too_little_text_is_an_error_that_says_how_much_is_needed() -> None:
-    with pytest.raises(ValueError, match=r"has 100 tokens and \d+ are needed"):
+    with pytest.raises(ValueError, match=r"has 100 tokens, and \d+ are needed"):
         recall_rows(Characters(), torch.zeros(100, dtype=torch.long), distance=128, count=1, seed=0)
     with pytest.raises(ValueError, match="too short for 3 facts"):
         recall_rows(Characters(), torch.zeros(5000, dtype=torch.long), distance=4, count=20, seed=0, facts=3)
-    with pytest.raises(ValueError, match="positive number of rows"):
+    with pytest.raises(ValueError, match="at least one row"):
         recall_rows(Characters(), torch.zeros(5000, dtype=torch.long), distance=64, count=0, seed=0)
     with pytest.raises(ValueError, match="one row of token ids"):
         recall_rows(Characters(), torch.zeros(2, 500, dtype=torch.long), distance=64, count=1, seed=0)

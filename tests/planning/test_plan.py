@@ -161,12 +161,12 @@ SIZES = Sizes(
 @pytest.mark.parametrize(
     ("disk", "memory", "store", "block_size", "why"),
     [
-        (20e9, 80e9, "attention", None, "q, k and v take 10 GB, and the disk has 20 GB."),
-        (1e9, 80e9, "tokens", None, "would take 10 GB, and the disk has 1 GB; the whole teacher and the training"),
-        (6e9, 10e9, "block", 4, "blocks of 4 layers take"),
-        (20e9, 10e9, "block", 4, "the whole teacher takes 12 GB of the device's 10 GB of memory"),
-        (6e9, 6e9, "block", 2, "blocks of 2 layers take"),
-        (6e9, 5e9, "block", 1, "blocks of 1 layer take"),
+        (20e9, 80e9, "attention", None, "keys and values take 10 GB, and the disk has 20 GB."),
+        (1e9, 80e9, "tokens", None, "would take 10 GB, and the disk has 1 GB. The whole teacher and the training"),
+        (6e9, 10e9, "block", 4, "Blocks of 4 layers take"),
+        (20e9, 10e9, "block", 4, "The whole teacher takes 12 GB of the device's 10 GB of memory"),
+        (6e9, 6e9, "block", 2, "Blocks of 2 layers take"),
+        (6e9, 5e9, "block", 1, "Blocks of 1 layer take"),
     ],
 )
 def test_the_store_that_is_chosen(disk: float, memory: float, store: str, block_size: int | None, why: str) -> None:
@@ -180,12 +180,12 @@ def test_the_store_that_is_chosen(disk: float, memory: float, store: str, block_
 @pytest.mark.parametrize(
     ("disk", "memory", "why"),
     [
-        (20e9, 3e9, "a single layer takes .* It takes a device of"),
-        (1e8, 10e9, "Take fewer --samples, or"),
+        (20e9, 3e9, "A single layer takes .* Use a device with"),
+        (1e8, 10e9, "Use fewer --samples, or"),
     ],
 )
 def test_no_store_fits(disk: float, memory: float, why: str) -> None:
-    with pytest.raises(NotEnoughSpace, match=f"No store fits: .*{why}"):
+    with pytest.raises(NotEnoughSpace, match=f"No store fits[.] .*{why}"):
         choose(SIZES, disk, memory, cpu=False)
 
 

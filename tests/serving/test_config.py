@@ -90,7 +90,7 @@ def test_a_configuration_of_an_older_student():
 @pytest.mark.parametrize(("version", "kind"), [("0.31.9", "older"), ("0.33.0rc1", "newer"), ("1.2.0", "newer")])
 def test_other_versions_of_vllm_are_refused(vllm, version, kind):
     vllm.__version__ = version
-    with pytest.raises(ValueError, match=rf"with vLLM 0\.32; vLLM {version} is {kind}\. Install"):
+    with pytest.raises(ValueError, match=rf"with vLLM 0\.32, and vLLM {version} is {kind}\. Install"):
         read(written(LlamaConfig(**SIZES)))
 
 
@@ -105,7 +105,7 @@ def test_other_versions_of_vllm_are_refused(vllm, version, kind):
 def test_a_student_of_a_newer_lolcats_is_refused(changes, named):
     config = written(LlamaConfig(**SIZES))
     config["lolcats"] = config["lolcats"] | changes
-    with pytest.raises(ValueError, match=rf"A newer lolcats than .* made this student: .*{named}.*Install a newer"):
+    with pytest.raises(ValueError, match=rf"A newer lolcats than .* made this student\. .*{named}.*Install a newer"):
         read(config)
 
 

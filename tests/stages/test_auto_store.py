@@ -86,7 +86,7 @@ def test_what_fits_is_taken_and_told(deep: Path, run: Callable[..., Artifact], t
         told = Notes()
         made = run(tmp_path / name, disk, memory, progress=told)
         assert (made.config.get("store", "attention"), made.config.get("block_size")) == (store, block_size)
-        assert [note for note in told.notes if note.startswith(f"--store auto takes {store}: ")]
+        assert [note for note in told.notes if note.startswith(f"--store auto takes {store}. ")]
 
 
 def test_nothing_fits(run: Callable[..., Artifact], tmp_path: Path) -> None:

@@ -185,7 +185,7 @@ def test_no_space_is_said_before_anything_is_written(
     free = {"bytes": needed - 1}
     usage = type(shutil.disk_usage("/"))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 10**12, free["bytes"]))
-    with pytest.raises(NotEnoughSpace, match=r"takes 459 kB and its disk has 459 kB free.*--samples"):
+    with pytest.raises(NotEnoughSpace, match=r"needs 459 kB, and its disk has 459 kB free.*--samples"):
         capture(str(tiny_teacher), str(tiny_text), tmp_path / "c", options=OPTIONS)
     assert not list(tmp_path.iterdir())
     # So the advice can be followed, in the same place.

@@ -135,12 +135,12 @@ HOSTILE = [
     ({"r": 10**9}, "the rank 1000000000"),
     ({"r": 8.0}, r"the rank 8\.0"),
     ({"r": True}, "the rank True"),
-    ({"r": 4}, "has rank 8, its configuration says 4"),
+    ({"r": 4}, "has rank 8. Its configuration says 4"),
     ({"lora_alpha": "16"}, "the alpha '16'"),
     ({"lora_alpha": 1e300}, r"the alpha 1e\+300"),
     ({"use_rslora": "yes"}, "use_rslora='yes'"),
     ({"use_dora": 1}, "use_dora=1"),
-    ({"peft_type": ["LORA"]}, "adapter; merge folds LORA only"),
+    ({"peft_type": ["LORA"]}, "adapter. merge folds LORA only"),
     ({"bias": "all"}, "trained biases"),
     ({"init_lora_weights": ["pissa"]}, "init_lora_weights"),
     ({"modules_to_save": ["lm_head"] * 10_000}, "modules_to_save"),
@@ -186,10 +186,10 @@ def _change_first(tensors: dict[str, torch.Tensor], value: object) -> dict:
     ("change", "message"),
     [
         (lambda b: b * torch.nan, "lora_B.weight holds NaN"),
-        (lambda b: b.fill_(torch.inf), "lora_B.weight holds NaN, infinity"),
-        (lambda b: b.int(), "no floating point"),
-        (lambda b: b[0], "has not the shape"),
-        (lambda b: torch.zeros(()), "has not the shape"),
+        (lambda b: b.fill_(torch.inf), "lora_B.weight holds NaN or infinity"),
+        (lambda b: b.int(), "is not of floating point"),
+        (lambda b: b[0], "has the wrong number of dimensions"),
+        (lambda b: torch.zeros(()), "has the wrong number of dimensions"),
     ],
     ids=["nan", "inf", "int", "1-d", "0-d"],
 )
@@ -211,7 +211,8 @@ def test_a_fold_that_overflows(lora: Path, tmp_path: Path) -> None:
     forge(lora)
     for use in (lambda: load_any(str(lora), CPU), lambda: merge(lora, tmp_path / "out")):
         with pytest.raises(
-            BadInput, match=r"with the adapter, .*proj\.weight holds NaN or numbers beyond torch\.float32"
+            BadInput,
+            match=r"With the adapter, .*proj\.weight holds NaN, or numbers that are too large for torch\.float32",
         ):
             use()
     assert not (tmp_path / "out" / "manifest.json").exists()
@@ -224,7 +225,7 @@ def test_a_student_that_answers_nan_is_not_finished(
     from lolcats_cli.evaluation import golden_logits
 
     monkeypatch.setattr(golden_logits, "_logits", lambda *args: (torch.full((2, 260), torch.nan), torch.float32))
-    with pytest.raises(BadInput, match="answers two prompts with NaN or infinity, so it is not finished"):
+    with pytest.raises(BadInput, match="is not finished, because its logits for two prompts are NaN or infinite"):
         merge(pipeline.lora, tmp_path / "out")
     assert not (tmp_path / "out" / "manifest.json").exists()
     monkeypatch.undo()
@@ -263,5 +264,5 @@ def test_settings_of_generation_that_cannot_be_followed(student: Path) -> None:
 
     edit(student / "generation_config.json", num_beams=4)
     forge(student)
-    with pytest.raises(BadInput, match="cannot generate as its folder says"):
+    with pytest.raises(BadInput, match="cannot generate with its generation_config"):
         generate(load_any(str(student), CPU), "the whale", max_new_tokens=2)

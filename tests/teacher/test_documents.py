@@ -129,7 +129,11 @@ def test_templates_that_say_what_the_assistant_generates(chat) -> None:
 @pytest.mark.parametrize(
     ("template", "messages", "why"),
     [
-        (FORGETS, [USER, {"role": "assistant", "content": "hm!ship"}, USER, ANSWER], "does not render the beginning"),
+        (
+            FORGETS,
+            [USER, {"role": "assistant", "content": "hm!ship"}, USER, ANSWER],
+            "renders the beginning of the conversation differently",
+        ),
         (CHAT, [ANSWER, USER], "begins with the assistant"),
         ("{{ raise_exception('odd') if messages | length is odd else messages[0].content }}", [USER, ANSWER], "odd"),
     ],
@@ -151,7 +155,7 @@ def test_tools_reach_the_template(chat) -> None:
         assert text(document, tokenizer) == expected
     for none in (None, [], "[]", "null"):
         assert text(tokenise({"messages": [USER], "tools": none}, tokenizer, AUTO), tokenizer) == "sea?|"
-    assert "which the chat template does not show" in fault({"messages": [USER], "tools": schema}, chat(CHAT))
+    assert "the chat template does not show them" in fault({"messages": [USER], "tools": schema}, chat(CHAT))
     named = chat({"default": CHAT, "tool_use": TOOLS})
     assert text(tokenise({"messages": [USER], "tools": schema}, named, AUTO), named) == "[clock]sea?|"
     assert text(tokenise({"messages": [USER]}, named, AUTO), named) == "<u>sea?|"
@@ -171,41 +175,47 @@ def test_given_tokens(tokenizer) -> None:
 
 
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
-    "no column": ({"body": "sea"}, "The columns are 'body', but input_ids or text or messages or conversations or"),
-    "nothing": ({}, "The columns are none, but"),
-    "many columns": ({f"c{i}": 1 for i in range(50)}, "'c19', …, but"),
-    "a column with a line break": ({"a\nb": 1}, r"The columns are 'a\nb', but"),
-    "a number": ({"text": 5}, "The column text holds a number, not text"),
-    "null": ({"text": None}, "The column text holds null, not text"),
-    "a list": ({"text": ["a"]}, "The column text holds a list, not text"),
+    "no column": ({"body": "sea"}, "The columns are 'body'. They must include input_ids, or text, or messages, or"),
+    "nothing": ({}, "The columns are none. They"),
+    "many columns": ({f"c{i}": 1 for i in range(50)}, "'c19', …. They"),
+    "a column with a line break": ({"a\nb": 1}, r"The columns are 'a\nb'. They"),
+    "a number": ({"text": 5}, "The column text holds a number instead of text"),
+    "null": ({"text": None}, "The column text holds null instead of text"),
+    "a list": ({"text": ["a"]}, "The column text holds a list instead of text"),
     "half a surrogate pair": ({"text": "a\ud83d b"}, "not valid Unicode at character 1"),
     "alpaca: no output": ({"instruction": "do", "output": None}, "The column output holds null"),
     "alpaca: no instruction": ({"instruction": None, "output": "x"}, "The column instruction holds null"),
     "alpaca: input": ({"instruction": "do", "input": 5, "output": "x"}, "The column input holds a number"),
     "prompt: null": ({"prompt": None, "completion": "x"}, "The column prompt holds null"),
-    "prompt: half a chat": ({"prompt": [USER], "completion": "x"}, "The column completion holds text, not messages"),
-    "chat: empty": ({"messages": []}, "The column messages holds no message, not messages"),
-    "chat: text": ({"messages": "hello"}, "The column messages holds text, not messages"),
+    "prompt: half a chat": (
+        {"prompt": [USER], "completion": "x"},
+        "The column completion holds text instead of messages",
+    ),
+    "chat: empty": ({"messages": []}, "The column messages holds no message."),
+    "chat: text": ({"messages": "hello"}, "The column messages holds text instead of messages"),
     "chat: null": ({"messages": None}, "The column messages holds null"),
-    "chat: list of text": ({"messages": ["hello"]}, "In message 1 of messages stands text"),
-    "chat: nested": ({"messages": [[USER]]}, "In message 1 of messages stands a list"),
+    "chat: list of text": ({"messages": ["hello"]}, "The message 1 of messages is text"),
+    "chat: nested": ({"messages": [[USER]]}, "The message 1 of messages is a list"),
     "chat: other keys": (
         {"messages": [USER, {"a": 1}]},
-        "In message 2 of messages there is no role. It has the keys 'a'.",
+        "The message 2 of messages has no role. It has the keys 'a'.",
     ),
-    "chat: role null": ({"messages": [{"role": None, "content": "x"}]}, "there is no role. It has the keys 'content'."),
-    "chat: no content": ({"messages": [{"role": "user"}]}, "In message 1 of messages the content is missing"),
-    "chat: null content": ({"messages": [{"role": "user", "content": None}]}, "the content is missing"),
-    "chat: number": ({"messages": [{"role": "user", "content": 5}]}, "the content is a number, not text"),
-    "chat: picture": ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "a list of other parts than"),
+    "chat: role null": ({"messages": [{"role": None, "content": "x"}]}, "has no role. It has the keys 'content'."),
+    "chat: no content": ({"messages": [{"role": "user"}]}, "The message 1 of messages has no content"),
+    "chat: null content": ({"messages": [{"role": "user", "content": None}]}, "has no content"),
+    "chat: number": ({"messages": [{"role": "user", "content": 5}]}, "is a number instead of text"),
+    "chat: picture": ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "has parts that are not text"),
     "chat: surrogate": ({"messages": [{"role": "user", "content": "\udc00"}]}, "not valid Unicode"),
-    "chat: tools": ({"messages": [USER], "tools": 5}, "The column tools holds a number, not a list of JSON schemas"),
-    "chat: tools not JSON": ({"messages": [USER], "tools": "{x"}, "The column tools holds text that is not JSON"),
+    "chat: tools": (
+        {"messages": [USER], "tools": 5},
+        "The column tools holds a number instead of a list of JSON schemas",
+    ),
+    "chat: tools not JSON": ({"messages": [USER], "tools": "{x"}, "The column tools holds a text that is not JSON"),
     "sharegpt: speaker": (
         {"conversations": [{"from": "bing", "value": "x"}]},
-        "from is 'bing', which is none of system",
+        "has from='bing', which is not one of system",
     ),
-    "sharegpt: null": ({"conversations": [{"from": "gpt", "value": None}]}, "the content is missing"),
+    "sharegpt: null": ({"conversations": [{"from": "gpt", "value": None}]}, "has no content"),
     "tokens: text": ({"input_ids": ["a"]}, "input_ids holds something other than a list of integers"),
     "tokens: number": ({"input_ids": 5}, "input_ids holds something other than a list of integers"),
     "tokens: null": ({"input_ids": None}, "input_ids holds something other"),
@@ -218,7 +228,7 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
         "attention_mask holds something other than 0 and 1",
     ),
     "labels: length": ({"input_ids": [1, 2], "labels": [1]}, "labels has 1 entries, and input_ids 2"),
-    "labels: shifted": ({"input_ids": [1, 2], "labels": [2, 3]}, "labels stands 2 at place 0, where input_ids has 1"),
+    "labels: shifted": ({"input_ids": [1, 2], "labels": [2, 3]}, "labels has 2 at place 0, and input_ids has 1"),
 }
 
 
@@ -235,7 +245,7 @@ def test_what_is_wrong_with_a_row(chat, name: str) -> None:
         ("{{ messages[0].content.nothing.there }}", [USER], "The chat template refuses the conversation: "),
         ("{% for", [USER], "The chat template refuses the conversation: "),
         ("{{ 1 // 0 }}", [USER], "The chat template refuses the conversation: "),
-        ("{# nothing #} ", [USER], "The chat template renders the conversation as nothing."),
+        ("{# nothing #} ", [USER], "The chat template renders the conversation as an empty text."),
         (None, [USER], "the teacher's tokenizer has no chat template"),
     ],
 )
@@ -255,7 +265,7 @@ def test_the_template_can_be_chosen(tokenizer, ids) -> None:
     assert tokenise(record, tokenizer, AUTO).ids == [5] * 30
     for template, expected in (("text", "the sea"), ("completion", "ab")):
         assert tokenise(record, tokenizer, DataOptions(template=template)).ids == ids(expected)
-    assert "but messages is needed" in fault(record, tokenizer, DataOptions(template="chat"))
+    assert "They must include messages." in fault(record, tokenizer, DataOptions(template="chat"))
 
 
 def test_slow_tokenizers_do_not_tell_the_completion(tokenizer, ids, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,4 +273,4 @@ def test_slow_tokenizers_do_not_tell_the_completion(tokenizer, ids, monkeypatch:
     document = tokenise({"prompt": "a", "completion": "b"}, tokenizer, AUTO)
     assert document.ids == ids("ab")
     assert document.completion is None
-    assert "does not tell where its tokens stand" in document.untold
+    assert "does not give the places of its tokens" in document.untold
