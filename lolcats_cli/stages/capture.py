@@ -34,6 +34,7 @@ from lolcats_cli.teacher.blocks import Run, block
 from lolcats_cli.teacher.data import DataOptions, Rows, describe_rows, read_rows, split_numbers, split_rows
 from lolcats_cli.teacher.load import (
     LoadOptions,
+    first_line,
     indexer_limit,
     load_model,
     load_tokenizer,
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CANDIDATES = 64  # rows of one file of candidates: what is done again after a crash
-ADVICE = "Store less with --store block or --store tokens, take fewer --samples, or another disk."
+ADVICE = "Store less with --store block or --store tokens, take fewer --samples, or use another disk."
 
 
 def capture(
@@ -73,28 +74,30 @@ def capture(
     force: bool = False,
     progress: Progress = Progress(),
 ) -> Artifact:
-    """Run the teacher over the data and keep tokens and activations. Running it again resumes.
+    """Runs the teacher over the data, and keeps tokens and activations. Running it again resumes.
 
     Args:
         teacher: a model folder, or a hub id (with `revision`).
         data: one or several files, folders, patterns, "-" for stdin, or hub dataset ids.
         output: the artifact's directory.
-        store: what is kept: "attention", "block" or "tokens" (`artifacts/layout.py`), or "auto": what a capture that is
-            continued keeps, or else what fits (`stores.choose`).
-        block_size: the layers of a block, for the store "block"; 8 otherwise.
-        disk, memory: bytes that "auto" goes by, instead of what is free on the disk and on the device.
-        store_dtype: of q, k and v on disk, with the store "attention": "teacher" for the teacher's, or "float8_e4m3".
-        statistics: of which rows the attention is measured: "sample" (one in 16), "all" or "none".
-        keep: of the data's rows, take so many with the largest ESL, averaged over heads and layers, in their order.
+        store: what is kept: "attention", "block" or "tokens" (`artifacts/layout.py`), or "auto". "auto" keeps the store
+            of a capture that is continued, and otherwise takes the first store that fits (`stores.choose`).
+        block_size: the layers of a block, for the store "block"; 8 by default.
+        disk, memory: bytes that "auto" may use; by default what is free on the disk and on the device.
+        store_dtype: the dtype of q, k and v on disk, for the store "attention": "teacher" (the teacher's own dtype), or
+            "float8_e4m3".
+        statistics: the rows whose attention is measured: "sample" (one in 16), "all" or "none".
+        keep: keep this number of the data's rows: those with the largest ESL, averaged over heads and layers. They stay
+            in their order.
         val_fraction: the part of the rows kept for validation, at least one row.
         batch_size: rows per forward pass.
         seed: draws the validation rows.
         resume, force: what to do with an artifact that `output` holds, see `ArtifactWriter.create`.
 
     Raises:
-        BadInput: a teacher or data that cannot be used, including attentions that cannot be recorded.
-        UsageError: more rows to `keep` than there are.
-        NotEnoughSpace: the disk lacks the bytes that the capture will take, or no store fits.
+        BadInput: the teacher or the data cannot be used, or an attention cannot be recorded.
+        UsageError: `keep` is more than the number of rows.
+        NotEnoughSpace: the disk has too little space for the capture, or no store fits.
     """
     folder = resolve_folder(teacher, revision)
     check_mergeable(folder)
@@ -105,7 +108,7 @@ def capture(
     with ranks.joined(device.type):
         found = ranks.share(lambda: _read(data, folder, options, config, load, progress))
         if keep is not None and keep > len(found):
-            raise UsageError(f"--keep {keep} is more than the {len(found)} rows that the data gives. Keep fewer.")
+            raise UsageError(f"--keep {keep} is more than the {len(found)} rows of the data. Choose a smaller number.")
         progress.note(f"loading {folder}")
         model = load_model(folder, replace(load, device="cpu"))  # blocks of it are moved when they are run
         layers = _check_teacher(model, device)
@@ -128,7 +131,9 @@ def capture(
             store, block_size = ranks.share(lambda: pick(sizes, settings, output, force, free, memory, cpu, progress))
         kept = store_config(store, block_size, batch_size)
         held = sizes.capture_memory(store, kept.get("block_size"))
-        progress.note(f"capture will hold up to {human(held.device)} on the device and {human(held.host)} beside it")
+        progress.note(
+            f"capture will use up to {human(held.device)} of the device's memory and {human(held.host)} of the host's"
+        )
         fields: dict[str, Any] = {
             "config": {**settings, **kept},
             "teacher": described,
@@ -148,16 +153,18 @@ def capture(
 def _check_length(config, seq_len: int, teacher: str) -> None:
     limit, short, chosen = model_limit(config), longrope_limit(config), indexer_limit(config)
     if limit is not None and seq_len > limit:
-        raise BadInput(f"--seq-len {seq_len} is over the {limit} tokens that {teacher} was made for.")
+        raise BadInput(
+            f"--seq-len {seq_len} is over the {limit} tokens that {teacher} was made for. Choose at most that."
+        )
     if short is not None and seq_len > short:
         raise BadInput(
-            f"--seq-len {seq_len} is over the {short} tokens beyond which {teacher} rotates by other factors "
-            "(longrope). Its student keeps those of short sequences at any length: capture shorter ones."
+            f"--seq-len {seq_len} is over {short}. {teacher} uses other rotation factors (longrope) for sequences that "
+            f"are longer than that, and a student keeps the factors of short sequences. Choose at most {short}."
         )
     if chosen is not None and seq_len > chosen:
         raise BadInput(
-            f"--seq-len {seq_len} is over the {chosen} keys that the attention of {teacher} chooses by an indexer. Its "
-            "student learns from attention that sees all: capture rows of that length at most."
+            f"--seq-len {seq_len} is over {chosen}. In longer rows an indexer chooses {chosen} keys for the attention "
+            f"of {teacher}, and a student can only learn from attention that sees all keys. Choose at most {chosen}."
         )
 
 
@@ -167,8 +174,7 @@ def _auto_config(folder: Path, load: LoadOptions):
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=runs_own_code(folder, load.trust_remote_code))
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise BadInput(f"transformers cannot read the configuration in {folder}: {reason}") from error
+        raise BadInput(f"The configuration in {folder} cannot be read by transformers: {first_line(error)}") from error
 
 
 def _read(
@@ -179,7 +185,7 @@ def _read(
 
 
 def _probe_device(model: PreTrainedModel, device: torch.device) -> torch.device:
-    """The device if all of the model fits there, else the CPU."""
+    """The device if the whole model fits into its memory, else the CPU."""
     if device.type != "cuda":
         return device
     free, _ = torch.cuda.mem_get_info(device)
@@ -189,7 +195,7 @@ def _probe_device(model: PreTrainedModel, device: torch.device) -> torch.device:
 def describe_teacher(
     model: PreTrainedModel, folder: Path, revision: str | None, layers: list[LayerInfo]
 ) -> dict[str, Any]:
-    """What an artifact says of its teacher: where it lay, its identity, its layers."""
+    """An artifact's entry about its teacher: its path, its identity and its layers."""
     config = model.config.get_text_config()
     return {
         "path": str(folder),
@@ -207,7 +213,7 @@ def describe_teacher(
 def _describe_data(
     found: Rows, path: str | Sequence[str], keep: int | None, val_fraction: float, seed: int
 ) -> dict[str, Any]:
-    """The identity of the rows; of rows that are still to be selected, that of the candidates."""
+    """The identity of the rows. If rows are still to be selected, it is the identity of the candidates."""
     if keep is None:
         return describe_rows(dict(zip(SPLITS, split_rows(found, val_fraction, seed), strict=True)), path)
     kept = dict(zip(SPLITS, map(len, split_numbers(keep, val_fraction, seed)), strict=True))
@@ -215,7 +221,7 @@ def _describe_data(
 
 
 def _check_teacher(model: PreTrainedModel, device: torch.device) -> list[LayerInfo]:
-    """The teacher's layers, all of which can be recorded."""
+    """The teacher's layers. Raises `BadInput` if one cannot be recorded."""
     with block(model, range(model.config.get_text_config().num_hidden_layers), _probe_device(model, device)):
         return probe(model)
 
@@ -231,7 +237,7 @@ class _Run:
     progress: Progress
 
     def select(self, rows: Rows, keep: int) -> Rows:
-        """The rows with the largest ESL, in order; of equals the earlier ones."""
+        """The rows with the largest ESL, in their order. Of rows with the same ESL, the earlier ones are taken."""
         everything = range(self.model.config.get_text_config().num_hidden_layers)
         written = self.making.completed_files()
         parts = list(enumerate(torch.arange(len(rows)).split(CANDIDATES)))[ranks.rank() :: ranks.size()]
@@ -259,7 +265,7 @@ class _Run:
         return torch.stack(layers).mean(0)
 
     def capture(self, found: Rows) -> dict[str, Any]:
-        """Compute and write what is stored of the rows. Returns the artifact's summary, on rank 0."""
+        """Computes and writes what is stored of the rows. Returns the artifact's summary on rank 0."""
         layout, config, main = Layout.of(self.making.fields), self.making.fields["config"], self.making.main
         rows = dict(zip(SPLITS, split_rows(found, config["val_fraction"], config["seed"]), strict=True))
         written = self.making.completed_files()

@@ -1,8 +1,8 @@
-"""import: checkpoints of the LoLCATs authors' code as transfer and LoRA artifacts.
+"""import: takes over checkpoints of the LoLCATs authors' code as transfer and LoRA artifacts.
 
-Such a file is a pickle of {"model_state_dict": trained weights, "step", a metric}: per layer the feature maps
-`layers.N.self_attn.feature_map_{q,k}.mlp.layer` [H, D, F] and `window_factors` [1, H, 1, 1] (the logits of γ), or
-PEFT's `….lora_{A,B}.default.weight`. It does not say window, layout, feature map or alpha; those are options.
+Such a file is a pickle of {"model_state_dict": trained weights, "step", a metric}. For every layer it has the feature
+maps `layers.N.self_attn.feature_map_{q,k}.mlp.layer` [H, D, F] and `window_factors` [1, H, 1, 1] (the logits of γ), or
+PEFT's `….lora_{A,B}.default.weight`. It does not state window, layout, feature map or alpha, so these are options.
 
 Source of the names and layouts: github.com/HazyResearch/lolcats, `src/model` and `src/trainer`.
 """
@@ -35,6 +35,7 @@ from lolcats_cli.student.build import check_servable
 from lolcats_cli.teacher.load import LoadOptions, first_line, load_model, resolve_folder
 from lolcats_cli.teacher.record import probe
 
+EXPECTED = "Give a checkpoint that the LoLCATs authors' code saved."
 MAX_NAME = 240  # characters of a tensor's name
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _MAP = re.compile(r"(?:^|\.)layers\.(\d{1,5})\.self_attn\.(?:feature_map_([qk])\.mlp\.(layer|bias)|(window_factors))$")
@@ -52,13 +53,13 @@ def import_maps(
     force: bool = False,
     progress: Progress = Progress(),
 ) -> Artifact:
-    """A transfer artifact from a checkpoint of attention transfer. Layers that it has no maps for stay softmax.
+    """A transfer artifact from a checkpoint of attention transfer. Layers without maps keep softmax attention.
 
-    hybrid: the attention that was trained; its feature size is the checkpoint's.
+    hybrid: the attention that was trained. Its feature size is taken from the checkpoint.
 
     Raises:
-        BadInput: a file that is no such checkpoint, or a teacher that cannot be linearized.
-        IdentityMismatch: maps of other shapes than the teacher and options need.
+        BadInput: the file is no such checkpoint, or the teacher cannot be linearized.
+        IdentityMismatch: the maps do not have the shapes that the teacher and the options need.
     """
     ranks.check_alone("import")
     weights, digest = _read(checkpoint)
@@ -66,7 +67,7 @@ def import_maps(
     for name, tensor in weights.items():
         match = _MAP.search(name)
         if match is None:
-            raise BadInput(f"{checkpoint} holds {name}, which is neither a feature map nor a window factor.")
+            raise BadInput(f"{checkpoint} holds {name}, which is neither a feature map nor a window factor. {EXPECTED}")
         layer, side, kind, window = match.groups()
         key = "window_logit" if window else f"{side}_{'weight' if kind == 'layer' else 'bias'}"
         found.setdefault(int(layer), {})[key] = tensor.float()
@@ -76,7 +77,10 @@ def import_maps(
     check_servable(model)
     unknown = sorted(set(found) - set(range(len(infos))))
     if unknown:
-        raise IdentityMismatch(f"{checkpoint} has maps for layer {unknown[0]}; {teacher} has {len(infos)} layers.")
+        raise IdentityMismatch(
+            f"{checkpoint} has maps for layer {unknown[0]}, and {teacher} has {len(infos)} layers. Give the teacher "
+            "that it was trained from."
+        )
     sizes = {maps["q_weight"].shape[-1] for maps in found.values() if "q_weight" in maps}
     if hybrid.feature_map == "hedgehog" and len(sizes) == 1:
         hybrid = HybridConfig(**{**asdict(hybrid), "feature_dim": sizes.pop()})
@@ -99,7 +103,7 @@ def import_maps(
     def work(making: Making) -> dict[str, Any]:
         for layer, state in states.items():
             making.writer.save(maps_file(layer), state)
-        progress.note(f"{checkpoint}: maps of {len(states)} layers, {len(kept)} stay softmax")
+        progress.note(f"{checkpoint}: maps for {len(states)} layers; {len(kept)} layers keep softmax attention")
         return {"layers": {}}
 
     return make_artifact(output, "transfer", fields, work, resume=resume, force=force, progress=progress)
@@ -118,12 +122,11 @@ def import_adapter(
 ) -> Artifact:
     """A LoRA artifact from a checkpoint of low-rank linearizing and the transfer artifact that it goes with.
 
-    alpha: LoRA's; twice the rank by default, as in the authors' configurations. Maps in the file, if it has any,
-    must be those of `transfer`.
+    alpha: LoRA's alpha; twice the rank by default, as in the authors' configurations.
 
     Raises:
-        BadInput: a file that is no such checkpoint.
-        IdentityMismatch: an adapter that does not fit the teacher.
+        BadInput: the file is no such checkpoint.
+        IdentityMismatch: the adapter does not fit the teacher.
     """
     parent = Artifact.open(transfer, "transfer")
     folder = teacher_folder(parent, teacher)
@@ -133,11 +136,13 @@ def import_adapter(
     for name, tensor in weights.items():
         match = _LORA.match(name)
         if match is None:
-            raise BadInput(f"{checkpoint} holds {name}, which is not a weight of a LoRA adapter.")
+            raise BadInput(f"{checkpoint} holds {name}, which is not a weight of a LoRA adapter. {EXPECTED}")
         pairs.setdefault(match[1], {})[match[2]] = tensor.contiguous()
     found_ranks = {pair["lora_A"].shape[0] for pair in pairs.values() if "lora_A" in pair}
     if len(found_ranks) != 1 or 0 in found_ranks or any(pair.keys() != {"lora_A", "lora_B"} for pair in pairs.values()):
-        raise BadInput(f"{checkpoint} does not hold LoRA's A and B, of one rank, for every module.")
+        raise BadInput(
+            f"{checkpoint} does not hold LoRA's A and B for every module, with the same rank in all of them."
+        )
     _check_adapter(checkpoint, folder, pairs)
     rank = found_ranks.pop()
     config = {
@@ -166,7 +171,7 @@ def import_adapter(
 
 
 def holds_adapter(checkpoint: Path) -> bool:
-    """Whether a checkpoint is of LoRA rather than of feature maps. Raises BadInput if it is no checkpoint."""
+    """Whether a checkpoint holds a LoRA adapter rather than feature maps. Raises BadInput if it is no checkpoint."""
     return any("lora_" in name for name in _read(checkpoint)[0])
 
 
@@ -180,39 +185,42 @@ def _read(checkpoint: Path) -> tuple[dict[str, Tensor], str]:
             file.seek(0)
             content: Any = torch.load(file, map_location="cpu", weights_only=True)
             size = file.seek(0, os.SEEK_END)
-    except Exception as error:  # what a file can make an unpickler raise has no end
+    except Exception as error:  # unpickling a file may raise anything
         raise BadInput(f"{checkpoint} is not a checkpoint of tensors alone: {first_line(error)}") from error
     weights = content.get("model_state_dict", content) if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not weights or not all(isinstance(x, Tensor) for x in weights.values()):
-        raise BadInput(f"{checkpoint} holds no model_state_dict of tensors, as the LoLCATs authors' code saves one.")
+        raise BadInput(f"{checkpoint} holds no model_state_dict of tensors. {EXPECTED}")
     weights = {_name(checkpoint, name): _floats(checkpoint, name, x, size) for name, x in weights.items()}
     check_finite(checkpoint, weights)
     return weights, digest
 
 
 def _check_stored(file: BinaryIO) -> None:
-    """Raise ValueError for a zip file whose records would grow: torch stores them as they are."""
+    """Raises ValueError for a zip file with compressed records, which could grow without limit. torch has none."""
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as records:
             if any(record.compress_type != zipfile.ZIP_STORED for record in records.infolist()):
-                raise ValueError("its records are compressed, as torch.save does not")
+                raise ValueError("Its records are compressed, and torch.save never compresses them.")
 
 
 def _name(checkpoint: Path, name: object) -> str:
     if not isinstance(name, str) or len(name) > MAX_NAME:
-        raise BadInput(f"{checkpoint} names a tensor {str(name)[:80]!r}: no text, or more than {MAX_NAME} characters.")
+        raise BadInput(
+            f"{checkpoint} has a tensor with the name {str(name)[:80]!r}. A name must be a text of at most {MAX_NAME} "
+            "characters."
+        )
     return name
 
 
 def _floats(checkpoint: Path, name: str, tensor: Tensor, size: int) -> Tensor:
-    """The tensor; in fp32 if it has 64 bits. Raises BadInput for another sort of tensor than weights are.
+    """The tensor, in fp32 if it has 64 bits. Raises BadInput for a tensor that cannot be a weight.
 
-    size: bytes of the file, which a tensor that repeats its numbers could exceed without end.
+    size: the bytes of the file. A larger tensor repeats its numbers, and could have any size.
     """
     plain = tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized and tensor.ndim > 0
     if not plain or tensor.dtype not in FLOATS or tensor.nbytes > size:
         raise BadInput(
-            f"{checkpoint}: {name} is not a tensor of weights ({str(tensor.dtype).removeprefix('torch.')}, "
+            f"{checkpoint}: {name} cannot be a weight ({str(tensor.dtype).removeprefix('torch.')}, "
             f"{list(tensor.shape)}, {str(tensor.layout).removeprefix('torch.')})."
         )
     tensor = tensor.detach()
@@ -220,7 +228,7 @@ def _floats(checkpoint: Path, name: str, tensor: Tensor, size: int) -> Tensor:
 
 
 def _state(checkpoint: Path, layer: int, maps: dict[str, Tensor], like: HybridMaps) -> dict[str, Tensor]:
-    """A layer's maps as `like` holds them. Raises IdentityMismatch for other names or shapes."""
+    """A layer's maps with the names and shapes of `like`. Raises IdentityMismatch if they do not fit."""
     heads = like.num_heads
     if like.config.window == 0 and "window_logit" not in maps:
         maps = {**maps, "window_logit": torch.zeros(heads)}  # without a window it has no effect
@@ -235,7 +243,7 @@ def _state(checkpoint: Path, layer: int, maps: dict[str, Tensor], like: HybridMa
     wanted = {name: tuple(tensor.shape) for name, tensor in like.state_dict().items()}
     if got != wanted:
         raise IdentityMismatch(
-            f"The maps of layer {layer} in {checkpoint} are {got}; the teacher and options need {wanted}. "
+            f"The maps of layer {layer} in {checkpoint} are {got}. The teacher and options need {wanted}. "
             "Check --feature-map and --window."
         )
     return {name: tensor.contiguous() for name, tensor in shaped.items()}
@@ -248,11 +256,11 @@ def _check_adapter(checkpoint: Path, folder: Path, pairs: dict[str, dict[str, Te
         with torch.device("meta"):
             modules = dict(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).named_modules())
     except Exception as error:
-        raise BadInput(f"transformers cannot build the model in {folder}: {first_line(error)}") from error
+        raise BadInput(f"The model in {folder} cannot be built by transformers: {first_line(error)}") from error
     for name, pair in pairs.items():
         shape = tuple(getattr(getattr(modules.get(name), "weight", None), "shape", ()))
         if any(part.ndim != 2 for part in pair.values()) or shape != (len(pair["lora_B"]), pair["lora_A"].shape[1]):
-            raise IdentityMismatch(f"{checkpoint} changes {name}, which the teacher in {folder} has not, or otherwise.")
+            raise IdentityMismatch(f"{checkpoint} adapts {name}, but {folder} has no such module of that shape.")
 
 
 def _adapter_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -260,7 +268,7 @@ def _adapter_config(config: dict[str, Any]) -> dict[str, Any]:
     from peft import LoraConfig
 
     if config["alpha"] <= 0:
-        raise UsageError(f"--alpha {config['alpha']:g} must be above 0.")
+        raise UsageError(f"--alpha is {config['alpha']:g}. It must be above 0.")
     made = LoraConfig(
         r=config["rank"], lora_alpha=config["alpha"], target_modules=config["targets"], task_type="CAUSAL_LM"
     ).to_dict()

@@ -1,7 +1,7 @@
-"""join: parts that several machines made, as the one artifact that one machine would have made.
+"""join: puts parts that several machines made together into the artifact that one machine would have made.
 
-Transfers are joined by layers, captures by rows. Where the parts were made alike, the result has the same bytes and so
-the same id.
+Transfers are joined by layers, captures by rows. If the parts were made in the same way, the result has the same bytes
+and the same id.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lolcats_cli.stages.capture import ADVICE
 from lolcats_cli.stages.writing import Making, make_artifact
 from lolcats_cli.teacher.data import Rows, describe_rows, split_numbers
 
-# What parts have in common, and what of their config tells them apart.
+# The fields that parts must have in common, the entries that their config must have, and the entry that differs.
 COMMON = {"capture": ("teacher", "config"), "transfer": ("teacher", "data", "parents", "config")}
 NEEDED = {"capture": ("samples", "dtype", "val_fraction", "seed"), "transfer": ("layers",)}
 PART = {"capture": "samples", "transfer": "layers"}
@@ -39,36 +39,36 @@ def join(
     force: bool = False,
     progress: Progress = Progress(),
 ) -> Artifact:
-    """Join captures of `--samples A-B`, or transfers of `--layers A-B`. Running it again resumes.
+    """Joins captures of `--samples A-B`, or transfers of `--layers A-B`. Running it again resumes.
 
     Args:
         resume, force: what to do with an artifact that `output` holds, see `ArtifactWriter.create`.
 
     Raises:
-        UsageError: fewer than two parts, or parts of different kinds.
-        IdentityMismatch: parts that do not belong together, with the fields that differ; rows or layers that are
-            missing or doubled.
-        NotEnoughSpace: the disk lacks the bytes.
-        FormatError: a part that is no finished artifact, or damaged; `output` holds something else.
+        UsageError: there are fewer than two parts, or parts of different kinds.
+        IdentityMismatch: the parts do not belong together, or rows or layers are missing or occur twice.
+        NotEnoughSpace: the disk has too little space.
+        FormatError: a part is not a finished artifact or is damaged, or `output` holds something else.
     """
     ranks.check_alone("join")
     opened = [Artifact.open(part, tuple(PART)) for part in parts]
     kind = opened[0].kind if opened else ""
     if len(opened) < 2 or any(part.kind != kind for part in opened):
-        raise UsageError("join takes two or more parts of one kind: captures, or transfers.")
+        raise UsageError("`lolcats join` takes two or more parts of one kind: captures, or transfers.")
     for other in opened[1:]:
         if different := differences(_identity(opened[0]), _identity(other)):
             raise IdentityMismatch(
-                f"{other.path} does not belong to {opened[0].path}: they differ in {', '.join(different)}."
+                f"{other.path} does not belong to {opened[0].path}: They differ in {', '.join(different)}. Make them "
+                "with the same settings."
             )
     if "select" in opened[0].config:
         raise IdentityMismatch(
-            f"The rows of {opened[0].path} were selected among its own: what one machine would have selected of all is "
-            "not known. Capture without --select, or all the data on one machine."
+            f"The rows of {opened[0].path} were selected from its own part of the data, so they may not be the best of "
+            "all rows. Capture without --select, or capture all the data on one machine."
         )
     lacking = [key for key in NEEDED[kind] if key not in opened[0].config]
     if lacking:
-        raise IdentityMismatch(f"{opened[0].path} does not say its {', '.join(lacking)}. Make the parts again.")
+        raise IdentityMismatch(f"{opened[0].path} does not state its {', '.join(lacking)}. Make the parts again.")
     joined = _Captures(opened) if kind == "capture" else _Transfers(opened)
     fields = {
         "config": {**opened[0].config, PART[kind]: joined.covered},
@@ -89,14 +89,16 @@ def _identity(part: Artifact) -> dict:
 
 
 class _Transfers:
-    """Transfers of some layers each."""
+    """Transfers that have some of the layers each."""
 
     def __init__(self, parts: list[Artifact]) -> None:
         self.maker: dict[int, Artifact] = {}  # of each layer's maps
         for part in parts:
             for layer in part.config["layers"]:
                 if layer in self.maker:
-                    raise IdentityMismatch(f"Layer {layer} is doubled: {self.maker[layer].path} and {part.path}.")
+                    raise IdentityMismatch(
+                        f"Layer {layer} is in {self.maker[layer].path} and in {part.path}. Leave one of them out."
+                    )
                 self.maker[layer] = part
         done = {*self.maker, *kept_layers(parts[0])}
         missing = [layer for layer in range(len(parts[0].teacher["layers"])) if layer not in done]
@@ -122,15 +124,21 @@ class _Transfers:
 
 
 class _Captures:
-    """Captures of neighbouring rows each. Rows are numbered from the first of all."""
+    """Captures of neighbouring rows. Rows are numbered from the first row of all parts."""
 
     def __init__(self, parts: list[Artifact]) -> None:
         parts = sorted(parts, key=lambda part: part.config["samples"])
         for before, after in pairwise(parts):
             last, first = before.config["samples"][1], after.config["samples"][0]
             if first != last + 1:
-                what = f"{first} to {last} are doubled" if first <= last else f"{last + 1} to {first - 1} are missing"
-                raise IdentityMismatch(f"Rows {what}, between {before.path} and {after.path}.")
+                if first <= last:
+                    raise IdentityMismatch(
+                        f"Rows {first} to {last} are in {before.path} and in {after.path}. Capture one of them again."
+                    )
+                raise IdentityMismatch(
+                    f"Rows {last + 1} to {first - 1} are missing between {before.path} and {after.path}. Capture them "
+                    "with --samples, and join them too."
+                )
         config = parts[0].config
         self.covered = [config["samples"][0], parts[-1].config["samples"][1]]
         self.place: dict[int, tuple[Artifact, str, int]] = {}  # of each row: part, split, and number in that
@@ -187,14 +195,19 @@ class _Captures:
     def _row(
         self, split: str, row: int, name: str, place: int, shapes: dict[str, tuple[int, ...]]
     ) -> dict[str, Tensor]:
-        """What the part of that row of a split holds of it in its files like `name`, where it is the `place`th."""
+        """The tensors of one row of a split, from the part that holds it.
+
+        They are in the part's files of the same kind as `name`. There the row is number `place`.
+        """
         part, its_split, _ = self.place[self.numbers[split][row]]
         folder = name.rpartition("/")[0]
         for shard in sorted(file for file in part.files if file.startswith(f"{folder}/{its_split}-")):
             found = {key: info.shape for key, info in part.header(shard).items()}
             count = next(iter(found.values()), (0,))[0]
             if found != {key: (count, *shape) for key, shape in shapes.items()}:
-                raise IdentityMismatch(f"{part.path / shard} does not hold what it should. Capture it again.")
+                raise IdentityMismatch(
+                    f"{part.path / shard} does not hold the tensors of its configuration. Capture it again."
+                )
             if place < count:
                 return {key: tensor[place] for key, tensor in part.load(shard).items()}
             place -= count
@@ -203,7 +216,7 @@ class _Captures:
 
 
 def _concatenated(rows: list[Rows]) -> Rows:
-    """All rows, with what every part of them tells."""
+    """All rows together, with the tensors that every part has."""
     parts = [part.to_tensors() for part in rows]
     return Rows(
         **{name: torch.cat([part[name] for part in parts]) for name in parts[0] if all(name in p for p in parts)}

@@ -1,5 +1,5 @@
-"""lora: low-rank linearizing (LoLCATs, arXiv 2410.10254, section 3.2). The student with its trained maps, and PEFT LoRA
-on the attention projections, trained on next-token cross-entropy.
+"""lora: low-rank linearizing (LoLCATs, arXiv 2410.10254, section 3.2). It trains PEFT's LoRA on the attention
+projections of the student with its trained maps, by next-token cross-entropy.
 
 The artifact holds `adapter/`, a plain PEFT folder, and `maps/`, the feature maps that go with it.
 """
@@ -73,7 +73,7 @@ class LoraOptions:
     seed: int = 0
 
     def share(self, processes: int) -> tuple[int, int]:
-        """(rows per forward pass, passes per optimizer step) of each of the processes, which share a step's rows.
+        """(rows per forward pass, passes per optimizer step) of each process. The processes share the rows of a step.
 
         Raises UsageError if they cannot share them evenly.
         """
@@ -88,8 +88,8 @@ class LoraOptions:
         return batch_size, rows // batch_size
 
 
-# What a recipe means, where an option does not say otherwise. lolcats: the paper's for 8B models; best: what did better
-# at the same number of tokens (docs/quality.md).
+# The options that a recipe stands for. Options that are given win. "lolcats" has the paper's for 8B models, and "best"
+# has those that gave better students with the same number of tokens (docs/quality.md).
 RECIPES = {
     "best": LoraOptions(),
     "lolcats": LoraOptions(train_maps=False, grad_accum=8, lr=1e-4, eval_steps=100),
@@ -111,19 +111,19 @@ def lora(
     force: bool = False,
     progress: Progress = Progress(),
 ) -> Artifact:
-    """Train the adapter. Running it again resumes after the last checkpoint.
+    """Trains the adapter. Running it again resumes after the last checkpoint.
 
     Args:
         transfer: a transfer artifact with every layer.
-        data: other data than the capture's tokens: a capture artifact, or data as for `capture`.
-        teacher: the teacher's folder, if it is not where it was captured.
+        data: the data to train on, in place of the capture's tokens: a capture artifact, or data as for `capture`.
+        teacher: the teacher's folder, if it has moved.
         gradient_checkpointing: compute each layer's activations again in the backward pass instead of keeping them.
-        log_to: "tensorboard", "wandb" or "trackio": tell it the losses, by transformers' own integration.
+        log_to: "tensorboard", "wandb" or "trackio": log the losses there, by transformers' own integration.
         resume, force: what to do with an artifact that `output` holds, see `ArtifactWriter.create`.
 
     Raises:
-        FormatError, BadInput, IdentityMismatch, UsageError: what cannot be used, before any training.
-        BadInput: a training that diverged.
+        FormatError, BadInput, IdentityMismatch, UsageError: something cannot be used. Raised before any training.
+        BadInput: the training diverged.
     """
     options.share(ranks.size())
     if ranks.size() > 1 and "-" in ([data] if isinstance(data, str) else data or ()):
@@ -131,7 +131,7 @@ def lora(
     for engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() in ("true", "1"):
             raise UsageError(
-                f"accelerate is set up for {engine}. Launch with --multi_gpu alone, and pass --shard here."
+                f"accelerate is set up for {engine}. Launch with --multi_gpu alone, and pass --shard to lolcats."
             )
     device = load.resolved_device()
     parent = Artifact.open(transfer, "transfer")
@@ -142,12 +142,12 @@ def lora(
         splits, source = _rows(parent, data, data_options, folder, load, options.seed, progress)
         progress.note(f"loading {folder}")
         student = load_student(parent, folder, load)
-        check_on_devices(
-            student, "a training takes weights that stay. Add GPUs, or spread it with torchrun and --shard"
-        )
+        check_on_devices(student, "weights must stay there in a training. Add GPUs, or use torchrun and --shard")
         limit, seq_len = model_limit(student.config), splits["train"].input_ids.shape[1]
         if limit is not None and seq_len > limit:
-            raise BadInput(f"--seq-len {seq_len} is over the {limit} tokens that the teacher was made for.")
+            raise BadInput(
+                f"--seq-len {seq_len} is over the {limit} tokens that the teacher was made for. Choose at most that."
+            )
         options = replace(options, targets=_targets(student, options.targets))
         if gradient_checkpointing:
             student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -181,7 +181,7 @@ def _train(
     progress: Progress,
     tracker: TrainerCallback | None,
 ) -> dict[str, Any]:
-    """Train, and write what was trained on the rank that has the writer. Returns the training's figures."""
+    """Trains. The rank that has the writer writes what was trained. Returns the training's figures."""
     from lolcats_cli.stages.lora_training import train
 
     figures = train(model, splits, options, device, writer, progress, tracker)
@@ -202,7 +202,7 @@ def _rows(
     seed: int,
     progress: Progress,
 ) -> tuple[dict[str, Rows], str | Sequence[str]]:
-    """Training and validation rows, and where they came from. If `options.completion`, those with a completion."""
+    """Rows for training and validation, and their source; with `options.completion`, only rows with a completion."""
     first = data if isinstance(data, str) or data is None else data[0]
     if first is None:
         capture = parent.ancestor("capture")
@@ -210,7 +210,9 @@ def _rows(
     elif isfile(join(first, "manifest.json")):
         capture = Artifact.open(first, "capture")
         if capture.teacher["tokenizer_sha256"] != parent.teacher["tokenizer_sha256"]:
-            raise IdentityMismatch(f"{first} holds tokens of another tokenizer than the teacher's. Pass text instead.")
+            raise IdentityMismatch(
+                f"{first} holds the tokens of a tokenizer that is not the teacher's. Pass text instead."
+            )
         if data not in (first, [first]):
             raise UsageError(f"--data {first} is a capture, so it must be the only data.")
     else:
@@ -223,19 +225,17 @@ def _rows(
 
 
 def _to_train(rows: Rows, options: DataOptions) -> Rows:
-    """All rows, whatever they tell of completions; or, if `options.completion`, those that have one to predict."""
+    """All rows; with `options.completion`, only the rows with a completion to predict."""
     if not options.completion:
         return replace(rows, completion=None)
     if rows.completion is None:
         raise BadInput(
-            "The captured tokens do not tell which of them are a completion's, as --loss-on completion needs. Pass the "
-            "data with --data, to train on it or to learn which row does not tell."
+            "The captured tokens do not tell which of them are a completion's, and --loss-on completion needs that. "
+            "Pass the data with --data. If a row does not tell, the error then names it."
         )
     chosen = rows.select(rows.completion[:, 1:].any(1).nonzero()[:, 0])
     if not len(chosen):
-        raise BadInput(
-            "No row holds a token of a completion to predict, as --loss-on completion needs: pass more data."
-        )
+        raise BadInput("No row holds a completion to predict, and --loss-on completion needs one. Pass more data.")
     return chosen
 
 
@@ -250,8 +250,8 @@ def _targets(student: PreTrainedModel, asked: tuple[str, ...] | None) -> tuple[s
         others = sorted({name.rpartition(".")[2] for name in linear} - set(ours))
         raise UsageError(
             f"{type(student).__name__} has no modules named {', '.join(missing)}. The projections of its attentions "
-            f"are {', '.join(ours)}; other linear layers are {', '.join(others)}. Name some with --targets, or leave "
-            "it out."
+            f"are {', '.join(ours)}. Its other linear layers are {', '.join(others)}. Name some of these with "
+            "--targets, or leave it out."
         )
     return asked
 
@@ -278,14 +278,14 @@ def _with_adapter(student: PreTrainedModel, options: LoraOptions, parent: Artifa
 
 
 def _save_adapter(model: PeftModel, writer: ArtifactWriter) -> None:
-    """Write PEFT's own folder. The maps are in ours, so the adapter is LoRA alone."""
+    """Writes PEFT's own folder. It holds LoRA alone, because the artifact keeps the maps in files of its own."""
     from lolcats_cli.stages.lora_training import save_adapter
 
     adapter = writer.path / "adapter"
     save_adapter(model, adapter)
     config = adapter / "adapter_config.json"
     written = json.loads(config.read_text())
-    # The id would depend on the teacher's path, whose adapter this is not, and on the order that a Python set has.
+    # Otherwise the id would depend on the teacher's path, and on the order of a Python set.
     written |= {"base_model_name_or_path": None, "target_modules": sorted(written["target_modules"])}
     config.write_text(json.dumps(written, indent=2) + "\n")
     for file in sorted(adapter.iterdir()):

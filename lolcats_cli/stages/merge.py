@@ -1,7 +1,7 @@
-"""merge: a student as a Hugging Face model folder that loads wherever torch and transformers are.
+"""merge: writes a student as a Hugging Face model folder that loads wherever torch and transformers are installed.
 
-The folder is an artifact of kind "student": the teacher's weights with the adapter folded in, the feature maps beside
-them (`…self_attn.hybrid.*`, fp32), the code that computes them, configuration, tokenizer, model card, manifest.
+The folder is an artifact of kind "student". It holds the teacher's weights with the adapter folded in, the feature maps
+(`…self_attn.hybrid.*`, fp32), the code that computes them, configuration, tokenizer, model card and manifest.
 """
 
 from __future__ import annotations
@@ -49,26 +49,26 @@ def merge(
     force: bool = False,
     progress: Progress = Progress(),
 ) -> Artifact:
-    """Write the student of a LoRA or transfer artifact as a model folder. Running it again resumes.
+    """Writes the student of a LoRA or transfer artifact as a model folder. Running it again resumes.
 
-    One output shard is in memory at a time. Weights that the adapter does not touch keep their bytes.
+    One output shard is in memory at a time. Weights that the adapter does not change keep their bytes.
 
     Args:
         source: the artifact, of kind lora or transfer.
         output: the folder to write.
-        teacher: the teacher's folder, if it is not where the artifact says; its identity is checked.
-        max_shard_bytes: size of a weights file, but one tensor is never cut.
+        teacher: the teacher's folder, if it has moved. Its identity is checked.
+        max_shard_bytes: the largest size of a weights file. A tensor is never cut, so a file may be larger.
         resume, force: what to do with an artifact that `output` holds, see `ArtifactWriter.create`.
 
     Raises:
-        BadInput: a teacher, adapter or artifact that cannot be merged, by name.
-        IdentityMismatch: another teacher, or maps that do not fit it.
-        NotEnoughSpace: the disk lacks the bytes.
-        FormatError: `source` is no such artifact, or is damaged; `output` holds something else.
+        BadInput: the teacher, the adapter or the artifact cannot be merged. The error names it.
+        IdentityMismatch: the teacher is another one, or the maps do not fit it.
+        NotEnoughSpace: the disk has too little space.
+        FormatError: `source` is no such artifact or is damaged, or `output` holds something else.
     """
     ranks.check_alone("merge")
     if max_shard_bytes < 1:
-        raise UsageError(f"--max-shard-size is {max_shard_bytes} bytes; it must be at least 1.")
+        raise UsageError(f"--max-shard-size is {max_shard_bytes} bytes. It must be at least 1.")
     artifact = Artifact.open(source, kind=("lora", "transfer"))
     plan = _plan(artifact, teacher_folder(artifact, None if teacher is None else str(teacher)))
     progress.note(f"merge will write {len(plan.sizes)} tensors, {human(sum(plan.sizes.values()))}, to {output}")
@@ -84,7 +84,7 @@ def merge(
         _write_weights(making.writer, plan, shards, progress)
         _write_model_files(making.writer, plan, artifact)
         if not making.writer.has(GOLDEN):
-            progress.note("merge runs the student over two prompts, for its golden logits")
+            progress.note("merge computes the student's logits for two prompts, with which verify compares later")
             logits = golden_logits.golden(making.writer.path, making.writer.scratch / "golden")
             making.writer.save(GOLDEN, logits)
         return {
@@ -98,9 +98,9 @@ def merge(
 
 
 def _write_weights(writer: ArtifactWriter, plan: _Plan, shards: dict[str, list[str]], progress: Progress) -> None:
-    """Write the files of weights that are missing, and their index."""
+    """Writes the files of weights that are missing, and their index."""
     needed = sum(plan.sizes[name] for file in shards if not writer.has(file) for name in shards[file])
-    check_space(needed, writer.path, "Free some, or merge to another disk.")
+    check_space(needed, writer.path, "Free some space, or merge to another disk.")
     with progress.task("merge", len(shards), "files") as advance:
         for file, names in shards.items():
             if not writer.has(file):
@@ -108,7 +108,8 @@ def _write_weights(writer: ArtifactWriter, plan: _Plan, shards: dict[str, list[s
                     writer.save(file, plan.load(names), {"format": "pt"})
                 stopping.check()
             advance(1)
-    # Of one file too: servers take every file of tensors for weights, the golden logits as well, without it.
+    # The index is written for a single file too. Without it, servers take every safetensors file for weights, also the
+    # golden logits.
     index = {
         "metadata": {"total_size": sum(plan.sizes.values())},
         "weight_map": {name: file for file, names in shards.items() for name in names},
@@ -118,7 +119,7 @@ def _write_weights(writer: ArtifactWriter, plan: _Plan, shards: dict[str, list[s
 
 @dataclass(frozen=True)
 class _Plan:
-    """What a merge will write, worked out before anything is written."""
+    """What a merge will write. It is made before anything is written."""
 
     teacher: TeacherFiles
     hybrid: HybridConfig
@@ -129,7 +130,7 @@ class _Plan:
     sizes: dict[str, int]  # bytes of every output tensor, in the order of writing
 
     def load(self, names: list[str]) -> dict[str, Tensor]:
-        """These tensors of the output, the adapter folded in."""
+        """These tensors of the output, with the adapter folded in."""
         tensors = {}
         with ExitStack() as stack:
             files: dict[Path, Any] = {}
@@ -167,7 +168,7 @@ def _plan(artifact: Artifact, folder: Path) -> _Plan:
 
 
 def plan_shards(sizes: dict[str, int], max_bytes: int) -> dict[str, list[str]]:
-    """File name -> tensor names, in order, each file of at most `max_bytes` unless one tensor alone is larger."""
+    """By file name, the names of its tensors, in order. A file has at most `max_bytes`, or one larger tensor."""
     groups: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():
@@ -184,28 +185,30 @@ def plan_shards(sizes: dict[str, int], max_bytes: int) -> dict[str, list[str]]:
 def _map_tensors(
     artifact: Artifact, modules: dict[int, str], heads: dict[int, tuple[int, int]], hybrid: HybridConfig
 ) -> dict[str, tuple[Artifact, str, str]]:
-    """Where every tensor of the maps comes from. Raises IdentityMismatch unless they are there for the
-    layers of `heads` alone."""
+    """The origin of every tensor of the maps: artifact, file and name.
+
+    Raises IdentityMismatch unless there are maps for the layers of `heads`, and for no others.
+    """
     found: dict[str, tuple[Artifact, str, str]] = {}
     for layer in heads:
         module, file = modules[layer], maps_file(layer)
         if file not in artifact.files:
             raise IdentityMismatch(
-                f"{artifact.path} has no maps for layer {layer} of {len(modules)}: transfer the missing layers."
+                f"{artifact.path} has no maps for layer {layer} of {len(modules)}. Transfer the missing layers."
             )
         header = {name: tuple(info.shape) for name, info in artifact.header(file).items()}
         wanted = {name: tuple(tensor.shape) for name, tensor in HybridMaps(hybrid, *heads[layer]).state_dict().items()}
         if header != wanted:
-            raise IdentityMismatch(f"The maps of layer {layer} are {header}; the teacher and options need {wanted}.")
+            raise IdentityMismatch(f"The maps of layer {layer} are {header}. The teacher and options need {wanted}.")
         found |= {f"{module}.hybrid.{name}": (artifact, file, name) for name in wanted}
     extra = {name for name in artifact.files if name.startswith("maps/")} - {maps_file(layer) for layer in heads}
     if extra:
-        raise IdentityMismatch(f"{artifact.path} holds {min(extra)}, of a layer that the student has no maps for.")
+        raise IdentityMismatch(f"{artifact.path} holds {min(extra)}, but its student keeps softmax in that layer.")
     return found
 
 
 def _write_model_files(writer: ArtifactWriter, plan: _Plan, artifact: Artifact) -> None:
-    """Everything but the weights."""
+    """Writes all files except the weights."""
     folder = plan.teacher.folder
     config = export.student_config(
         plan.teacher.config,
@@ -232,7 +235,7 @@ def _write_model_files(writer: ArtifactWriter, plan: _Plan, artifact: Artifact) 
 
 
 def _card(plan: _Plan, artifact: Artifact, has_tokenizer: bool) -> str:
-    """The model card, with the figures of those ancestors that still lie where they were."""
+    """The model card, with the figures of the ancestors that can be found."""
     steps = history(artifact)
     layers, kept = artifact.teacher["layers"], kept_layers(artifact)
     itemsize = DTYPES[plan.teacher.dtype()].itemsize

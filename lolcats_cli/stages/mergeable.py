@@ -1,4 +1,4 @@
-"""What merge needs of a teacher's folder, found out without loading its weights; capture asks before any work."""
+"""Finds what merge needs from a teacher's folder, without loading its weights. capture checks this before any work."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ TRIED = HybridConfig(window=4, feature_dim=2)
 
 @dataclass(frozen=True)
 class TeacherFiles:
-    """A teacher's folder as merge sees it.
+    """What merge needs from a teacher's folder.
 
     Attributes:
         classes: the configuration class and the causal-LM class in transformers.
         weights: the tensors by their names in the files.
-        places: name of a parameter in the model -> name of the tensor in the files that holds it as it is.
-        modules: the attention modules' names by layer.
-        projections: the names of the linear layers of the attentions.
-        first_heads: query heads of the first attention, and the size of their queries.
+        places: by the name of a parameter in the model, the name of the tensor in the files that holds it unchanged.
+        modules: the names of the attention modules, by layer.
+        projections: the names of the attentions' linear layers.
+        first_heads: the number of query heads of the first attention, and the size of their queries.
         tied: the parameters that share their values with others.
     """
 
@@ -61,24 +61,24 @@ class TeacherFiles:
         return max(total, key=lambda name: total[name])
 
     def check_foldable(self, parameter: str) -> None:
-        """Raise BadInput, with the reason, unless an adapter can be folded into that parameter of the model."""
+        """Raises BadInput, with the reason, unless an adapter can be folded into that parameter of the model."""
         place = self.places.get(parameter)
         if place is None:
             raise BadInput(
-                f"The weights in {self.folder} lack {parameter}, or hold it in another layout than {self.classes[1]} "
-                "computes with: an adapter cannot be folded into it."
+                f"An adapter cannot be folded into {parameter}: the files in {self.folder} lack it, or hold it in "
+                f"another layout than {self.classes[1]}."
             )
         if self.weights[place][1].dtype not in FLOATS:
             raise BadInput(
-                f"{place} in {self.folder} is stored as {self.weights[place][1].dtype}; an adapter folds into fp32, "
-                "bf16 or fp16 weights only."
+                f"{place} in {self.folder} is stored as {self.weights[place][1].dtype}. An adapter can be folded into "
+                "fp32, bf16 or fp16 weights only."
             )
         if parameter in self.tied:
-            raise BadInput(f"{parameter} is tied to another weight; folding an adapter into it would change both.")
+            raise BadInput(f"{parameter} is tied to another weight. Folding an adapter into it would change both.")
 
 
 def teacher_files(folder: Path) -> TeacherFiles:
-    """The files of a teacher's folder. Raises BadInput, with the reason, for one that cannot become a student."""
+    """The files of a teacher's folder. Raises BadInput, with the reason, if the teacher cannot become a student."""
     config = identity.read_config(folder)
     classes = export.teacher_classes(config, str(folder))
     weights = _weights(folder)
@@ -100,8 +100,8 @@ def teacher_files(folder: Path) -> TeacherFiles:
 
 
 def check_mergeable(folder: Path) -> None:
-    """Try all that merge will need of a teacher: its classes, an adapter on its projections, its tokenizer, and the
-    golden logits, on one block. Reads the weights of that block, the embeddings and the head.
+    """Tries everything that merge will need from a teacher: its classes, an adapter on its projections, its tokenizer,
+    and the golden logits with its first block. Reads the weights of that block, the embeddings and the head.
 
     Raises BadInput with the reason.
     """
@@ -133,10 +133,10 @@ def tokenizer_config(teacher: Path) -> dict[str, Any] | None:
     except Exception as error:
         if own:
             raise BadInput(
-                f"{path} needs code of its own (auto_map), which a merged folder cannot carry. Save the tokenizer as "
-                "one of transformers' own first, for instance PreTrainedTokenizerFast."
+                f"{path} needs code of its own (auto_map), which a merged folder cannot hold. Save the tokenizer with "
+                "one of transformers' own classes first, for instance PreTrainedTokenizerFast."
             ) from error
-        return None  # a broken tokenizer is the teacher's own matter, and is copied as it is
+        return None  # a tokenizer that does not load is copied unchanged
     stated = {key: value for key, value in config.items() if key != "auto_map"}
     return None if not own and config.get("tokenizer_class") == name else {**stated, "tokenizer_class": name}
 
@@ -147,7 +147,10 @@ def _weights(folder: Path) -> dict[str, tuple[Path, TensorInfo]]:
     for file in identity.weight_files(folder):
         for name, info in read_header(file, str(file)).items():
             if name in found:
-                raise BadInput(f"{file} and {found[name][0]} both hold {name}: {folder} mixes two models.")
+                raise BadInput(
+                    f"{file} and {found[name][0]} both hold {name}, so {folder} mixes two models. Download or save the "
+                    "model again."
+                )
             found[name] = (file, info)
     return found
 
@@ -163,7 +166,7 @@ def _build(folder: Path) -> PreTrainedModel:
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        raise BadInput(f"transformers cannot build the model in {folder}: {first_line(error)}") from error
+        raise BadInput(f"The model in {folder} cannot be built by transformers: {first_line(error)}") from error
 
 
 def _places(model: PreTrainedModel, weights: dict[str, tuple[Path, TensorInfo]]) -> dict[str, str]:

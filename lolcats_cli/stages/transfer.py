@@ -1,8 +1,9 @@
-"""transfer: feature maps and mixing factors, trained layer by layer from a capture.
+"""transfer: trains feature maps and mixing factors layer by layer from a capture.
 
-A capture of queries, keys and values needs no teacher. One of hidden states or tokens does: it computes them again.
+A capture of queries, keys and values needs no teacher. For a capture of hidden states or tokens, the teacher computes
+queries, keys and values again.
 
-The artifact holds `maps/layer-LLL.safetensors` per layer: a `HybridMaps` state dict.
+The artifact holds `maps/layer-LLL.safetensors` for every layer: a `HybridMaps` state dict.
 """
 
 from __future__ import annotations
@@ -54,23 +55,24 @@ def transfer(
     force: bool = False,
     progress: Progress = Progress(),
 ) -> Artifact:
-    """Train every layer's maps, or those of `layers` alone. Running it again resumes after the last checkpoint.
+    """Trains the maps of every layer, or of `layers` alone. Running it again resumes after the last checkpoint.
 
     Args:
-        layers: train a part; `join` puts parts together.
-        keep_softmax: layers that stay softmax in the student, by index; "sliding" stands for those whose teacher's
-            attention is a sliding window.
-        keep_auto: keep so many others, those whose window alone misses most of the softmax output.
-        block_size: train so many layers at a time from a capture of tokens, with only their weights in memory and the
-            hidden states in front of them on disk.
-        teacher: the teacher's folder, if it is needed and not where it was captured.
-        load: the device to train on, and whether to trust the teacher's code; its dtype is that of the capture.
-        log_to: "tensorboard": write every layer's curves for it.
+        layers: train these layers only; `join` puts the parts together.
+        keep_softmax: layers that keep softmax attention in the student, by index. "sliding" stands for the layers whose
+            teacher has a sliding window.
+        keep_auto: keep softmax attention in this number of other layers: those for which the window alone has the
+            largest error.
+        block_size: train this number of layers at a time from a capture of tokens. Only their weights are in memory,
+            and the hidden states in front of them are on disk.
+        teacher: the teacher's folder, if it is needed and has moved.
+        load: the device to train on, and whether to trust the teacher's code. The dtype is that of the capture.
+        log_to: "tensorboard" writes every layer's curves for TensorBoard.
         resume, force: what to do with an artifact that `output` holds, see `ArtifactWriter.create`.
 
     Raises:
         FormatError: `capture` is not a finished capture, or `output` holds something else.
-        UsageError: options that this capture cannot serve.
+        UsageError: the options do not fit this capture.
     """
     parent = Artifact.open(capture, "capture")
     device = load.resolved_device()
@@ -84,10 +86,10 @@ def transfer(
             kept = set(range(len(source.layers))) - set(chosen)
             shown = ", ".join(f"{layer} ({error:.1%})" for layer, error in missed.items())
             kept_shown = ", ".join(map(str, sorted(kept)))
-            progress.note(f"layers {kept_shown} stay softmax; missed by the window alone: {shown}")
+            progress.note(f"layers {kept_shown} keep softmax attention; errors of the window alone: {shown}")
         config = {key: value for key, value in asdict(options).items() if value is not None}
         if not options.window_dropout:
-            del config["window_dropout"]  # as in transfers that were begun before there was such an option
+            del config["window_dropout"]  # transfers that were begun before this option existed do not have it
         fields: dict[str, Any] = {
             "config": {**config, "layers": chosen, **({"keep_softmax": sorted(kept)} if kept else {})},
             "teacher": parent.teacher,
@@ -117,7 +119,7 @@ def _train(
     progress: Progress,
     curves: LayerCurves | None,
 ) -> None:
-    """Train this rank's share of the layers."""
+    """Trains this rank's share of the layers."""
     written = making.completed_files()
     steps, mine = options.total_steps(source.rows["train"]), _share(_together(source, chosen))
     with (
@@ -149,16 +151,18 @@ def _train(
 def _choose(
     source: Source, options: TransferOptions, layers: list[int] | None, kept: set[int], keep_auto: int
 ) -> tuple[list[int], set[int]]:
-    """The layers to train and those to keep. Raises UsageError for what this capture cannot serve."""
+    """The layers to train and those that keep softmax. Raises UsageError for options that do not fit this capture."""
     if keep_auto and layers is not None:
-        raise UsageError("--keep-softmax auto:N looks at all layers. With --layers, name those to keep.")
+        raise UsageError("--keep-softmax auto:N looks at all layers. With --layers, name the layers to keep.")
     if keep_auto and not options.hybrid.window:
-        raise UsageError("--keep-softmax auto:N goes by what the window misses, and --window is 0. Name the layers.")
+        raise UsageError(
+            "--keep-softmax auto:N compares the windows of the layers, and --window is 0. Name the layers."
+        )
     seq_len = source.capture.data["seq_len"]
     if options.window_dropout and not 0 < options.hybrid.slots < seq_len:
         raise UsageError(
-            "--window-dropout trains on the keys before the window: it takes a --window, and rows that are longer than "
-            f"what it may see ({options.hybrid.slots} of {seq_len} tokens)."
+            "--window-dropout trains on the keys before the window. It needs a --window above 0, and rows that are "
+            f"longer than the {options.hybrid.slots} tokens that the window can see. These rows have {seq_len} tokens."
         )
     chosen = sorted(set(range(len(source.layers))) - kept if layers is None else set(layers))
     if not chosen or chosen[0] < 0 or chosen[-1] >= len(source.layers):
@@ -166,14 +170,14 @@ def _choose(
             f"--layers must be between 0 and {len(source.layers) - 1}, the layers of {source.capture.path}."
         )
     if other := sorted(set(chosen) - {i for i, info in enumerate(source.layers) if info.has_attention}):
-        raise UsageError(f"Layer {other[0]} has no softmax attention to be converted. Leave it out of --layers.")
+        raise UsageError(f"Layer {other[0]} has no softmax attention to convert. Leave it out of --layers.")
     if kept.intersection(chosen):
-        raise UsageError(f"Layer {min(kept.intersection(chosen))} is in --layers and in --keep-softmax: choose one.")
+        raise UsageError(f"Layer {min(kept.intersection(chosen))} is in --layers and in --keep-softmax. Choose one.")
     return chosen, kept
 
 
 def _missed(source: Source, layers: list[int], options: TransferOptions, device: torch.device) -> dict[int, float]:
-    """What the window alone misses of each layer's softmax output."""
+    """The relative error of the window alone in each layer, compared with the softmax output."""
     missed: dict[int, float] = {}
     for together in _together(source, layers):
         with source.running(together):
@@ -182,7 +186,7 @@ def _missed(source: Source, layers: list[int], options: TransferOptions, device:
 
 
 def _share(groups: list[list[int]]) -> list[list[int]]:
-    """This rank's neighbouring groups of layers; where there are more ranks than groups, pieces of groups."""
+    """This rank's neighbouring groups of layers. If there are more ranks than groups, groups are cut into pieces."""
     if len(groups) < ranks.size():
         pieces = -(-ranks.size() // len(groups))
         groups = [part for layers in groups for part in _pieces(layers, pieces) if part]
@@ -190,7 +194,7 @@ def _share(groups: list[list[int]]) -> list[list[int]]:
 
 
 def _pieces(items: list[T], count: int) -> list[list[T]]:
-    """The items in order, cut into so many pieces of nearly equal length, of which some may be empty."""
+    """The items in order, cut into `count` pieces of nearly equal length. Some pieces may be empty."""
     ends = [len(items) * number // count for number in range(count + 1)]
     return [items[start:stop] for start, stop in pairwise(ends)]
 
@@ -204,10 +208,11 @@ def _source(
     folder: Path,
     progress: Progress,
 ) -> Source:
-    """The activations that the capture kept, or the teacher that computes them, maybe block by block."""
+    """The activations that the capture kept, or the teacher that computes them, block by block with a `block_size`."""
     if block_size and capture.config.get("store") != "tokens":
         raise UsageError(
-            f"--block-size is for captures of --store tokens, and {capture.path} holds more. Leave it out."
+            f"--block-size is for captures made with --store tokens, and {capture.path} holds activations. Leave it "
+            "out."
         )
     if capture.config.get("store", "attention") == "attention":
         return StoredActivations(capture)
@@ -240,22 +245,24 @@ def _save(writer: ArtifactWriter, layer: int, trained: Trained, progress: Progre
 
 
 def _kept(source: Source, given: Collection[int | str], others: int) -> set[int]:
-    """The layers that are named to stay softmax. Raises UsageError for one that is not there, or if with so many
-    others none is left to be trained."""
+    """The layers that keep softmax attention by name.
+
+    Raises UsageError for a layer that does not exist, or if no layer is left to be trained when `others` are kept too.
+    """
     kept = {layer for layer in given if isinstance(layer, int)}
     if "sliding" in given:
         kept |= {layer for layer, info in enumerate(source.layers) if info.spec.sliding_window is not None}
     unknown = kept - set(range(len(source.layers)))
     if unknown:
-        raise UsageError(f"--keep-softmax {min(unknown)}: the layers are 0 to {len(source.layers) - 1}.")
+        raise UsageError(f"--keep-softmax {min(unknown)}: The layers are 0 to {len(source.layers) - 1}.")
     kept |= {layer for layer, info in enumerate(source.layers) if not info.has_attention}
     if len(kept) + others >= len(source.layers):
-        raise UsageError("--keep-softmax leaves no layer to be converted.")
+        raise UsageError("--keep-softmax leaves no layer to convert. Keep fewer layers.")
     return kept
 
 
 def _figures(writer: ArtifactWriter, parent: Artifact, layer: int) -> dict:
-    """The figures that were saved with the layer's maps, maybe by an earlier run, and what the capture measured."""
+    """The figures that were saved with the layer's maps, perhaps by an earlier run, and those of the capture."""
     measured = parent.summary.get("layers", {}).get(str(layer), {})
     with safe_open(writer.path / maps_file(layer), framework="pt") as file:
         figures = json.loads(file.metadata()["figures"])

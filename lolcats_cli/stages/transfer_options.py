@@ -1,4 +1,4 @@
-"""How attention transfer is done: its options, and the recipes that choose them."""
+"""The options of attention transfer, and the recipes that choose them."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ class TransferOptions:
         return self.epochs * ceil(rows / (self.batch_size * self.grad_accum)) if self.steps is None else self.steps
 
 
-# What a recipe means, where an option does not say otherwise. lolcats: the paper's for 8B models; best: what did better
-# at the same number of tokens (docs/quality.md).
+# The options that a recipe stands for. Options that are given win. "lolcats" has the paper's for 8B models, and "best"
+# has those that gave better students with the same number of tokens (docs/quality.md).
 RECIPES = {
     "best": TransferOptions(),
     "lolcats": TransferOptions(HybridConfig(linear_factor="one"), grad_accum=8, lr=1e-2, eval_steps=100),

@@ -280,7 +280,7 @@ def test_block_by_block_one_blocks_hidden_states_are_on_disk(
 
 def test_block_by_block_is_for_tokens(deep: SimpleNamespace, tmp_path: Path) -> None:
     run(deep, tmp_path / "c", **STORES["block"])
-    with pytest.raises(UsageError, match=r"--block-size is for captures of --store tokens"):
+    with pytest.raises(UsageError, match=r"--block-size is for captures made with --store tokens"):
         transfer(tmp_path / "c", tmp_path / "t", options=OPTIONS, block_size=2)
 
 

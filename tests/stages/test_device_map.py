@@ -48,7 +48,7 @@ def test_maps_compute_where_their_layer_does(pipeline: SimpleNamespace) -> None:
 
 def test_what_changes_weights_takes_none_that_are_fetched(pipeline: SimpleNamespace, tmp_path: Path) -> None:
     with pytest.raises(
-        UsageError, match=r"--device-map leaves model\.embed_tokens.*a training takes weights that stay"
+        UsageError, match=r"--device-map keeps model\.embed_tokens.*weights must stay there in a training"
     ):
         lora(pipeline.transfer, tmp_path / "l", options=LoraOptions(steps=1), load=SPREAD)
     assert not (tmp_path / "l").exists()

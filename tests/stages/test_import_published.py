@@ -147,7 +147,7 @@ def without(weights: dict[str, Tensor], part: str) -> dict[str, Tensor]:
     [
         ({}, BadInput, "holds no model_state_dict"),
         ({"model.layers.0.mlp.weight": torch.ones(2)}, BadInput, "neither a feature map nor a window factor"),
-        (published_maps(layers=(0, 5)), IdentityMismatch, "has maps for layer 5; .* has 2 layers"),
+        (published_maps(layers=(0, 5)), IdentityMismatch, "has maps for layer 5, and .* has 2 layers"),
         (without(published_maps(), "0.self_attn.window"), IdentityMismatch, "maps of layer 0 .* Check --feature-map"),
         (without(published_maps(), "map_k"), IdentityMismatch, "maps of layer 0"),
         (
@@ -169,7 +169,7 @@ def test_adapters_that_do_not_fit(made: SimpleNamespace, tmp_path: Path) -> None
     first = next(iter(lora))
     for weights, error, message in (
         ({**lora, "lm_head.weight": torch.ones(2)}, BadInput, "not a weight of a LoRA adapter"),
-        (without(lora, "0.self_attn.q_proj.lora_B"), BadInput, "A and B, of one rank"),
+        (without(lora, "0.self_attn.q_proj.lora_B"), BadInput, "A and B for every module, with the same rank"),
         ({name.replace("q_proj", "c_attn"): w for name, w in lora.items()}, IdentityMismatch, "c_attn"),
         ({**lora, first: lora[first][:, :5]}, IdentityMismatch, "q_proj"),
     ):
@@ -236,7 +236,7 @@ def test_a_file_that_grows_when_it_is_read_is_refused_at_once(made: SimpleNamesp
                     for _ in range(1000):
                         file.write(bytes(10**6))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(BadInput, match="its records are compressed"):
+    with pytest.raises(BadInput, match="Its records are compressed"):
         import_maps(tmp_path / "x.pt", tmp_path / "t", str(made.teacher), hybrid=HYBRID)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
 

@@ -49,7 +49,7 @@ def test_layers_trained_apart_are_the_transfer_of_one_machine(
 
 def test_missing_and_doubled_layers(halves: list[Path], tmp_path: Path) -> None:
     again = shutil.copytree(halves[0], tmp_path / "again")
-    with pytest.raises(IdentityMismatch, match="Layer 0 is doubled"):
+    with pytest.raises(IdentityMismatch, match=r"Layer 0 is in .* and in "):
         join([*halves, again], tmp_path / "maps")
     with pytest.raises(IdentityMismatch, match="No part has layer 1"):
         part = shutil.copytree(halves[0], tmp_path / "part")
@@ -67,7 +67,7 @@ def test_parts_of_other_settings_or_another_capture_are_named(
     pipeline: SimpleNamespace, halves: list[Path], tmp_path: Path, new_teacher
 ) -> None:
     seeded = transfer(pipeline.capture, tmp_path / "seeded", options=replace(OPTIONS, seed=1), layers=[1])
-    with pytest.raises(IdentityMismatch, match=r"differ in config\.seed\.$"):
+    with pytest.raises(IdentityMismatch, match=r"differ in config\.seed\. Make"):
         join([halves[0], seeded.path], tmp_path / "maps")
     teacher = new_teacher(tmp_path / "teacher", seed=5)
     other = capture(str(teacher), str(pipeline.text), tmp_path / "c", options=DataOptions(seq_len=64, samples=20))
@@ -126,7 +126,7 @@ def test_rows_missing_doubled_or_without_room(
         return capture(str(pipeline.teacher), str(pipeline.text), tmp_path / f"{first}+{samples}", options=options).path
 
     first, next_, late = run(0, 4), run(3, 4), run(6, 4)
-    with pytest.raises(IdentityMismatch, match="Rows 3 to 3 are doubled"):
+    with pytest.raises(IdentityMismatch, match=r"Rows 3 to 3 are in .* and in "):
         join([first, next_], tmp_path / "x")
     with pytest.raises(IdentityMismatch, match="Rows 4 to 5 are missing"):
         join([first, late], tmp_path / "x")

@@ -89,7 +89,7 @@ def test_parts_are_joined_without_the_kept_layer(deep: SimpleNamespace, tmp_path
 @pytest.mark.parametrize(
     ("kept", "layers", "message"),
     [
-        ([3], None, "--keep-softmax 3: the layers are 0 to 2"),
+        ([3], None, "--keep-softmax 3: The layers are 0 to 2"),
         ([0, 1, 2], None, "leaves no layer"),
         ([1], [0, 1], "Layer 1 is in --layers and in --keep-softmax"),
     ],
@@ -175,7 +175,7 @@ def test_window_error_is_what_is_lost_before_the_window(deep: SimpleNamespace) -
     [
         ({"keep_auto": 3}, "leaves no layer"),
         ({"keep_auto": 2, "keep_softmax": [0]}, "leaves no layer"),
-        ({"keep_auto": 1, "layers": [0]}, r"auto:N looks at all layers\. With --layers, name those"),
+        ({"keep_auto": 1, "layers": [0]}, r"auto:N looks at all layers\. With --layers, name the layers"),
         ({"keep_auto": 1, "options": replace(OPTIONS, hybrid=replace(HYBRID, window=0))}, "--window is 0"),
     ],
 )

@@ -248,7 +248,8 @@ def test_rank_alpha_and_targets(pipeline: SimpleNamespace, tmp_path: Path) -> No
 
 def test_unknown_targets(pipeline: SimpleNamespace, tmp_path: Path) -> None:
     there = (
-        "attentions are q_proj, k_proj, v_proj, o_proj; other linear layers are down_proj, gate_proj, lm_head, up_proj"
+        "attentions are q_proj, k_proj, v_proj, o_proj. "
+        "Its other linear layers are down_proj, gate_proj, lm_head, up_proj"
     )
     with pytest.raises(UsageError, match=f"has no modules named c_attn.*{there}"):
         lora(pipeline.transfer, tmp_path / "l", options=replace(QUICK, targets=("q_proj", "c_attn")), load=CPU)
@@ -267,7 +268,7 @@ def test_other_data(pipeline: SimpleNamespace, tmp_path: Path) -> None:
     default = lora(pipeline.transfer, tmp_path / "d", options=QUICK, load=CPU)
     assert from_capture.id == default.id
     foreign = capture_of_other_tokenizer(pipeline, tmp_path)
-    with pytest.raises(IdentityMismatch, match="tokens of another tokenizer"):
+    with pytest.raises(IdentityMismatch, match="tokens of a tokenizer that is not the teacher's"):
         lora(pipeline.transfer, tmp_path / "n", options=QUICK, data=str(foreign), load=CPU)
     with pytest.raises(BadInput, match="is not a file"):
         lora(pipeline.transfer, tmp_path / "n", options=QUICK, data=str(tmp_path / "missing.txt"), load=CPU)

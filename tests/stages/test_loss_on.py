@@ -111,7 +111,7 @@ def test_data_without_completions(pipeline: SimpleNamespace, tmp_path: Path) -> 
         lora(pipeline.transfer, tmp_path / "l", options=QUICK, data=str(mixed), data_options=options, load=CPU)
     mixed.write_text('{"prompt": "a long one", "completion": "b"}\n' * 3)
     options = DataOptions(seq_len=4, pack=False)
-    with pytest.raises(BadInput, match="No row holds a token of a completion to predict"):
+    with pytest.raises(BadInput, match="No row holds a completion to predict"):
         lora(pipeline.transfer, tmp_path / "l", options=QUICK, data=str(mixed), data_options=options, load=CPU)
 
 

@@ -103,7 +103,10 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "ViT": (lambda folder: change(folder, model_type="vit"), "'vit', which is not a causal language model"),
     "unheard of": (lambda folder: change(folder, model_type="mine"), "'mine', which is not known to transformers"),
     "no heads": (lambda folder: change(folder, num_attention_heads=0), "num_attention_heads: 0"),
-    "not the shapes": (lambda folder: change(folder, num_key_value_heads=1), "lack model.layers.0.self_attn.k_proj"),
+    "not the shapes": (
+        lambda folder: change(folder, num_key_value_heads=1),
+        "be folded into model.layers.0.self_attn.k_proj",
+    ),
 }
 
 

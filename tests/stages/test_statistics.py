@@ -202,7 +202,7 @@ def test_selected_rows_are_not_joined(pipeline: SimpleNamespace, tmp_path: Path)
         ).path
         for first in (0, 5)
     ]
-    with pytest.raises(IdentityMismatch, match="were selected among its own"):
+    with pytest.raises(IdentityMismatch, match="were selected from its own part"):
         join(parts, tmp_path / "joined")
     assert not (tmp_path / "joined").exists()
 
