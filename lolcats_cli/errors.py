@@ -9,37 +9,37 @@ from collections.abc import Iterator
 
 
 class LolcatsError(Exception):
-    """What went wrong, where, and what to do next, in one sentence."""
+    """A message for people, in whole sentences: what went wrong, where, and what to do next."""
 
     exit_code = 1
 
 
 class UsageError(LolcatsError):
-    """Options that contradict each other or cannot be served."""
+    """The options contradict each other, or cannot be used here."""
 
     exit_code = 2
 
 
 class BadInput(LolcatsError):
-    """A teacher, data file or artifact that cannot be used."""
+    """A teacher, a data file or an artifact cannot be used."""
 
     exit_code = 3
 
 
 class IdentityMismatch(LolcatsError):
-    """Things that do not belong together: another teacher, tokenizer or set of layers."""
+    """Things do not belong together: the teacher, the tokenizer or the layers are others."""
 
     exit_code = 4
 
 
 class NotEnoughSpace(LolcatsError):
-    """Not enough disk or memory."""
+    """There is not enough disk space or memory."""
 
     exit_code = 5
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the error says that memory ran out, in Python, on a GPU, or in torch's CPU allocator."""
+    """Whether the error tells that memory ran out: in Python, on a GPU, or in torch's CPU allocator."""
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
@@ -47,7 +47,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-# What the machine may have run out of, and what the user can do.
+# By what the machine may have run out of: what the user can do.
 SHORTAGES = {
     errno.ENOSPC: "Free some disk space",
     errno.EDQUOT: "Free some of your disk quota",
@@ -56,16 +56,16 @@ SHORTAGES = {
     errno.ENFILE: "Close other programs' files",
     errno.ENOMEM: "Free some memory",
 }
-# torch.save tells of every write that fails in such words, but not why it failed.
+# torch.save reports failed writes in these words. It does not tell why they failed.
 _TORCH_WRITE = re.compile(
     r"PytorchStreamWriter|iostream error|inline_container.*(unexpected pos|write failed)", re.DOTALL
 )
 
 
 def shortage(error: BaseException) -> str | None:
-    """What helps against the lack of disk, memory or open files that the error, or one that it came of, tells of.
+    """What the user can do if the error, or one of its causes, tells that disk, memory or open files ran out.
 
-    Also in the words of libraries that do not raise OSError: safetensors, torch.save. None for other errors.
+    Errors of safetensors and torch.save, which are no OSError, are found by their words. None for other errors.
     """
     for link in _chain(error):
         if isinstance(link, OSError) and link.errno in SHORTAGES:
@@ -81,7 +81,7 @@ def shortage(error: BaseException) -> str | None:
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The error, and what it came of, as a traceback would show them."""
+    """The error and its causes, in the order in which a traceback shows them."""
     link: BaseException | None = error
     seen: set[int] = set()
     while link is not None and id(link) not in seen:
@@ -91,6 +91,9 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 class Stopped(BaseException):
-    """Stopped by a signal; the same command resumes. Not an Exception: no library's `except Exception` may keep it."""
+    """A signal has stopped the command. The same command resumes.
+
+    It is not an Exception, because no library's `except Exception` may catch it.
+    """
 
     exit_code = 75

@@ -1,4 +1,4 @@
-"""How a stage tells what it is doing: nothing by default, bars or plain lines on stderr from the command line."""
+"""How a stage tells what it is doing: by default not at all, and from the command line by bars or lines on stderr."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ _level = "normal"
 
 
 def set_level(level: str) -> None:
-    """How much this process says on stderr: "quiet", "normal" or "verbose"."""
+    """Sets how much this process writes to stderr: "quiet", "normal" or "verbose"."""
     global _level
     _level = level
 
 
 def for_people() -> Progress:
-    """Progress on stderr, as much of it as was asked for."""
+    """Progress on stderr, at the level that was set."""
     return Progress() if _level == "quiet" else StderrProgress(INTERVALS[_level])
 
 
 class StderrProgress(Progress):
-    """tqdm bars on a terminal, a plain line every `interval` seconds otherwise."""
+    """Shows tqdm bars on a terminal, and otherwise a plain line every `interval` seconds."""
 
     def __init__(self, interval: float = 10.0) -> None:
         self.interval = interval

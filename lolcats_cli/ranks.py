@@ -41,7 +41,7 @@ def local_rank() -> int:
 
 
 def check_alone(command: str) -> None:
-    """Raise UsageError in one of several processes, for a command that one process does."""
+    """Raises UsageError if there are several processes, for a command that runs in one."""
     if size() > 1:
         raise UsageError(f"{command} is done by one process: run it without torchrun, accelerate or srun.")
 
@@ -86,9 +86,9 @@ def leave() -> None:
 
 
 def first_failure(code: int) -> int | None:
-    """Tell the other ranks that this one ends with `code`; -> the code of the one that failed before it, if any.
+    """Tells the other ranks that this one ends with `code`. Returns the code of the rank that failed before it, if any.
 
-    One failure ends all ranks, each with an error of its own, and the first is the cause.
+    One failure ends all ranks, each with an error of its own, and the first one is the cause.
     """
     if _store is None:
         return None
@@ -101,7 +101,7 @@ def first_failure(code: int) -> int | None:
 
 
 def share(make: Callable[[], T]) -> T:
-    """What `make` returns on rank 0, where alone it is called; every rank waits for it."""
+    """What `make` returns on rank 0. It is called there alone, and every rank waits for its result."""
     if size() == 1:
         return make()
     import torch.distributed as dist
@@ -112,7 +112,7 @@ def share(make: Callable[[], T]) -> T:
 
 
 def barrier() -> None:
-    """Wait until every rank is here."""
+    """Waits until every rank is here."""
     most(0)
 
 
@@ -130,7 +130,7 @@ def most(value: int) -> int:
 
 @contextmanager
 def one_first() -> Iterator[None]:
-    """Rank 0 goes through this block before the others do, who find what it has cached."""
+    """Rank 0 goes through this block before the other ranks, which then find what it has cached."""
     if rank() > 0:
         barrier()
     yield

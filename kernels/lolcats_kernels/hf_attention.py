@@ -104,11 +104,11 @@ def lolcats_attention(
     kept = getattr(module, "keeps_softmax", False)
     where = f"layer {getattr(module, 'layer_idx', '?')} ({type(module).__name__})"
     if hybrid is None and not kept:
-        raise ValueError(f"{where} has no feature maps: the attention implementation {NAME!r} is for students only.")
+        raise ValueError(f"{where} has no feature maps. The attention implementation {NAME!r} is for students only.")
     attention_mask = key_mask(module, attention_mask)
     if attention_mask is not None and attention_mask.ndim != 2:
         raise ValueError(
-            f"{where} got a custom attention mask of shape {tuple(attention_mask.shape)}; linear attention is causal "
+            f"{where} got a custom attention mask of shape {tuple(attention_mask.shape)}. Linear attention is causal "
             "and takes a padding mask [batch, tokens] only."
         )
     if scaling is None:
@@ -143,7 +143,7 @@ def lolcats_mask(
     if attention_mask is None:
         return None
     if attention_mask.shape[1] < q_length:
-        raise ValueError(f"The attention mask covers {attention_mask.shape[1]} tokens; the input has {q_length}.")
+        raise ValueError(f"The attention mask covers {attention_mask.shape[1]} tokens, and the input has {q_length}.")
     mask = attention_mask.bool()
     # Looking into the mask costs a synchronisation on GPUs: worth it for a long input, not for each decoded token.
     if q_length > 1 and not torch.compiler.is_compiling() and bool(mask.all()):

@@ -89,11 +89,11 @@ class LolcatsCacheLayer(CacheLayerMixin):
         if tokens_to_remove != 0:
             raise NotImplementedError(
                 "A linear-attention state cannot forget its last tokens, so this cache cannot be cropped. Methods that "
-                "roll back (assisted generation, prompt lookup) do not work with this model; use plain generation."
+                "roll back (assisted generation, prompt lookup) do not work with this model. Use plain generation."
             )
 
     def offload(self) -> None:
-        raise NotImplementedError("This cache has a small constant size and is not offloaded; leave offloading off.")
+        raise NotImplementedError("This cache has a small constant size and is not offloaded. Leave offloading off.")
 
     prefetch = offload
 

@@ -46,7 +46,7 @@ class LolcatsMixin:
     def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
         """Only "lolcats": with softmax attention the weights of a student would be another model."""
         if attn_implementation != NAME:
-            raise ValueError(f"A student computes {NAME!r} attention; it cannot be set to {attn_implementation!r}.")
+            raise ValueError(f"A student computes {NAME!r} attention. It cannot be set to {attn_implementation!r}.")
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict, generation_mode: Any, *args: Any, **kwargs: Any
@@ -54,7 +54,8 @@ class LolcatsMixin:
         kind = generation_config.cache_implementation
         if kind not in (None, "dynamic", "static"):
             raise ValueError(
-                f"cache_implementation={kind!r} is for growing caches; leave it out: this model has its own."
+                f"cache_implementation={kind!r} is for growing caches. Leave it out, because this model has its own "
+                "cache."
             )
         if getattr(generation_config, "is_assistant", False) or "assisted" in str(
             getattr(generation_mode, "value", "")
@@ -86,12 +87,12 @@ class MergedStudent(LolcatsMixin):
         super().__init__(config)  # type: ignore[call-arg]
         spec = getattr(config, "lolcats", None)
         if not spec:
-            raise ValueError("config.json has no `lolcats` entry: this is not a merged student.")
+            raise ValueError("config.json has no `lolcats` entry, so this is not a merged student.")
         sizes = [x if isinstance(x, list) else [x] * len(spec["layers"]) for x in (spec["num_heads"], spec["head_dim"])]
         heads = dict(zip(spec["layers"], zip(*sizes, strict=True), strict=True))
         size = getattr(config, "sparse_cache_size", 0)
         if not isinstance(size, int) or size < 0:
-            raise ValueError(f"sparse_cache_size is {size!r}; it must be a whole number, 0 for no sparse cache.")
+            raise ValueError(f"sparse_cache_size is {size!r}. It must be a whole number, and 0 means no sparse cache.")
         for hybrid in attach(cast(PreTrainedModel, self), HybridConfig(**spec["hybrid"]), heads):
             hybrid.sparse_cache_size = size
 
@@ -144,11 +145,11 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
                 continue
             if index in found:
                 raise ValueError(
-                    f"{name} and another attention both call themselves layer {index}: not a plain decoder."
+                    f"{name} and another attention both have the layer number {index}, so this is not a plain decoder."
                 )
             found[index] = module
     if not found and shared:
-        raise ValueError(f"{type(model).__name__} has an attention, {shared}, that several layers share.")
+        raise ValueError(f"{type(model).__name__} has an attention, {shared}, that is shared by several layers.")
     if not found:
         raise ValueError(f"{type(model).__name__} has no layer whose attention uses transformers' attention interface.")
     return [found[index] for index in sorted(found)]
@@ -184,7 +185,7 @@ def attach(model: PreTrainedModel, config: HybridConfig, heads: Mapping[int, tup
     wanted = set(heads)
     unknown = wanted - {layer_index(module) for module in modules}
     if unknown or not wanted:
-        raise ValueError(f"The maps are for layers {sorted(wanted)}; the model has {len(modules)} attentions.")
+        raise ValueError(f"The maps are for layers {sorted(wanted)}, and the model has {len(modules)} attentions.")
     hybrids = []
     for module in modules:
         if layer_index(module) not in wanted:
@@ -254,7 +255,9 @@ def _hand_cache_over(module: nn.Module, args: tuple, kwargs: dict) -> None:
         if past is not None:
             layer = _check_cache(past).layers[layer_index(module)]
             if not isinstance(layer, LolcatsCacheLayer):
-                raise ValueError(f"The cache has no state for layer {layer_index(module)}: it is of another student.")
+                raise ValueError(
+                    f"The cache has no state for layer {layer_index(module)}, so it belongs to another student."
+                )
             cast(HybridAttention, module.hybrid).cache_layer = layer
 
 

@@ -119,7 +119,9 @@ def hybrid_attention(
     spec = CallSpec(maps.config, scaling, softcap, terms)
     _check(q, k, v, maps, valid, initial_state)
     if sinks is not None and sinks.shape != (maps.num_heads,):
-        raise ValueError(f"sinks must be one for each of {maps.num_heads} query heads; got {list(sinks.shape)}.")
+        raise ValueError(
+            f"sinks must be one for each of {maps.num_heads} query heads. Their shape is {list(sinks.shape)}."
+        )
     wanted = q.dtype
     q, k, v = (x.to(common_dtype(q, k, v)) for x in (q, k, v))
     run = _BACKENDS[backend_for(q, v, maps) if backend == "auto" else backend]
@@ -155,21 +157,21 @@ def _check(
         return f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
 
     if not q.ndim == k.ndim == v.ndim == 4:
-        raise ValueError(f"q, k and v must be [batch, heads, time, head size]; got {shapes()}.")
+        raise ValueError(f"q, k and v must be [batch, heads, time, head size]. They are {shapes()}.")
     batch, heads, time, head_dim = q.shape
     if k.shape[:3] != v.shape[:3] or (k.shape[0], k.shape[2]) != (batch, time) or time == 0:
-        raise ValueError(f"q, k and v must have one batch and one time of at least 1; got {shapes()}.")
+        raise ValueError(f"q, k and v must have the same batch and time, of at least 1. They are {shapes()}.")
     if heads != maps.num_heads or head_dim != maps.head_dim or k.shape[3] != head_dim:
         raise ValueError(
-            f"The feature maps are for {maps.num_heads} query heads of size {maps.head_dim}; got {shapes()}."
+            f"The feature maps are for {maps.num_heads} query heads of size {maps.head_dim}. q, k and v are {shapes()}."
         )
     if k.shape[1] == 0 or heads % k.shape[1]:
-        raise ValueError(f"The {heads} query heads must be a multiple of the key heads; got {shapes()}.")
+        raise ValueError(f"The {heads} query heads must be a multiple of the key heads. q, k and v are {shapes()}.")
     if not all(x.is_floating_point() for x in (q, k, v)):
-        raise ValueError(f"q, k and v must be of float dtypes; got {q.dtype}, {k.dtype}, {v.dtype}.")
+        raise ValueError(f"q, k and v must have float dtypes. They are {q.dtype}, {k.dtype}, {v.dtype}.")
     if valid is not None and (valid.shape != (batch, time) or valid.dtype != torch.bool):
         raise ValueError(
-            f"valid must be bool [{batch}, {time}] (True: a token); got {valid.dtype} {list(valid.shape)}."
+            f"valid must be bool [{batch}, {time}] (True for a token). It is {valid.dtype} {list(valid.shape)}."
         )
     if initial_state is not None:
         held = KVState.shapes(maps, batch, k.shape[1], v.shape[3])
@@ -177,8 +179,8 @@ def _check(
             got = getattr(initial_state, name).shape
             if got != shape:
                 raise ValueError(
-                    f"The state's {name} are {list(got)}, these inputs need {list(shape)}: "
-                    "the state comes from another batch, layer or configuration."
+                    f"The state's {name} are {list(got)}, and these inputs need {list(shape)}. "
+                    "The state comes from another batch, layer or configuration."
                 )
         if initial_state.keys.dtype != common_dtype(q, k, v):
-            raise ValueError(f"The state holds {initial_state.keys.dtype}, the inputs are {common_dtype(q, k, v)}.")
+            raise ValueError(f"The state holds {initial_state.keys.dtype}, and the inputs are {common_dtype(q, k, v)}.")

@@ -49,7 +49,7 @@ class HybridMaps(nn.Module):
         check_count("num_heads", num_heads, 1)
         check_count("head_dim", head_dim, 1)
         if not 0 < window_factor < 1:
-            raise ValueError(f"window_factor is {window_factor!r}; it must lie between 0 and 1 (excluded).")
+            raise ValueError(f"window_factor is {window_factor!r}. It must be above 0 and below 1.")
         self.config = config
         self.num_heads = num_heads
         self.head_dim = head_dim

@@ -78,7 +78,7 @@ def sparse_attention(
     Raises ValueError for a window of 0, and for a state of another size.
     """
     if not maps.config.window:
-        raise ValueError("A sparse cache takes what leaves the window, and this student has none (window 0).")
+        raise ValueError("A sparse cache holds keys that left the window, and this student has no window (window=0).")
     spec, state = CallSpec(maps.config, scaling, softcap), initial_state
     wanted = q.dtype
     q, k, v = (x.to(common_dtype(q, k, v)) for x in (q, k, v))
@@ -89,7 +89,7 @@ def sparse_attention(
     if state is None:
         state = SparseState.empty(maps, k, v, size)
     elif state.kept_keys.shape[2] != size:
-        raise ValueError(f"The state keeps {state.kept_keys.shape[2]} keys, and {size} are asked for.")
+        raise ValueError(f"The state keeps {state.kept_keys.shape[2]} keys, and {size} were asked for.")
     outs = []
     with torch.autocast(q.device.type, enabled=False):
         for t in range(q.shape[2]):

@@ -28,13 +28,13 @@ KEY_BOUND, QUERY_BOUND = 20.0, 60.0
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raises ValueError, naming the option, unless the value is one of the choices."""
     if value not in choices:
-        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(choices)}.")
+        raise ValueError(f"{name} is {value!r}. Choose one of {', '.join(choices)}.")
 
 
 def check_count(name: str, value: object, least: int) -> None:
     """Raises ValueError, naming the option, unless the value is a whole number of at least `least`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {least}.")
+        raise ValueError(f"{name} is {value!r}. It must be a whole number of at least {least}.")
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class CallSpec:
     def __post_init__(self) -> None:
         check_choice("terms", self.terms, TERMS)
         if self.softcap is not None and self.softcap <= 0:
-            raise ValueError(f"softcap is {self.softcap!r}; it must be above 0, or None.")
+            raise ValueError(f"softcap is {self.softcap!r}. It must be above 0, or None.")
 
     def encode(self) -> tuple[Any, ...]:
         """The values of SCHEMA."""

@@ -1,6 +1,6 @@
-"""What a command is given, looked at before torch and transformers are imported, so that a mistake is told at once.
+"""Checks of a command's arguments. They run before torch and transformers are imported, so mistakes are told at once.
 
-The stages check again what they use; nothing here is needed for safety.
+The stages check again what they use, so nothing here is needed for safety.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def artifact(path: str | Path, kind: str | tuple[str, ...], teacher: str | None 
 
 
 def model(path: str, teacher: str | None = None) -> None:
-    """What `load_any` takes. Raises if it is not there."""
+    """Raises if `path` does not exist as something that `load_any` can load."""
     if any((Path(path) / name).is_file() for name in ("manifest.json", "progress.json")):
         artifact(path, ("transfer", "lora", "student"), teacher)
     else:
@@ -40,7 +40,7 @@ def model(path: str, teacher: str | None = None) -> None:
 
 
 def data(sources: Iterable[str] | None, captures: bool = False) -> None:
-    """Raises if a source of data is neither here nor a hub dataset's id, nor, with `captures`, a capture."""
+    """Raises for a source of data that is no file and no id of a hub dataset. With `captures` it may be a capture."""
     for source in sources or ():
         if captures and (Path(source) / "manifest.json").is_file():
             Artifact.open(source, "capture")
@@ -66,12 +66,12 @@ def tracker(log_to: str | None) -> None:
         metadata.distribution(log_to)
     except metadata.PackageNotFoundError as error:
         wanted = "'lolcats[log]'" if log_to == "tensorboard" else log_to
-        raise UsageError(f"--log-to {log_to} needs {log_to}. Install it with: pip install {wanted}") from error
+        raise UsageError(f"--log-to {log_to} needs {log_to}. Install it with: pip install {wanted}.") from error
 
 
 def layers(option: str, chosen: Iterable[int | str] | None, opened: Artifact) -> None:
-    """Raises UsageError for a layer that the artifact's teacher has not."""
+    """Raises UsageError for a layer that the artifact's teacher does not have."""
     count = len(opened.teacher["layers"])
     for layer in chosen or ():
         if isinstance(layer, int) and not 0 <= layer < count:
-            raise UsageError(f"{option} {layer}: the layers are 0 to {count - 1}.")
+            raise UsageError(f"{option} {layer}: The layers are 0 to {count - 1}.")

@@ -93,10 +93,12 @@ def artifact_path(given: str, data: Sequence[str] | None = None) -> str:
     if ranks.size() > 1:
         raise UsageError("Several processes cannot all read an artifact's path from stdin. Name the artifact.")
     if "-" in (data or ()):
-        raise UsageError("The artifact's path and --data cannot both come from stdin.")
+        raise UsageError("The artifact's path and --data cannot both come from stdin. Name one of them.")
     path = _line_of_stdin()
     if not path:
-        raise UsageError("Expected an artifact's path on stdin and got nothing: did the command before this one fail?")
+        raise UsageError(
+            "An artifact's path was expected on stdin, and nothing came. Did the command before this one fail?"
+        )
     return path
 
 
@@ -104,7 +106,7 @@ def _line_of_stdin() -> str:
     """The first line, also if its bytes are not text: a path may be any. Empty if there is no stdin."""
     line = sys.stdin.buffer.readline(MAX_PATH) if sys.stdin is not None else b""
     if b"\0" in line:
-        raise UsageError("Expected an artifact's path on stdin and got a line with a zero byte.")
+        raise UsageError("An artifact's path was expected on stdin, and a line with a zero byte came.")
     return os.fsdecode(line).strip()
 
 
@@ -131,7 +133,7 @@ def parse_layers(text: str | None, option: str = "--layers") -> list[int] | None
         for part in text.split(","):
             first, _, last = part.partition("-")
             if int(last or first) >= MAX_LAYERS:
-                raise ValueError(f"no model has layer {last or first}")
+                raise ValueError(f"No model has layer {last or first}.")
             layers.update(range(int(first), int(last or first) + 1))
     except ValueError as error:
         raise UsageError(f"{option} {text} is not a list like 0-3,7.") from error
@@ -157,7 +159,7 @@ def parse_kept(text: str | None) -> tuple[list[int | str], int]:
     parts = [] if text is None else text.split(",")
     automatic = [part for part in parts if re.fullmatch(r"auto:[1-9]\d{0,5}", part)]
     if len(automatic) > 1:
-        raise UsageError(f"--keep-softmax {text} says auto more than once.")
+        raise UsageError(f"--keep-softmax {text} has auto more than once. Give it once.")
     numbers = ",".join(part for part in parts if part not in ("sliding", *automatic))
     layers = parse_layers(numbers or None, "--keep-softmax") or []
     return [*layers, *(["sliding"] if "sliding" in parts else [])], int(automatic[0][5:]) if automatic else 0

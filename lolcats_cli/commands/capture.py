@@ -71,13 +71,13 @@ def capture(
     first, count = o.parse_samples(samples)
     space, device_memory = o.parse_size(disk, "--disk"), o.parse_size(memory, "--memory")
     if block_size and store != "block":
-        raise UsageError("--block-size is for --store block; --store auto takes the largest blocks that fit.")
+        raise UsageError("--block-size is for --store block. --store auto chooses the largest blocks that fit.")
     if (space or device_memory) and store != "auto":
-        raise UsageError(f"--disk and --memory are for --store auto. Leave them or --store {store} out.")
+        raise UsageError(f"--disk and --memory are for --store auto. Leave out these options, or --store {store}.")
     if (select is None) != (keep is None):
         raise UsageError("--select and --keep need each other. Give both, as in --select top-esl --keep 1000.")
     if store_dtype != "teacher" and store != "attention":
-        raise UsageError(f"--store-dtype {store_dtype} needs --store attention. Give it, or leave --store-dtype out.")
+        raise UsageError(f"--store-dtype {store_dtype} needs --store attention. Give it, or leave out --store-dtype.")
     checks.local_folder(teacher)
     checks.data(data)
     checks.output(output, resume, force)

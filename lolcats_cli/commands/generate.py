@@ -55,7 +55,9 @@ def generate(
     if 0 < temperature < 1e-3:
         raise UsageError(f"--temperature {temperature} is too close to 0. Give 0, or at least 0.001.")
     if not temperature and (top_p, top_k) != (None, None):
-        raise UsageError("--top-p and --top-k need a --temperature above 0, because 0 does not sample.")
+        raise UsageError(
+            "--top-p and --top-k need a --temperature above 0. With 0, the likeliest token is always taken."
+        )
     if top_p == 0:
         raise UsageError("--top-p 0 leaves no token to draw. Give a probability above 0.")
     if model == "-" and prompt in (None, "-"):

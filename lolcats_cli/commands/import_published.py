@@ -36,7 +36,7 @@ def import_published(
     """Take over a checkpoint of the LoLCATs authors' code: a transfer (with --teacher), or a LoRA (with --transfer)."""
     asked = locals()
     if not checkpoint.is_file():
-        raise BadInput(f"The checkpoint {checkpoint} is not a file.")
+        raise BadInput(f"The checkpoint {checkpoint} is not a file. Give the path of a .pt file.")
     if teacher is None and transfer is None:
         raise UsageError("Give --teacher MODEL for feature maps, or --transfer MAPS for a LoRA adapter.")
     if transfer is not None:
@@ -53,9 +53,11 @@ def import_published(
     common: dict[str, Any] = {"resume": resume, "force": force, "progress": o.progress()}
     if holds_adapter(checkpoint):
         if transfer is None:
-            raise UsageError(f"{checkpoint} holds a LoRA adapter: give the maps that it goes with, --transfer MAPS.")
+            raise UsageError(
+                f"{checkpoint} holds a LoRA adapter. Give the maps that belong to it with --transfer MAPS."
+            )
         return import_adapter(checkpoint, output, transfer, alpha=alpha, teacher=teacher, **common)
     if teacher is None:
-        raise UsageError(f"{checkpoint} holds feature maps: give the model that they are for, --teacher MODEL.")
+        raise UsageError(f"{checkpoint} holds feature maps. Give the model that they belong to with --teacher MODEL.")
     hybrid, load = o.chosen(HybridConfig(), asked), o.chosen(LoadOptions(), asked)
     return import_maps(checkpoint, output, teacher, hybrid=hybrid, load=load, **common)

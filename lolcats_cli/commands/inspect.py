@@ -33,7 +33,7 @@ def inspect(
     from lolcats_cli.errors import UsageError
 
     if lineage and layer is not None:
-        raise UsageError("--lineage and --layer cannot be combined. Choose one.")
+        raise UsageError("--lineage and --layer cannot be used together. Choose one.")
     opened = Artifact.open(o.artifact_path(artifact))
     if plot is not None:
         from lolcats_cli.artifacts.head_errors_plot import plot as draw

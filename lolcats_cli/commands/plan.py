@@ -42,7 +42,7 @@ def plan(
     from lolcats_cli.planning.plan import plan as run
 
     if gpus is not None and calibrate:
-        raise UsageError("--gpus and --calibrate both set the machine's rates: choose one.")
+        raise UsageError("--gpus and --calibrate both set the machine's rates. Choose one.")
     if calibrate:
         o.progress().note("measuring this computer: matrix products, a layer's attention, the disk")
     free = space or float(shutil.disk_usage(Path.cwd()).free)

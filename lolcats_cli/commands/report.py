@@ -54,13 +54,13 @@ def report(
 
     given = o.artifact_path(student, data)
     if "-" in (data or ()):
-        raise UsageError("report reads --data twice, so it cannot come from stdin. Name a file.")
+        raise UsageError("`lolcats report` reads --data twice, so it cannot come from stdin. Name a file.")
     opened = Artifact.open(given, ("transfer", "lora", "student"))
     if data:
         checks.model(given, teacher)
         checks.data(data)
     if not output.absolute().parent.is_dir():
-        raise UsageError(f"--output {output}: its folder does not exist. Make it first.")
+        raise UsageError(f"--output {output}: The folder of this file does not exist. Make it first.")
 
     from lolcats_cli.reporting.page import page
 

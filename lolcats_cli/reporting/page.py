@@ -320,7 +320,9 @@ class _Memory:
         try:
             self.hybrid = HybridConfig(**artifact.config["hybrid"])
         except (KeyError, TypeError, ValueError) as error:
-            raise BadInput(f"{artifact.path} does not say which attention its student has ({error}).") from error
+            raise BadInput(
+                f"{artifact.path} does not describe the attention of its student ({error}). Make it again."
+            ) from error
 
     def teacher(self, tokens: int) -> int:
         return cache_bytes(self.layers, tokens, self.itemsize)

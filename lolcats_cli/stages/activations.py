@@ -1,8 +1,7 @@
-"""Where the layers' q, k and v come from while their feature maps are trained.
+"""The sources of the layers' q, k and v while their feature maps are trained.
 
-A source gives the same batches whatever a capture stored: it reads q, k and v (`StoredActivations`), or lets the
-teacher compute them from hidden states or tokens (`ComputedActivations`). Layers that are computed together are
-trained side by side.
+Every source gives the same batches. One reads q, k and v (`StoredActivations`), and one lets the teacher compute them
+from hidden states or tokens (`ComputedActivations`). Layers that are computed together are trained side by side.
 
 Shapes: N rows, B batch, H query heads, K key heads, T time, D head, E hidden size.
 """
@@ -126,7 +125,8 @@ class StoredActivations(Source):
             start += count
         if start != self.rows[split]:
             raise BadInput(
-                f"{self.capture.path} has {start} rows in layer {layers[0]} for {self.rows[split]} of tokens."
+                f"{self.capture.path} has {start} rows in layer {layers[0]}, and {self.rows[split]} rows of tokens. "
+                "Capture it again."
             )
         return groups
 
@@ -155,14 +155,16 @@ class StoredActivations(Source):
         if self._quantized:
             expected |= {f"{x}{SUFFIX}": (count, n) for x, (n, _) in heads.items()}
         if found != expected:
-            raise BadInput(f"{self.capture.path / name} holds {found}, which is not q, k and v of layer {layer}.")
+            raise BadInput(
+                f"{self.capture.path / name} holds {found}, which is not q, k and v of layer {layer}. Capture it again."
+            )
         return count
 
 
 class ComputedActivations(Source):
     """Lets the teacher compute q, k and v, from the hidden states or the tokens that a capture kept.
 
-    Forward passes take the rows that they took in the capture, so that the store makes no difference.
+    Forward passes have the same rows as in the capture, so that every store gives the same numbers.
     """
 
     def __init__(

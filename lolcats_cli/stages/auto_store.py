@@ -1,4 +1,4 @@
-"""The store of a capture that leaves it open: the one that it began with, or the one that fits here."""
+"""Chooses the store of a capture with --store auto: the one that it began with, or the first one that fits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FEATURES = 64  # of a head's maps, as `transfer` trains them by default
 
 
 def store_config(store: str, block_size: int | None, batch_size: int) -> dict[str, Any]:
-    """What a capture's configuration says of its store: nothing of "attention", as before there were others."""
+    """A capture's configuration entries for its store. "attention" has none: it was the only store at first."""
     if store == "attention":
         return {}
     return {"store": store, "batch_size": batch_size, **({"block_size": block_size or 8} if store == "block" else {})}
@@ -67,7 +67,7 @@ def device_memory(device: torch.device) -> float:
 
 
 def sizes_of(model: PreTrainedModel, layers: list[LayerInfo], rows: int, seq_len: int, batch_size: int) -> Sizes:
-    """What a capture of so many rows and its transfer are made of, from the loaded teacher and its probed layers."""
+    """The sizes of a capture of `rows` rows and of its transfer, from the loaded teacher and its probed layers."""
     modules, itemsize = decoder_layers(model), model.dtype.itemsize
     weights = tuple(sum(part.nbytes for part in module.parameters()) for module in modules)
     widest = max(max(part.shape[-2:]) for module in modules for part in module.parameters() if part.ndim > 1)

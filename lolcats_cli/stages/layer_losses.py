@@ -1,4 +1,4 @@
-"""What a layer's feature maps are trained on, and how far their attention is from the softmax's.
+"""The loss that a layer's feature maps are trained on, and the error of their attention compared with softmax.
 
 Shapes: B batch, H query heads, T time.
 """
@@ -98,7 +98,7 @@ def _figures(found: Errors, maps: HybridMaps) -> dict:
 def window_errors(
     source: Source, layers: list[int], options: TransferOptions, device: torch.device
 ) -> dict[int, float]:
-    """What the window alone misses of each layer's softmax output, beside the output's power, on some validation rows.
+    """The relative squared error of the window alone in each layer, compared with softmax, on some validation rows.
     The layers are computed together."""
     maps = {
         layer: HybridMaps(options.hybrid, source.layers[layer].num_heads, source.layers[layer].head_dim).to(device)

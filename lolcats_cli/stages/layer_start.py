@@ -19,8 +19,8 @@ from lolcats_cli.stages.activations import Batch
 from lolcats_cli.teacher.record import LayerInfo
 
 OFF = -1e4  # a linear_logit that no score can make up for: the head is its window alone
-# What `start_at_softmax_mass` looks at: so many tokens of a row, in memory quadratic in them; at most so many rows,
-# until every head has so many queries with keys before the window.
+# The limits of `start_at_softmax_mass`: the tokens of a row (the memory is quadratic in them), the number of rows, and
+# the number of queries with keys before the window that every head needs.
 FIT_TOKENS, FIT_ROWS, FIT_QUERIES = 2048, 64, 256
 
 

@@ -29,7 +29,7 @@ from lolcats_cli.stages.layer_start import OFF, start_at_softmax_mass
 from lolcats_cli.stages.transfer_options import TransferOptions
 from lolcats_cli.teacher.record import LayerInfo
 
-POINTS = 200  # about so many training losses of a layer are logged
+POINTS = 200  # roughly the number of training losses that are logged of a layer
 RUN_NUMBERS = ("step", "best_mse", "best_step", "initial_mse", "stopped", "losses", "events")  # of a run's checkpoint
 
 
@@ -185,7 +185,7 @@ def begin(source: Source, layers: list[int], options: TransferOptions, device: t
 
 
 def validate(source: Source, runs: dict[int, LayerRun], options: TransferOptions, device: torch.device) -> None:
-    """Measure the layers that are still trained: note their best state, lower their rates, stop those that are done."""
+    """Measures the layers that are still trained: keeps their best state, lowers their rates, stops finished layers."""
     training = {layer: run for layer, run in runs.items() if not run.stopped}
     maps = {layer: run.maps for layer, run in training.items()}
     found = measure(source, maps, options.batch_size, terms=("both",), device=device)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from lolcats_cli.stages.lora import LoraOptions
 
-POINTS = 200  # about so many training losses of a run are logged
+POINTS = 200  # roughly the number of training losses that are logged of a run
 IGNORED = -100  # the label of a token that is not predicted
 
 
@@ -48,7 +48,7 @@ def train(
     progress: Progress,
     tracker: TrainerCallback | None = None,
 ) -> dict[str, Any]:
-    """Train what requires gradients, from the last checkpoint on; -> {"initial_loss", "loss", "steps"}.
+    """Trains the parameters that require gradients. Continues from the last checkpoint.
 
     writer: of the artifact, on rank 0; None on the others. tracker: is told the losses too.
     Raises BadInput for a training that diverges.
@@ -97,10 +97,10 @@ def _resume_state(writer: ArtifactWriter) -> tuple[str, str | None]:
 
 
 def diverged(what: str, step: int, options: LoraOptions) -> BadInput:
-    """The error for a training that has gone wrong."""
+    """The error for a training that diverged."""
     return BadInput(
-        f"The training diverged: {what} at step {step}. Begin anew with --force and a lower --lr (it was "
-        f"{options.lr:g}), or more rows per step (--grad-accum)."
+        f"The training diverged: {what} at step {step}. Start again with --force and a lower --lr (it was "
+        f"{options.lr:g}), or with more rows per step (--grad-accum)."
     )
 
 

@@ -1,7 +1,7 @@
-"""Training block by block from tokens: the hidden states in front of one block are on disk, and no others.
+"""Training block by block from tokens. Only the hidden states in front of the current block are on disk.
 
-So a teacher of any size, and more tokens than the disk could hold activations of, need one block's weights in memory
-and the hidden states in front of two blocks on disk.
+So a teacher of any size, with any number of tokens, needs the weights of one block in memory and the hidden states in
+front of two blocks on disk.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class RollingActivations(ComputedActivations):
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _reach(self, number: int) -> None:
-        """Have the hidden states in front of this block, and no others."""
+        """Makes the hidden states in front of this block, and removes all others."""
         there = max((n for n in range(1, number + 1) if self._finished(n)), default=0)
         for following in range(there + 1, number + 1):
             self._compute(following)

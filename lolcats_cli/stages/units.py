@@ -1,6 +1,6 @@
-"""Running the rows of a capture through the teacher's blocks, and writing what a unit of rows gives (`layout.Unit`).
+"""Runs the rows of a capture through the teacher's blocks, and writes the files of every unit of rows (`layout.Unit`).
 
-Files are written beside the computing, by threads: the unit before is written while the next one is computed.
+Files are written by threads: one unit is written while the next one is computed.
 
 Shapes: B batch, N rows of a unit, H query heads, K key heads, T time, D head, E hidden size.
 """
@@ -65,7 +65,7 @@ class Statistics:
 
 
 class UnitRecord:
-    """What the files of a unit will hold, as far as its rows were computed."""
+    """The contents of a unit's files, for the rows that were computed so far."""
 
     def __init__(self, layout: Layout, unit: Unit) -> None:
         self.unit = unit
@@ -182,7 +182,7 @@ def record_units(
     whole: Path,
     advance: Advance,
 ) -> None:
-    """Compute and write the units, in order. Stops at a signal after the batch it is in, and keeps what it has.
+    """Computes and writes the units in order. A signal stops it after the current batch, and its results are kept.
 
     whole: where an earlier run's files of the blocks before may be, beside the writer's own directory.
     """

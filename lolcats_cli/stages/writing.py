@@ -1,7 +1,7 @@
-"""The artifact that a stage makes. Every stage creates or continues it here, does its work unless that is done already,
+"""The artifact that a stage makes. Every stage creates or continues it here, does its work unless that is already done,
 and finishes it.
 
-Where several ranks run a stage, rank 0 has the artifact's writer. Each other rank writes a part, which rank 0 takes in.
+If several ranks run a stage, rank 0 has the artifact's writer. Every other rank writes a part, which rank 0 takes over.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from lolcats_cli.progress import Progress
 
 @dataclass(frozen=True)
 class Making:
-    """An unfinished artifact, as one of the ranks that make it sees it.
+    """An unfinished artifact, for one of the ranks that make it.
 
     Attributes:
-        kind, fields: what it is made as (see `make_artifact`).
+        kind, fields: the arguments of `make_artifact`.
         main: the artifact's writer on rank 0, None on the others.
     """
 

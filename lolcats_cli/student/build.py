@@ -44,11 +44,11 @@ def linearize(
     keep_softmax: Collection[int] = (),
     heads: Mapping[int, tuple[int, int]] | None = None,
 ) -> PreTrainedModel:
-    """Replace the attentions of a loaded teacher, in place, by hybrid attention with trained maps; -> the model.
+    """Replaces the attentions of a loaded teacher, in place, by hybrid attention with trained maps. Returns the model.
 
-    maps: per layer index, a `HybridMaps` or its state dict; the values are copied, to the layer's device, in fp32.
-    keep_softmax: the layers that stay as they are, and have no maps.
-    heads: by layer the number of query heads, and the size of their queries; None: what the model states.
+    maps: by layer, a `HybridMaps` or its state dict. The values are copied to the layer's device in fp32.
+    keep_softmax: the layers that keep their attention, and have no maps.
+    heads: by layer, the number of query heads and the size of their queries. With None, the model's own are taken.
     The new parameters do not require gradients. Cached generation works; `save_pretrained` is refused.
 
     Raises IdentityMismatch if layers or shapes do not fit the model, BadInput if its attention cannot be replaced.
@@ -57,13 +57,13 @@ def linearize(
     modules = attention_modules(model)
     indices = [index for module in modules if (index := layer_index(module)) not in keep_softmax]
     if isinstance(model, LolcatsMixin):
-        raise BadInput(f"{type(model).__name__} is a student already; linearize takes a teacher.")
+        raise BadInput(f"{type(model).__name__} is a student already. linearize takes a teacher.")
     if sorted(maps) != indices:
         missing, extra = sorted(set(indices) - set(maps)), sorted(set(maps) - set(indices))
-        parts = [f"none for layers {_spans(missing)}"] * bool(missing)
-        parts += [f"some for layers {_spans(extra)} that it does not have"] * bool(extra)
+        parts = [f"there are none for layers {_spans(missing)}"] * bool(missing)
+        parts += [f"there are some for layers {_spans(extra)}, which it does not have"] * bool(extra)
         raise IdentityMismatch(
-            f"The feature maps do not fit {type(model).__name__}: there are {' and '.join(parts)}. "
+            f"The feature maps do not fit {type(model).__name__}: {', and '.join(parts)}. "
             "Transfer the missing layers, or use the teacher that was captured."
         )
     states = {
@@ -80,7 +80,7 @@ def linearize(
 
 
 def check_servable(model: PreTrainedModel) -> None:
-    """Raise BadInput, naming the model and the reason, unless a student of this teacher can be built."""
+    """Raises BadInput, with the model and the reason, unless a student of this teacher can be built."""
     name = type(model).__name__
     try:
         attention_modules(model)
@@ -101,7 +101,7 @@ def check_servable(model: PreTrainedModel) -> None:
 
 
 def _says(model: PreTrainedModel, word: str) -> bool:
-    """Whether the code of a model has a word in it; true if it cannot be read."""
+    """Whether the code of a model contains a word; true if it cannot be read."""
     try:
         return word in inspect.getsource(inspect.getmodule(type(model)) or type(model))
     except (OSError, TypeError):
@@ -120,9 +120,9 @@ def hybrid_modules(model: nn.Module) -> list[HybridAttention]:
 
 
 def set_terms(model: nn.Module, terms: str) -> None:
-    """Which terms a student's attention sums: both, window or linear (ablations). Stays until set again."""
+    """Sets the terms that a student's attention sums, for ablations: both, window or linear."""
     if terms not in TERMS:
-        raise ValueError(f"terms is {terms!r}; choose one of {', '.join(TERMS)}.")
+        raise ValueError(f"terms is {terms!r}. Choose one of {', '.join(TERMS)}.")
     for hybrid in hybrid_modules(model):
         hybrid.terms = terms
 

@@ -1,4 +1,4 @@
-"""What a merged folder holds besides weights: the code that travels, the configuration, the model card."""
+"""Makes what a merged folder holds besides weights: its code, its configuration and its model card."""
 
 from __future__ import annotations
 
@@ -71,19 +71,21 @@ def teacher_classes(config: Mapping[str, Any], where: str) -> tuple[str, str]:
     if config.get("quantization_config"):
         raise BadInput(f"The weights of {where} are quantised. Give the folder or hub id of the unquantised model.")
     if config.get("is_encoder_decoder"):
-        raise BadInput(f"{where} is an encoder with a decoder ({model_type}). lolcats converts decoders alone.")
+        raise BadInput(f"{where} is an encoder with a decoder ({model_type}). lolcats converts decoders only.")
     if not config.get("is_decoder") and model_type in ENCODERS:
-        raise BadInput(f"{where} is an encoder ({model_type}), whose tokens see all others. lolcats converts decoders.")
+        raise BadInput(
+            f"{where} is an encoder ({model_type}): its tokens see all others. lolcats converts decoders only."
+        )
     config_class, found = CONFIG_MAPPING_NAMES.get(model_type), class_name(config)
     if isinstance(config_class, str) and found is not None and hasattr(transformers, found[1]):
         return config_class, found[1]
     if config.get("auto_map"):
         raise BadInput(
-            f"{where} is a model with code of its own (auto_map): transformers has no class for its model_type "
-            f"{model_type!r}, and a merged folder cannot carry such code."
+            f"{where} is a model with code of its own (auto_map). transformers has no class for its model_type "
+            f"{model_type!r}, and a merged folder cannot hold such code."
         )
     kind = "is not a causal language model" if model_type in CONFIG_MAPPING_NAMES else "is not known to transformers"
-    raise BadInput(f"{where} has model_type {model_type!r}, which {kind}; lolcats converts causal language models.")
+    raise BadInput(f"{where} has the model_type {model_type!r}, which {kind}. lolcats converts causal language models.")
 
 
 def student_config(

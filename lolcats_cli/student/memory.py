@@ -1,4 +1,4 @@
-"""How many bytes a student and its teacher keep of one sequence while they generate."""
+"""The bytes that a student and its teacher keep of one sequence while they generate."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ POSITION_BYTES = 8  # of the length
 
 
 def cache_bytes(layers: Sequence[Mapping[str, Any]], tokens: int, itemsize: int) -> int:
-    """Bytes of the keys and values of so many tokens in softmax layers.
+    """The bytes of the keys and values of `tokens` tokens in softmax layers.
 
     layers: as in a manifest's `teacher.layers`. itemsize: bytes of a key's element.
     """
@@ -35,7 +35,7 @@ def value_dim(layer: Mapping[str, Any]) -> int:
 def student_bytes(
     layers: Sequence[Mapping[str, Any]], hybrid: HybridConfig, kept: Collection[int], tokens: int, itemsize: int
 ) -> int:
-    """Bytes of a student's state after so many tokens: constant in its hybrid layers, growing in the `kept` ones."""
+    """The bytes of a student's state after `tokens` tokens. They grow with the tokens in the `kept` layers alone."""
     total = cache_bytes([layers[number] for number in kept if number < len(layers)], tokens, itemsize)
     for number, layer in enumerate(layers):
         if number not in kept and layer["num_heads"]:

@@ -1,7 +1,7 @@
-"""Some neighbouring layers of a teacher, run by the model's own forward pass, with only their weights on the device.
+"""Runs some neighbouring layers of a teacher by the model's own forward pass, with only their weights on the device.
 
-transformers maps a checkpoint's weights into memory when it loads a model on the CPU: a layer's weights take memory
-only while they are used. So a model of any size can be loaded, and its layers moved to the device a block at a time.
+When transformers loads a model on the CPU, it maps the weights from the checkpoint's files. They take memory only while
+they are used. So a model of any size can be loaded, and its layers can be moved to the device one block at a time.
 
 Shapes: B batch, T time, E hidden size.
 """
@@ -20,8 +20,9 @@ from lolcats_cli.errors import BadInput
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Takes input_ids [B, T], valid [B, T] bool or None, and the hidden states [B, T, E] in front of the first layer or None
-# to compute them from the tokens. Returns those behind the last layer, or None behind the model's last.
+# Takes input_ids [B, T], valid [B, T] bool or None, and the hidden states [B, T, E] in front of the first layer. With
+# None, these are computed from the tokens. Returns the hidden states behind the last layer, or None if that is the
+# model's last.
 Run = Callable[[Tensor, Tensor | None, Tensor | None], Tensor | None]
 
 
@@ -33,7 +34,7 @@ class _Reached(Exception):
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The model's decoder layers, in order. Raises `BadInput` if they are not to be found."""
+    """The model's decoder layers, in order. Raises `BadInput` if they cannot be found."""
     count = model.config.get_text_config().num_hidden_layers
     lists = [x for x in model.base_model.modules() if isinstance(x, nn.ModuleList) and len(x) == count]
     found = [x for x in lists if all(map(_has_layer, x, range(count)))]
@@ -57,9 +58,9 @@ def _numbers(module: nn.Module) -> set[int]:
 
 @contextmanager
 def block(model: PreTrainedModel, layers: range, device: torch.device) -> Iterator[Run]:
-    """While open, the model's `layers` lie on the device, and what it yields runs them.
+    """While open, the model's `layers` lie on the device. Yields a function that runs them.
 
-    A model that is on the device already stays there. Of one on the CPU, the other layers and the head stay behind.
+    A model that is already on the device stays there. If it is on the CPU, its other layers and its head stay there.
     """
     everything = decoder_layers(model)
     chosen, last = everything[layers.start : layers.stop], layers.stop == len(everything)
@@ -100,7 +101,7 @@ def block(model: PreTrainedModel, layers: range, device: torch.device) -> Iterat
 
 @contextmanager
 def _skipped(module: nn.Module) -> Iterator[None]:
-    """The layer hands on what it is given. The next hook replaces it, so only the form matters: a tensor or a tuple."""
+    """The layer returns its input. The next hook replaces it, so only its form matters: a tensor or a tuple."""
 
     def forward(hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
         return hidden_states
@@ -116,7 +117,7 @@ def _skipped(module: nn.Module) -> Iterator[None]:
 def _on_device(
     model: PreTrainedModel, layers: list[nn.Module], chosen: list[nn.Module], device: torch.device
 ) -> Iterator[None]:
-    """Puts the chosen layers, and what is neither a layer nor the head, on the device; then back where they were."""
+    """While open, the chosen layers, and all modules that are neither layers nor the head, are on the device."""
     if model.device == device:
         yield
         return

@@ -1,4 +1,4 @@
-"""From data of any kind to rows of tokens."""
+"""Makes rows of tokens from data of any kind."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Rows:
     Attributes:
         input_ids: [N, T] int32.
         valid: [N, T] bool, False for padding; None if there is none.
-        completion: [N, T] bool, True for the tokens of a completion: what answers a prompt, or the assistant's turns.
-            None if the data does not tell for every token.
+        completion: [N, T] bool, True for the tokens of a completion: the answer to a prompt, or the assistant's turns.
+            None if the data does not tell it for every token.
     """
 
     input_ids: Tensor
@@ -46,7 +46,7 @@ class Rows:
         return int(self.input_ids.numel() if self.valid is None else self.valid.sum())
 
     def sha256(self) -> str:
-        """What the rows hold, as a hash."""
+        """A hash of everything that the rows hold."""
         total = hashlib.sha256(str(tuple(self.input_ids.shape)).encode())
         for tensor in self.to_tensors().values():
             total.update(tensor.contiguous().numpy().tobytes())
@@ -66,7 +66,7 @@ class Rows:
         marks = {name: tensors[name] for name in ("valid", "completion") if name in tensors}
         for name, tensor in marks.items():
             if tensor.shape != ids.shape or tensor.dtype != torch.bool:
-                raise BadInput(f"The stored {name} is not of the shape of input_ids, bool. Capture the tokens again.")
+                raise BadInput(f"The stored {name} is not bool in the shape of input_ids. Capture the tokens again.")
         return cls(ids, **marks)
 
 
@@ -78,12 +78,12 @@ def read_rows(
     vocab_size: int | None = None,
     progress: Progress = Progress(),
 ) -> Rows:
-    """Read `source`, tokenise and lay out in rows.
+    """Reads and tokenises `source`, and arranges the tokens in rows.
 
     Args:
-        source: one or several of: a file, a folder, a pattern, "-" for stdin, a hub dataset id.
-        vocab_size: the rows of the teacher's embedding; tokens at or over them cannot be used.
-        progress: is told how many bad rows were skipped.
+        source: one or several of these: a file, a folder, a pattern, "-" for stdin, a hub dataset id.
+        vocab_size: the number of rows in the teacher's embedding. Larger token ids cannot be used.
+        progress: gets the number of bad rows that were skipped.
 
     Raises:
         BadInput: the data cannot be read, holds a row that cannot be used, or is too short for one row.
@@ -124,14 +124,14 @@ def split_rows(rows: Rows, fraction: float, seed: int) -> tuple[Rows, Rows]:
 
 
 def split_numbers(rows: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Which of so many rows are for training and which for validation, in order, drawn by `seed`."""
+    """The numbers of the rows for training and of those for validation, in order, drawn by `seed`."""
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
     held_out = min(max(1, round(fraction * rows)), rows - 1)
     return order[held_out:].sort().values, order[:held_out].sort().values
 
 
 def describe_rows(splits: dict[str, Rows], source: str | Sequence[str]) -> dict[str, Any]:
-    """What a manifest says of its data: where it came from, and what makes it itself."""
+    """A manifest's entry about its data: the source, and the identity of the rows."""
     path = source if isinstance(source, str) else " ".join(source)
     return {
         "path": path.encode(errors="backslashreplace").decode(),  # names of files need not be UTF-8
@@ -149,7 +149,7 @@ def _documents(
     bound: tuple[int, str],
     skipped: list[str],
 ) -> Iterator[Document]:
-    """The documents of the records that can be used. What is wrong with the others goes to `skipped`, or is raised."""
+    """The documents of the records that can be used. The faults of the others go to `skipped`, or are raised."""
     for record in records:
         try:
             if record.fault is not None:
@@ -158,7 +158,7 @@ def _documents(
             _check(document, options, *bound)
         except RowFault as fault:
             if options.on_bad_row == "error":
-                hint = "Mend it, or leave such rows out with --on-bad-row skip."
+                hint = "Correct the row, or leave out such rows with --on-bad-row skip."
                 raise BadInput(f"{record.where}: {fault} {hint}") from fault
             skipped.append(f"{record.where}: {fault}" if not skipped else "")
         else:
@@ -170,7 +170,7 @@ def _check(document: Document, options: DataOptions, limit: int, why: str) -> No
     if wrong:
         raise RowFault(f"There is the token id {wrong[0]}, but {why.format(limit)}.")
     if options.completion and document.completion is None:
-        raise RowFault(f"It does not tell which of its tokens are a completion's: {document.untold}")
+        raise RowFault(f"It does not tell which of its tokens are a completion's. {document.untold}")
 
 
 def _packed(documents: Iterable[Document], options: DataOptions) -> Rows:

@@ -1,4 +1,4 @@
-"""Who a teacher is: its configuration, weights and tokenizer, never the path it was read from."""
+"""The identity of a teacher: its configuration, weights and tokenizer, and never its path."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lolcats_cli.errors import BadInput, IdentityMismatch
 
-# What a tokenizer is made of, in two parts, as the first artifacts hashed the first part alone.
+# The files of a tokenizer, in two parts, because the first artifacts hashed the first part alone.
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
 SETTINGS_FILES = (
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
@@ -46,10 +46,10 @@ _SHARD = re.compile(r"[^/\\\x00-\x1f]+\.safetensors")
 
 
 def identify(folder: Path | str) -> dict[str, str]:
-    """Hash a local model folder; reads every weight byte once, and not again while the files stay untouched.
+    """Hashes a local model folder. It reads every byte of the weights once, and not again until the files change.
 
     Returns the `FIELDS` as SHA-256 hex digests. Raises `BadInput` if the folder has no readable configuration or no
-    safetensors weights, or if it is not plain which weights transformers would load from it.
+    safetensors weights, or if it is not clear which weights transformers would load from it.
     """
     folder = Path(folder)
     config = read_config(folder)
@@ -63,15 +63,15 @@ def identify(folder: Path | str) -> dict[str, str]:
 
 
 def tokenizer_files(folder: Path) -> list[str]:
-    """The names of the files in a model folder that its tokenizer is made of: those that count, and that are copied."""
+    """The names of the tokenizer's files in a model folder. They are part of its identity, and merge copies them."""
     templates = sorted(f"{CHAT_TEMPLATES}/{path.name}" for path in (folder / CHAT_TEMPLATES).glob("*.jinja"))
     return [name for name in (*VOCABULARY_FILES, *SETTINGS_FILES, *templates) if (folder / name).is_file()]
 
 
 def check(expected: dict, folder: Path | str) -> None:
-    """Raise `IdentityMismatch`, naming the differing fields, unless `folder` holds the `expected` teacher.
+    """Raises `IdentityMismatch`, with the differing fields, unless `folder` holds the `expected` teacher.
 
-    Artifacts that were made before the tokenizer's settings counted do not name them: those are then not compared.
+    The first artifacts do not record the tokenizer's settings. For these, the settings are not compared.
     """
     found = identify(folder)
     fields = FIELDS if SETTINGS in expected else FIELDS[:-1]
@@ -80,12 +80,12 @@ def check(expected: dict, folder: Path | str) -> None:
         raise IdentityMismatch(
             f"{folder} is not the teacher that was captured: {', '.join(differing)} "
             f"{'differs' if len(differing) == 1 else 'differ'}. Pass the original model with --teacher, "
-            "or capture this one anew."
+            "or capture this one again."
         )
 
 
 def local_folder(teacher: str) -> Path | None:
-    """The folder that `teacher` is, with its configuration and weights in place; None for the id of a hub model.
+    """The folder that `teacher` names, after a check of its configuration and weights; None for a hub model's id.
 
     Raises `BadInput` if it is neither.
     """
@@ -96,7 +96,7 @@ def local_folder(teacher: str) -> Path | None:
 
 
 def find_folder(teacher: str) -> Path | None:
-    """The folder that `teacher` is, whatever it holds; None for the id of a hub model. Raises `BadInput`."""
+    """The folder that `teacher` names, unchecked; None for a hub model's id. Raises `BadInput` if it is neither."""
     folder = Path(os.path.expanduser(teacher))
     if folder.is_dir():
         return folder.resolve()
@@ -106,7 +106,7 @@ def find_folder(teacher: str) -> Path | None:
 
 
 def recorded_folder(expected: dict, artifact: Path) -> Path:
-    """Where the teacher of an artifact lay, if it still does. Raises `BadInput` otherwise."""
+    """The recorded folder of an artifact's teacher. Raises `BadInput` if it is no longer there."""
     folder = Path(expected["path"])
     if not folder.is_dir():
         raise BadInput(f"The teacher of {artifact} is no longer at {folder}. Pass its folder with --teacher.")
@@ -129,21 +129,21 @@ def _check_sizes(config: dict, path: Path) -> None:
     for name in (*LAYER_NAMES, *SIZE_NAMES):
         size, most = config.get(name), MAX_LAYERS if name in LAYER_NAMES else MAX_SIZE
         if isinstance(size, int) and not 1 <= size <= most:  # else what it means is the model's own matter
-            raise BadInput(f"{path} says {name}: {str(size)[:40]}; it must be from 1 to {most}.")
+            raise BadInput(f"{path} has {name}: {str(size)[:40]}. It must be from 1 to {most}.")
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that transformers loads from the folder: `model.safetensors`, or those of its index.
 
-    Raises `BadInput` if some, or all, are missing, or if transformers would take other weights than these: those of an
-    adapter, of another file that the configuration names, or of the one of two sets that it prefers.
+    Raises `BadInput` if some or all are missing, or if transformers would load other weights: those of an adapter, of
+    another file that the configuration names, or of a second set that it prefers.
     """
     adapter, named = folder / "adapter_config.json", read_config(folder).get("transformers_weights")
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if adapter.exists():
         raise BadInput(
-            f"{folder} holds an adapter ({adapter.name}), which transformers would load with the model, or instead of "
-            "it. Merge the adapter into the weights, or move its files away."
+            f"{folder} holds an adapter ({adapter.name}), which transformers would load together with the model or "
+            "instead of it. Merge the adapter into the weights, or move its files away."
         )
     if named is not None:
         raise BadInput(
@@ -167,8 +167,8 @@ def weight_files(folder: Path) -> list[Path]:
     if missing:
         pickled = any(folder.glob("pytorch_model*.bin"))
         advice = (
-            "It has .bin files: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW) writes safetensors; "
-            "copy the tokenizer's files beside them."
+            "It has .bin files. AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW) writes safetensors. "
+            "Copy the tokenizer's files there too."
             if pickled
             else "Save the model with save_pretrained(), or download it again."
         )
@@ -180,21 +180,22 @@ def read_object(path: Path, limit: int = MAX_CONFIG_BYTES) -> dict:
     """The JSON object in a file of a model folder. Raises `BadInput` if it holds none, or more than `limit` bytes."""
     try:
         if path.stat().st_size > limit:
-            raise ValueError(f"it is larger than {limit} bytes, the most that is read")
+            raise ValueError(f"It is larger than the limit of {limit} bytes.")
         content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_constant)
     except RecursionError as error:
-        raise BadInput(f"{path} is not valid JSON (nested too deep). Download or save the model again.") from error
+        raise BadInput(f"{path} is not valid JSON: it is nested too deep. Download or save the model again.") from error
     except ValueError as error:  # UnicodeDecodeError too
-        raise BadInput(f"{path} is not valid JSON ({error}). Download or save the model again.") from error
+        reason = str(error).rstrip(".")
+        raise BadInput(f"{path} is not valid JSON ({reason}). Download or save the model again.") from error
     if not isinstance(content, dict):
-        raise BadInput(f"{path} is not valid JSON of an object. Download or save the model again.")
+        raise BadInput(f"{path} does not hold a JSON object. Download or save the model again.")
     return content
 
 
 def _constant(text: str) -> float:
-    """Infinity, which some configurations have as a limit; no configuration has a use for NaN."""
+    """Infinity, which some configurations have as a limit. Raises ValueError for NaN, which no configuration needs."""
     if text == "NaN":
-        raise ValueError("it holds NaN")
+        raise ValueError("It holds NaN.")
     return float(text)
 
 
@@ -207,7 +208,7 @@ def _hash_files(folder: Path, names: list[str]) -> str:
 
 
 def _digest(file: Path) -> str:
-    """A file's SHA-256. That of a large one is remembered for as long as the file stays untouched."""
+    """A file's SHA-256. The hash of a large file is remembered until the file changes."""
     if file.stat().st_size < REMEMBERED_BYTES or _file_system(file) not in TIMED_FILE_SYSTEMS:
         return _read_digest(file)
     _sync(file)
@@ -241,7 +242,7 @@ def _file_system(file: Path) -> str:
 
 
 def _sync(file: Path) -> None:
-    """Write out what a mapping has changed: only then does the next write through it change the file's times."""
+    """Writes the changes of a memory mapping to the disk. Only then will its next write change the file's times."""
     descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
@@ -255,7 +256,7 @@ def _read_digest(file: Path) -> str:
 
 
 def _stamp(file: Path) -> tuple[str | int, ...]:
-    """What changes when a file is replaced or written. The last of them no program can set."""
+    """The values that change when a file is replaced or written. No program can set the last of them."""
     status = file.stat()
     return os.path.realpath(file), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 

@@ -1,4 +1,4 @@
-"""Loading a teacher from a local folder or the Hugging Face hub."""
+"""Loads a teacher from a local folder or the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class LoadOptions:
 
     Attributes:
         dtype: a name of `DTYPES`, or "auto" (the checkpoint's own).
-        device: where all of it goes, unless one of the next two spreads it.
-        shard: each of several ranks holds its part of the weights, and fetches a layer's others when it runs (FSDP2).
-        device_map: what goes where, as accelerate takes it: "auto", or devices by module.
+        device: the device for the whole model, unless `shard` or `device_map` spreads it.
+        shard: each of several ranks holds a part of the weights, and fetches the rest of a layer when it runs (FSDP2).
+        device_map: accelerate's device map: "auto", or devices by module.
     """
 
     dtype: str = "auto"
@@ -40,9 +40,9 @@ class LoadOptions:
     device_map: str | Mapping[str, str | int] | None = None
 
     def resolved_device(self) -> torch.device:
-        """The device; "auto" is CUDA where there is one, and each of several ranks has its own.
+        """The device. "auto" is CUDA if there is a GPU. With several ranks, each one has its own GPU.
 
-        Raises `UsageError` for one that is not there.
+        Raises `UsageError` for a device that does not exist.
         """
         name = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
         if ranks.size() > 1 and name.startswith("cuda:"):
@@ -53,14 +53,14 @@ class LoadOptions:
             device = torch.device(name)
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
-            raise UsageError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
+            raise UsageError(f"--device {name} cannot be used here: {first_line(error)}") from error
         return device
 
 
 def resolve_folder(teacher: str, revision: str | None = None) -> Path:
-    """The local folder of `teacher`: itself, or the hub snapshot of that id and revision.
+    """The folder that `teacher` names, or the local snapshot of the hub model with that id and revision.
 
-    Raises `BadInput` if it is neither a folder with weights nor to be had from the hub.
+    Raises `BadInput` if it is not a folder with weights, and cannot be fetched from the hub.
     """
     folder = identity.local_folder(teacher)
     if folder is not None:
@@ -124,7 +124,7 @@ def load_model(folder: Path, options: LoadOptions, loader: Any = None) -> PreTra
     from transformers.utils.logging import disable_progress_bar
 
     if options.dtype != "auto" and options.dtype not in DTYPES:
-        raise UsageError(f"--dtype {options.dtype} is not known; choose auto, {', '.join(DTYPES)}.")
+        raise UsageError(f"--dtype {options.dtype} is not known. Choose auto, {', '.join(DTYPES)}.")
     device = options.resolved_device()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     disable_progress_bar()
@@ -132,7 +132,9 @@ def load_model(folder: Path, options: LoadOptions, loader: Any = None) -> PreTra
     placement: dict[str, Any] = {}
     if options.shard:
         if ranks.size() == 1:
-            raise UsageError("--shard spreads the weights over several processes, and there is one. Start torchrun.")
+            raise UsageError(
+                "--shard spreads the weights over several processes, and there is one. Start several with torchrun."
+            )
         from transformers.distributed import DistributedConfig
 
         placement = {"distributed_config": DistributedConfig(fsdp_size=ranks.size())}
@@ -140,7 +142,9 @@ def load_model(folder: Path, options: LoadOptions, loader: Any = None) -> PreTra
         if ranks.size() > 1:
             raise UsageError("--device-map is for one process. Spread the weights over several with --shard.")
         if options.device.startswith("cuda:"):
-            raise UsageError(f"--device {options.device} is one device, and --device-map takes all. Leave one out.")
+            raise UsageError(
+                f"--device {options.device} is one device, and --device-map uses all. Leave out one option."
+            )
         placement = {"device_map": options.device_map}
     try:
         model, report = source.from_pretrained(
@@ -156,7 +160,8 @@ def load_model(folder: Path, options: LoadOptions, loader: Any = None) -> PreTra
         raise BadInput(f"{folder} could not be loaded as a causal language model: {first_line(error)}") from error
     if report["missing_keys"]:
         raise BadInput(
-            f"The weights in {folder} lack {sorted(report['missing_keys'])[:3]} …: download or save it again."
+            f"The weights in {folder} lack {', '.join(sorted(report['missing_keys'])[:3])}. Download or save the model "
+            "again."
         )
     return (model if placement else model.to(device)).eval()
 

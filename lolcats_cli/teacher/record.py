@@ -1,4 +1,4 @@
-"""Recording what a model's attentions see, through transformers' attention interface.
+"""Records the queries, keys and values of a model's attentions, through transformers' attention interface.
 
 Shapes: B batch, H query heads, K key heads, T time, D head.
 """
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 NAME = "lolcats_record"
 PROBE_LENGTH = 48
-TOLERANCE = 1e-4  # of the largest output: what two orders of the same fp32 sums may differ by
+TOLERANCE = 1e-4  # of the largest output: the accepted difference between two orders of the same fp32 sums
 
 FINITE_ADVICE = (
-    "Weights with NaN or infinity do this, and float16 where activations are large: try --dtype bfloat16 or float32."
+    "The weights hold NaN or infinity, or the activations are too large for float16. Try --dtype bfloat16 or float32."
 )
 
 Sink = Callable[[int, Tensor, Tensor, Tensor, AttentionSpec], None]
@@ -145,7 +145,7 @@ def checking(model: PreTrainedModel, valid: Tensor | None = None) -> Iterator[di
         if not error <= TOLERANCE * largest:
             raise BadInput(
                 f"{name}: the attention of layer {layer} is not reproduced by softmax attention over its queries, keys "
-                f"and values (largest difference {error:.2g} where outputs reach {largest:.2g}). It may use a "
+                f"and values. The largest difference is {error:.2g}, where outputs reach {largest:.2g}. It may use a "
                 "bias or another mask that lolcats does not know."
             )
         if layer in found:
@@ -163,11 +163,10 @@ def checking(model: PreTrainedModel, valid: Tensor | None = None) -> Iterator[di
 
 @torch.no_grad()
 def probe(model: PreTrainedModel, *, seed: int = 0) -> list[LayerInfo]:
-    """Check that every attention of `model` can be recorded and reproduced (see `checking`); what it found, per layer.
+    """Checks that every attention of `model` can be recorded and reproduced (see `checking`). Returns the layers.
 
-    Runs random tokens, one row left-padded, through the model.
-
-    Layers of other kinds, such as a hybrid's recurrences, are found to have no attention.
+    It runs random tokens through the model, with one row left-padded. Layers of other kinds, such as the recurrences of
+    a hybrid model, have no attention in the result.
 
     Raises:
         BadInput: naming the model and the layer whose attention differs, or if no attention is reached.
@@ -214,7 +213,7 @@ def _intercepted(model: PreTrainedModel, attention: Callable, mask: Callable) ->
 
 
 def _spec(q: Tensor, options: dict[str, Any]) -> AttentionSpec:
-    """What besides q, k and v decides the attention, from the options that a module calls its function with."""
+    """What decides the attention in addition to q, k and v, from the options that a module passes to its function."""
     scaling = options.get("scaling")
     scaling = q.shape[-1] ** -0.5 if scaling is None else float(scaling)
     sinks = options.get("s_aux")  # what transformers calls them
@@ -233,8 +232,8 @@ def _own_attention(module: nn.Module) -> Callable:
     own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     if own is None:
         raise BadInput(
-            f"{type(module).__name__} cannot be linearized: its code has no eager_attention_forward, with which its "
-            "recorded attention would be compared."
+            f"{type(module).__name__} cannot be linearized: its code has no eager_attention_forward, and the recorded "
+            "attention must be compared with that function."
         )
     return own
 
@@ -279,7 +278,7 @@ def _compare_adapters(model: PreTrainedModel, valid: Tensor | None) -> Iterator[
         if not error <= (TOLERANCE if output[0].dtype == torch.float32 else 0.05) * largest:
             raise BadInput(
                 f"{type(model).__name__} cannot be linearized: with lolcats' adapter the attention of layer "
-                f"{module.layer_idx} differs by {error:.2g} where outputs reach {largest:.2g}."
+                f"{module.layer_idx} differs by {error:.2g}, where outputs reach {largest:.2g}."
             )
 
     adapted = [module for module in model.modules() if adapter(module) is not None]

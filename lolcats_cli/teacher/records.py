@@ -1,6 +1,6 @@
-"""Data of every kind as records: which files were named, what format they have, and their rows one by one.
+"""Reads data of every kind as records: finds the files, recognises their format, and gives their rows one by one.
 
-A row that cannot be parsed comes as a record with a `fault`; whoever takes the records decides what happens to it.
+A row that cannot be parsed becomes a record with a `fault`. The caller decides what happens to it.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ SUFFIXES = {
     ".csv": "csv",
     ".tsv": "tsv",
     ".parquet": "parquet",
-    ".arrow": "arrow",  # what datasets saves to disk; to be told so is better than not to be found
+    ".arrow": "arrow",  # files that `datasets` saves; a message about them is better than to ignore them
     ".txt": "text",
     ".text": "text",
     ".md": "text",
 }
 COMPRESSED = (".gz", ".zst")
-MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}  # the first bytes tell, whatever the name says
+MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}  # the first bytes decide, and not the name
 LOOK = 4096  # bytes of a first line that show what it is
 BOM = b"\xef\xbb\xbf"
 # The columns that some template takes (see `documents`). Those of Parquet that are not among them are not read.
@@ -48,12 +48,13 @@ class DataOptions:
 
     Attributes:
         seq_len: tokens per row.
-        pack: concatenate documents and cut (the remainder is dropped); otherwise one document per row, cut or padded.
-        template: "auto", or one of `documents.TEMPLATES`; "auto" goes by the columns.
+        pack: join the documents and cut them into rows (the remainder is dropped). Otherwise each row has one document,
+            cut or padded.
+        template: one of `documents.TEMPLATES`, or "auto", which chooses by the columns.
         text_field: the column that "text" reads.
         split: the split of a hub dataset.
-        first: the first row to take; those before it are left out.
-        samples: the most rows to take.
+        first: the number of the first row that is taken.
+        samples: the largest number of rows that are taken.
         format: "auto" (by the name, else by the first line), "text", "json" (lines or a list), "csv", "tsv", "parquet".
         subset: the configuration of a hub dataset.
         on_bad_row: "error", or "skip" to leave out rows that cannot be used.
@@ -73,8 +74,10 @@ class DataOptions:
     completion: bool = False
 
     def to_config(self) -> dict[str, Any]:
-        """What a manifest keeps: not which rows, and the youngest options only where they were used, so that
-        artifacts made before they existed are still the same."""
+        """The options that a manifest records. The choice of rows is recorded elsewhere.
+
+        Newer options are recorded only if they were used, so that artifacts from before keep their configuration.
+        """
         new = ("format", "subset", "on_bad_row", "completion")
         return {
             key: value
@@ -85,7 +88,7 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class Record:
-    """A row of data: where it stands, for people, and its columns, or what is wrong with it."""
+    """A row of data: its place, for people, and its columns or its fault."""
 
     where: str
     columns: dict[str, Any]
@@ -98,11 +101,11 @@ def read_records(sources: Sequence[str], options: DataOptions) -> Iterator[Recor
     A text file is one record, with the column `options.text_field`.
 
     Raises:
-        BadInput: a source is not there, its format is not clear, or it cannot be read on.
-        UsageError: an option that the source does not have.
+        BadInput: a source does not exist, its format is not clear, or it cannot be read.
+        UsageError: an option does not fit the source.
     """
     if list(sources).count("-") > 1:
-        raise UsageError("stdin (-) is given more than once, and can be read once.")
+        raise UsageError("The data has stdin (-) more than once, and stdin can be read only once.")
     for name in [name for source in sources for name in find_files(source)]:
         try:
             yield from _stdin(options) if name == "-" else _file_or_hub(name, options)
@@ -111,7 +114,7 @@ def read_records(sources: Sequence[str], options: DataOptions) -> Iterator[Recor
         except Exception as error:  # of parsers and of the hub's client
             if is_out_of_memory(error):
                 raise
-            raise BadInput(f"{name} could not be read: {reason(error)}") from error
+            raise BadInput(f"{name} could not be read: {reason(error).rstrip('.')}.") from error
 
 
 def find_files(source: str) -> list[str]:
@@ -167,7 +170,7 @@ def _folder_files(folder: Path) -> list[str]:
 
 def _stdin(options: DataOptions) -> Iterator[Record]:
     if sys.stdin is None or sys.stdin.closed:
-        raise BadInput("The data is to come from stdin (-), but stdin is closed.")
+        raise BadInput("The data should come from stdin (-), but stdin is closed. Name a file.")
     return _parse(_unpacked(sys.stdin.buffer), "stdin", None, options)  # type: ignore[arg-type]
 
 
@@ -176,13 +179,13 @@ def _file_or_hub(name: str, options: DataOptions) -> Iterator[Record]:
         yield from _hub(name, options)
         return
     if options.subset is not None or options.split != DataOptions.split:
-        raise UsageError(f"--subset and --split choose from a hub dataset, and {name} is a file.")
+        raise UsageError(f"--subset and --split choose from a hub dataset, and {name} is a file. Leave them out.")
     with open(name, "rb", buffering=0) as raw:
         yield from _parse(_unpacked(raw), name, format_of(name), options)
 
 
 def _unpacked(raw: io.RawIOBase) -> io.BufferedReader:
-    """The bytes, decompressed if their first ones say that they are compressed."""
+    """The bytes, decompressed if the first of them show that they are compressed."""
     stream: io.BufferedReader = io.BufferedReader(raw, 1 << 16)
     start = stream.peek(4)
     for magic, codec in MAGIC.items():
@@ -197,7 +200,9 @@ def _parse(stream: io.BufferedReader, name: str, by_name: str | None, options: D
     """The records of bytes whose format is `options.format`, else what the name says, else what the first line says."""
     known = by_name if options.format == "auto" else options.format
     if known == "arrow":
-        raise BadInput(f"{name} is an Arrow file, which is not read. Save the data set with its method to_parquet.")
+        raise BadInput(
+            f"{name} is an Arrow file, which lolcats cannot read. Save the dataset with its to_parquet method."
+        )
     if known == "parquet":
         return _parquet(stream, name, options)
     if known in ("csv", "tsv"):
@@ -217,8 +222,8 @@ def _parse(stream: io.BufferedReader, name: str, by_name: str | None, options: D
             return _json(lines, name)
         if seems:
             raise BadInput(
-                f"{name} looks like {seems}, which its name does not say. Pass --format {seems}, or --format text to "
-                "take it as it is."
+                f"{name} looks like {seems}, but its name does not say so. Pass --format {seems}, or --format text to "
+                "read it as plain text."
             )
     return _text(lines, name, options)
 
@@ -271,8 +276,8 @@ def _json(lines: Iterable[bytes], name: str) -> Iterator[Record]:
         try:
             value = json.loads(body.decode())
         except (ValueError, RecursionError) as error:
-            hint = "If all of it is plain text, say --format text."
-            yield Record(where, {}, f"This is no JSON object in UTF-8 ({reason(error)}). {hint}")
+            hint = "If the whole file is plain text, use --format text."
+            yield Record(where, {}, f"This is not a JSON object in UTF-8 ({reason(error)}). {hint}")
         else:
             yield _as_record(where, value)
 
@@ -290,14 +295,14 @@ def _json_list(data: bytes, name: str) -> Iterator[Record]:
         try:
             value, end = decoder.raw_decode(text, end)
         except (ValueError, RecursionError) as error:
-            raise BadInput(f"{name}, item {number}: the JSON list breaks off here ({reason(error)}).") from error
+            raise BadInput(f"{name}, item {number}: The JSON list breaks off here ({reason(error)}).") from error
         yield _as_record(f"{name}, item {number}", value)
         end = space.match(text, end).end()  # type: ignore[union-attr]
         if text[end : end + 1] != ",":
             break
         end = space.match(text, end + 1).end()  # type: ignore[union-attr]
     if text[end : end + 1] != "]" or text[end + 1 :].strip():
-        raise BadInput(f"{name}: the JSON list is damaged after item {number}, or is not the only thing there.")
+        raise BadInput(f"{name}: The JSON list is damaged after item {number}, or something follows it.")
 
 
 def _as_record(where: str, value: Any) -> Record:
@@ -319,7 +324,7 @@ def _csv(stream: io.BufferedReader, name: str, delimiter: str) -> Iterator[Recor
         except StopIteration:
             return
         except csv.Error as error:
-            yield Record(where, {}, f"This is no row of the format ({error}).")
+            yield Record(where, {}, f"This row cannot be parsed ({error}).")
             continue
         if not header:
             header = row
@@ -327,7 +332,7 @@ def _csv(stream: io.BufferedReader, name: str, delimiter: str) -> Iterator[Recor
         elif len(row) == len(header):
             yield Record(where, dict(zip(header, row, strict=True)))
         elif row:
-            yield Record(where, {}, f"This row has {len(row)} fields, and the header {len(header)}.")
+            yield Record(where, {}, f"This row has {len(row)} fields, and the header has {len(header)}.")
 
 
 def _parquet(stream: io.BufferedReader, name: str, options: DataOptions) -> Iterator[Record]:
@@ -343,7 +348,7 @@ def _parquet(stream: io.BufferedReader, name: str, options: DataOptions) -> Iter
             number += 1
             yield Record(f"{name}, row {number}", {**unread, **{key: _without_nulls(row[key]) for key in used}})
     if number != file.metadata.num_rows:
-        raise BadInput(f"{name} is damaged: it gives {number} rows, and says that it has {file.metadata.num_rows}.")
+        raise BadInput(f"{name} is damaged: It holds {number} rows, and its metadata says {file.metadata.num_rows}.")
 
 
 def _hub(name: str, options: DataOptions) -> Iterator[Record]:
@@ -376,7 +381,7 @@ def kind_of(value: Any) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """An error's message on one line; of the innermost cause, as `datasets` wraps clearer messages than its own."""
+    """The message of an error's innermost cause, on one line: `datasets` wraps clearer messages than its own."""
     while error.__cause__ is not None:
         error = error.__cause__
     return " ".join(str(error).split())[:300] or type(error).__name__

@@ -219,7 +219,7 @@ BAD: dict[str, tuple[Case, int, str]] = {
         "the layers are 0 to 1",
     ),
     "a layer that is not there": (lambda m, t: ("inspect", m.capture, "--layer", "2"), 2, "has no layer 2"),
-    "nothing on stdin": (lambda m, t: ("transfer", "-", "-o", t / "OUT"), 2, "did the command before this one fail"),
+    "nothing on stdin": (lambda m, t: ("transfer", "-", "-o", t / "OUT"), 2, "Did the command before this one fail"),
     "targets": (
         lambda m, t: ("lora", m.transfer, "-o", t / "OUT", "--targets", "c_attn"),
         2,

@@ -101,7 +101,7 @@ def test_formats_by_name_and_first_line(capture: Capture, tmp_path: Path, name: 
 
 def test_json_that_is_called_text(capture: Capture, tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text(lines({"text": TEXT}) * 4)
-    assert "x.txt looks like json, which its name does not say. Pass --format json" in capture(
+    assert "x.txt looks like json, but its name does not say so. Pass --format json" in capture(
         tmp_path / "x.txt", *OPTIONS
     )
     assert capture(tmp_path / "x.txt", *OPTIONS, "--format", "json") == [f"{TEXT}</s>"] * 4
@@ -138,8 +138,8 @@ def test_conversations_that_cannot_be_rendered(capture: Capture, with_template, 
 def test_deep_json(capture: Capture, tmp_path: Path) -> None:
     data = tmp_path / "d.jsonl"
     data.write_text('{"text":' + "[" * 20000 + "]" * 20000 + "}\n")
-    assert f"{data}, line 1: This is no JSON object" in capture(data, *OPTIONS)
-    assert "stdin, line 1: This is no JSON object" in capture("-", *OPTIONS, stdin=data.read_bytes())
+    assert f"{data}, line 1: This is not a JSON object" in capture(data, *OPTIONS)
+    assert "stdin, line 1: This is not a JSON object" in capture("-", *OPTIONS, stdin=data.read_bytes())
 
 
 def test_a_column_that_changes_its_type_late(capture: Capture, tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_surrogates_and_closed_stdin(capture: Capture) -> None:
 def test_closed_stdin_where_a_path_is_expected(invoke, tmp_path: Path) -> None:
     result = invoke("transfer", "-", "-o", tmp_path / "t", stdin=None)
     assert result.code == 2
-    assert "Expected an artifact's path on stdin and got nothing" in result.err
+    assert "An artifact's path was expected on stdin, and nothing came" in result.err
 
 
 def test_tool_calls_of_parquet(capture: Capture, with_template, tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_what_fits_nowhere_ends_with_5_and_says_what_would_help(teacher: str, in
         (("--tokens", "many"), 2, "many is not a size"),
         (("--tokens", "20M", "--disk", "0"), 2, "0 is not a size"),
         (("--tokens", "20M", "--gpus", "8xV100"), 2, "A100-40GB"),
-        (("--tokens", "20M", "--gpus", "H100-80GB", "--calibrate"), 2, "choose one"),
+        (("--tokens", "20M", "--gpus", "H100-80GB", "--calibrate"), 2, "Choose one"),
         (("--tokens", "20M", "--memory", "lots"), 2, "lots is not a size"),
         ((), 2, "--tokens"),
     ],

@@ -78,11 +78,11 @@ def test_errors_say_what_is_wrong(make_case):
         with pytest.raises(ValueError, match=words):
             hybrid_attention(*inputs, maps, scaling=0.4, **options)
 
-    fails("terms is 'all'; choose one of both, window, linear", q, k, v, terms="all")
-    fails("backend is 'fast'; choose one of auto, reference, chunked", q, k, v, backend="fast")
+    fails("terms is 'all'. Choose one of both, window, linear", q, k, v, terms="all")
+    fails("backend is 'fast'. Choose one of auto, reference, chunked", q, k, v, backend="fast")
     fails("must be \\[batch, heads, time, head size\\]", q[0], k, v)
-    fails("one batch and one time", q, k[:, :, 1:], v[:, :, 1:])
-    fails("one batch and one time of at least 1", q[:, :, :0], k[:, :, :0], v[:, :, :0])
+    fails("the same batch and time", q, k[:, :, 1:], v[:, :, 1:])
+    fails("the same batch and time, of at least 1", q[:, :, :0], k[:, :, :0], v[:, :, :0])
     fails("feature maps are for 4 query heads of size 6", q[:, :3], k, v)
     fails("feature maps are for 4 query heads of size 6", q[..., :5], k[..., :5], v)
     fails("multiple of the key heads", q, k.repeat(1, 2, 1, 1)[:, :3], v.repeat(1, 2, 1, 1)[:, :3])

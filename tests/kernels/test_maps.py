@@ -11,9 +11,9 @@ from lolcats_kernels import HybridConfig, HybridMaps
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
-        ("feature_map", "hedge", "choose one of hedgehog, t2r, elu"),
-        ("layout", "stairs", "choose one of sliding, terraced"),
-        ("linear_factor", 1, "choose one of one, affine, exp"),
+        ("feature_map", "hedge", "Choose one of hedgehog, t2r, elu"),
+        ("layout", "stairs", "Choose one of sliding, terraced"),
+        ("linear_factor", 1, "Choose one of one, affine, exp"),
         ("feature_dim", 0, "at least 1"),
         ("feature_dim", 2.5, "whole number"),
         ("window", -1, "at least 0"),

@@ -149,9 +149,9 @@ def test_what_the_sums_recall_worst_stays():
 def test_what_is_refused():
     maps = HybridMaps(HybridConfig(window=0, feature_dim=8), 2, 8)
     q, k = torch.randn(1, 2, 3, 8), torch.randn(1, 1, 3, 8)
-    with pytest.raises(ValueError, match="window 0"):
+    with pytest.raises(ValueError, match="window=0"):
         sparse_attention(q, k, k, maps, size=2, scaling=1.0)
     maps = HybridMaps(HybridConfig(window=2, feature_dim=8), 2, 8)
     _, state = sparse_attention(q, k, k, maps, size=2, scaling=1.0)
-    with pytest.raises(ValueError, match="keeps 2 keys, and 3 are asked for"):
+    with pytest.raises(ValueError, match="keeps 2 keys, and 3 were asked for"):
         sparse_attention(q, k, k, maps, size=3, scaling=1.0, initial_state=state)

@@ -257,7 +257,7 @@ def test_padded_rows_are_what_each_document_gives_alone(
     [
         ("missing/folder/here", "is not a folder"),
         ("./missing", "is not a folder"),
-        ("org/not-there", "neither a local folder nor could it be fetched"),
+        ("org/not-there", "is not a local folder, and it could not be fetched"),
     ],
 )
 def test_missing_teacher(tiny_text: Path, tmp_path: Path, teacher: str, message: str) -> None:

@@ -165,7 +165,7 @@ def test_hostile_configurations_of_adapters(lora: Path, tmp_path: Path, changes:
         ('{"peft_type": "LORA", "r": 8, "lora_alpha": 1e400}', "the alpha inf"),
         ('{"peft_type": "LORA", "r": 8, "lora_alpha": -Infinity}', "the alpha -inf"),
         ('{"a": ' + "[" * 50_000, "nested too deep"),
-        ("[]", "of an object"),
+        ("[]", "does not hold a JSON object"),
         ("", "not valid JSON"),
     ],
 )

@@ -83,7 +83,7 @@ def test_set_terms_refuses_a_teacher(make_teacher):
         set_terms(make_teacher(), "window")
 
 
-@pytest.mark.parametrize("layers, message", [([0], "none for layers 1"), ([0, 1, 2], "layers 2 that it does not have")])
+@pytest.mark.parametrize("layers, message", [([0], "none for layers 1"), ([0, 1, 2], "for layers 2, which")])
 def test_layers_that_do_not_fit_are_refused(make_teacher, make_maps, layers, message):
     config = HybridConfig(window=6, feature_dim=8)
     maps = make_maps(config, layers=3)

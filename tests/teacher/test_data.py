@@ -147,12 +147,12 @@ MIXED = '{"text": "sea"}\n{nonsense\n{"text": null}\n{"text": "ship"}\n{"input_i
 
 def test_bad_rows_are_named_or_skipped_and_counted(tokenizer, ids, write) -> None:
     source, notes = write("a.jsonl", MIXED), Notes()
-    with pytest.raises(BadInput, match=rf"{source}, line 2: This is no JSON object.*--on-bad-row skip\.$"):
+    with pytest.raises(BadInput, match=rf"{source}, line 2: This is not a JSON object.*--on-bad-row skip\.$"):
         read_rows(source, tokenizer, PACKED)
     rows = read_rows(source, tokenizer, DataOptions(seq_len=1, on_bad_row="skip"), progress=notes)
     assert rows.input_ids.flatten().tolist() == ids("sea") + ids("ship")
     assert len(notes.notes) == 1
-    assert notes.notes[0].startswith(f"{source}: skipped 3 bad rows, the first: {source}, line 2: This is no JSON")
+    assert notes.notes[0].startswith(f"{source}: skipped 3 bad rows, the first: {source}, line 2: This is not a JSON")
 
 
 def test_nothing_but_bad_rows(tokenizer, write) -> None:
@@ -234,7 +234,7 @@ def test_rows_with_text_among_them_do_not_tell_the_completion(tokenizer, write) 
     source = write("a.jsonl", [*PROMPTED, {"text": "plain"}])
     assert read_rows(source, tokenizer, DataOptions(seq_len=4)).completion is None
     assert read_rows(source, tokenizer, DataOptions(seq_len=4, samples=2)).completion is not None
-    with pytest.raises(BadInput, match=r"line 3: It does not tell which of its tokens .* plain text has no prompt"):
+    with pytest.raises(BadInput, match=r"line 3: It does not tell which of its tokens .* Plain text has no prompt"):
         read_rows(source, tokenizer, DataOptions(seq_len=4, completion=True))
 
 

@@ -259,20 +259,20 @@ def test_stdin_that_is_closed_or_read_twice(monkeypatch: pytest.MonkeyPatch) -> 
 
 DEEP = b'{"text":' + b"[" * 20000 + b"]" * 20000 + b"}"
 LINES = {
-    "not JSON": (b"{nonsense", r"This is no JSON object in UTF-8 \(Expecting property name.*say --format text"),
-    "ends early": (b'{"text": "se', r"no JSON object in UTF-8 \(Unterminated string"),
-    "two on a line": (b'{"text": "a"} {"text": "b"}', r"no JSON object in UTF-8 \(Extra data"),
+    "not JSON": (b"{nonsense", r"This is not a JSON object in UTF-8 \(Expecting property name.*use --format text"),
+    "ends early": (b'{"text": "se', r"not a JSON object in UTF-8 \(Unterminated string"),
+    "two on a line": (b'{"text": "a"} {"text": "b"}', r"not a JSON object in UTF-8 \(Extra data"),
     "a list": (b"[1, 2]", "This is a list, not a JSON object"),
     "text": (b'"sea"', "This is text, not a JSON object"),
     "a number": (b"5", "This is a number, not a JSON object"),
-    "a long number": (b'{"text": "a", "n": ' + b"9" * 5000 + b"}", "no JSON object"),
+    "a long number": (b'{"text": "a", "n": ' + b"9" * 5000 + b"}", "not a JSON object"),
     "null": (b"null", "This is null, not a JSON object"),
     "deep": (DEEP, "maximum recursion depth exceeded"),
     "Latin-1": (
         '{"text": "Größe"}'.encode("latin-1"),
-        "no JSON object in UTF-8 .*can't decode byte 0xf6 in position 12",
+        "not a JSON object in UTF-8 .*can't decode byte 0xf6 in position 12",
     ),
-    "UTF-16": ('{"text": "sea"}'.encode("utf-16-le"), "no JSON object in UTF-8"),
+    "UTF-16": ('{"text": "sea"}'.encode("utf-16-le"), "not a JSON object in UTF-8"),
 }
 
 
@@ -289,13 +289,13 @@ def test_bad_lines_are_named_and_the_others_read(write: Write, name: str) -> Non
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b'[{"text": "se', "item 1: the JSON list breaks off here"),
-        (b'[{"text": "sea"}, {"te', "item 2: the JSON list breaks off here"),
+        (b'[{"text": "se', "item 1: The JSON list breaks off here"),
+        (b'[{"text": "sea"}, {"te', "item 2: The JSON list breaks off here"),
         (b'[{"text": "sea"}', "damaged after item 1"),
-        (b'[{"text": "sea"},]', "item 2: the JSON list breaks off here"),
+        (b'[{"text": "sea"},]', "item 2: The JSON list breaks off here"),
         (b'[{"text": "sea"} {"text": "b"}]', "damaged after item 1"),
         (b'[{"text": "sea"}]\n[{"text": "b"}]', "damaged after item 1"),
-        (b"[" + DEEP + b"]", "item 1: the JSON list breaks off here .maximum recursion"),
+        (b"[" + DEEP + b"]", "item 1: The JSON list breaks off here .maximum recursion"),
         (b'[{"text": "\xff"}]', r"is not UTF-8 text \(byte 11\)"),
     ],
 )
@@ -319,10 +319,10 @@ def test_an_item_that_is_no_object(write: Write) -> None:
 @pytest.mark.parametrize(
     ("data", "expected"),
     [
-        (b"text,n\na,1\nb\nc,3\n", ["ok", "a.csv, line 3: This row has 1 fields, and the header 2.", "ok"]),
-        (b"text,n\na,1,2\n", ["a.csv, line 2: This row has 3 fields, and the header 2."]),
-        (b'text,n\n"a\nb",1\n"c"d,1\ne,2\n', ["ok", "a.csv, line 4: This is no row of the format", "ok"]),
-        (b'text,n\na,1\n"b,2\nc,3\n', ["ok", "a.csv, line 3: This is no row of the format (unexpected end of data)."]),
+        (b"text,n\na,1\nb\nc,3\n", ["ok", "a.csv, line 3: This row has 1 fields, and the header has 2.", "ok"]),
+        (b"text,n\na,1,2\n", ["a.csv, line 2: This row has 3 fields, and the header has 2."]),
+        (b'text,n\n"a\nb",1\n"c"d,1\ne,2\n', ["ok", "a.csv, line 4: This row cannot be parsed", "ok"]),
+        (b'text,n\na,1\n"b,2\nc,3\n', ["ok", "a.csv, line 3: This row cannot be parsed (unexpected end of data)."]),
         (b"", []),
         (b"\n\ntext\na\n\nb\n", ["ok", "ok"]),
     ],
@@ -362,7 +362,7 @@ def test_large_fields_of_csv(write: Write) -> None:
         ("a.txt", "whale".encode("utf-16-le"), "holds NUL bytes"),
         ("a.pdf", b"%PDF-1.7\n\x00\xff", "is not UTF-8 text"),
         ("a.csv", b"text,text\na,b\n", "has two columns named 'text'"),
-        ("a.arrow", b"x", "is an Arrow file, which is not read"),
+        ("a.arrow", b"x", "is an Arrow file, which lolcats cannot read"),
         ("a.parquet", b"", "could not be read"),
         ("a.parquet", b"PAR1 no", "could not be read"),
         ("a.parquet", FORMATS["h.parquet"][:-9], "could not be read"),

@@ -95,7 +95,7 @@ def test_what_is_not_understood_is_refused_by_name(changes: dict, named: str) ->
 
 
 def test_a_hub_id_that_cannot_be_fetched(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="no-such/model is neither a local folder"):
+    with pytest.raises(BadInput, match="no-such/model is not a local folder"):
         read_shape("no-such/model")
     with pytest.raises(BadInput, match="is not a folder"):
         read_shape(str(tmp_path / "nowhere"))
