@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lolcats_cli.commands.lora import lora
     from lolcats_cli.commands.merge import merge
     from lolcats_cli.commands.plan import plan
+    from lolcats_cli.commands.rank import rank
     from lolcats_cli.commands.report import report
     from lolcats_cli.commands.transfer import transfer
     from lolcats_cli.commands.verify import verify
@@ -35,6 +36,7 @@ __all__ = [
     "lora",
     "merge",
     "plan",
+    "rank",
     "report",
     "transfer",
     "verify",

@@ -20,6 +20,7 @@ from lolcats_cli.commands.join import join
 from lolcats_cli.commands.lora import lora
 from lolcats_cli.commands.merge import merge
 from lolcats_cli.commands.plan import plan
+from lolcats_cli.commands.rank import rank
 from lolcats_cli.commands.report import report
 from lolcats_cli.commands.transfer import transfer
 from lolcats_cli.commands.verify import verify
@@ -74,6 +75,7 @@ FUNCTIONS = {
     "merge": _command("merge", merge),
     "join": _command("join", join),
     "inspect": _command("inspect", inspect_artifact),
+    "rank": _command("rank", rank),
     "report": _command("report", report),
     "verify": _command("verify", verify),
     "eval": _command("eval", evaluate),

@@ -28,6 +28,8 @@ from lolcats_cli.commands.lora import lora
 from lolcats_cli.commands.merge import merge
 from lolcats_cli.commands.plan import plan
 from lolcats_cli.commands.plan import show as show_plan
+from lolcats_cli.commands.rank import rank
+from lolcats_cli.commands.rank import show as show_ranked
 from lolcats_cli.commands.report import report
 from lolcats_cli.commands.transfer import transfer
 from lolcats_cli.commands.verify import verify
@@ -55,6 +57,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "lora": printing(lora, show_artifact),
     "merge": printing(merge, show_artifact),
     "join": printing(join, show_artifact),
+    "rank": printing(rank, show_ranked),
     "inspect": printing(inspect, show_inspected),
     "verify": printing(verify, show_path),
     "report": printing(report, show_file),

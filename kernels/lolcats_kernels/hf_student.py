@@ -24,7 +24,7 @@ from transformers.utils import logging
 from .hf_adapters import adapt, adapter, number_by_name
 from .hf_attention import NAME, HybridAttention, lolcats_attention, register
 from .hf_cache import LolcatsCache, LolcatsCacheLayer
-from .spec import HybridConfig
+from .spec import HybridConfig, layer_config
 
 logger = logging.get_logger(__name__)
 
@@ -80,8 +80,8 @@ class LolcatsMixin:
 
 class MergedStudent(LolcatsMixin):
     """A student that is loaded as such, from a folder whose configuration has a `lolcats` entry:
-    {"hybrid": HybridConfig as a dict, "layers": indices, "num_heads", "head_dim"}. The last two are numbers, or lists
-    of as many as there are layers, where these differ."""
+    {"hybrid": what `layer_config` takes, "layers": indices, "num_heads", "head_dim"}. The last two are numbers, or
+    lists of as many as there are layers, where these differ."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
@@ -93,7 +93,8 @@ class MergedStudent(LolcatsMixin):
         size = getattr(config, "sparse_cache_size", 0)
         if not isinstance(size, int) or size < 0:
             raise ValueError(f"sparse_cache_size is {size!r}. It must be a whole number, and 0 means no sparse cache.")
-        for hybrid in attach(cast(PreTrainedModel, self), HybridConfig(**spec["hybrid"]), heads):
+        configs = {layer: layer_config(spec["hybrid"], layer) for layer in heads}
+        for hybrid in attach(cast(PreTrainedModel, self), configs, heads):
             hybrid.sparse_cache_size = size
 
     def is_custom_code(self) -> bool:
@@ -175,9 +176,12 @@ def layer_index(module: nn.Module) -> int:
     return cast(int, module.layer_idx)
 
 
-def attach(model: PreTrainedModel, config: HybridConfig, heads: Mapping[int, tuple[int, int]]) -> list[HybridAttention]:
+def attach(
+    model: PreTrainedModel, configs: Mapping[int, HybridConfig], heads: Mapping[int, tuple[int, int]]
+) -> list[HybridAttention]:
     """Give layers of a model untrained maps and hybrid attention, in place; -> the new modules, in order.
 
+    configs: by layer its hybrid attention.
     heads: by layer the number of query heads, and the size of their queries.
     The other layers keep their softmax attention, and a cache that grows or slides as it did.
     """
@@ -191,7 +195,8 @@ def attach(model: PreTrainedModel, config: HybridConfig, heads: Mapping[int, tup
         if layer_index(module) not in wanted:
             module.keeps_softmax = True  # type: ignore[assignment]
             continue
-        hybrid = HybridAttention(config, *heads[layer_index(module)], layer_index(module))
+        layer = layer_index(module)
+        hybrid = HybridAttention(configs[layer], *heads[layer], layer)
         if next(hybrid.parameters()).device.type != "meta":
             hybrid = hybrid.to(execution_device(module))
         module.hybrid = hybrid.to(torch.float32).requires_grad_(False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import astuple, dataclass
 from typing import Any, ClassVar
 
@@ -74,6 +75,17 @@ class HybridConfig:
     def slots(self) -> int:
         """C: how many keys and values a state keeps as they are."""
         return self.window * (2 if self.layout == "terraced" else 1)
+
+
+def layer_config(hybrid: Mapping[str, Any], layer: int) -> HybridConfig:
+    """A layer's configuration from a model's: the fields of `HybridConfig`, and `windows`, the window of every layer of
+    the model, where they differ.
+
+    Raises TypeError or ValueError for what they cannot be.
+    """
+    fields = {name: value for name, value in hybrid.items() if name != "windows"}
+    windows = hybrid.get("windows")
+    return HybridConfig(**fields if windows is None else fields | {"window": windows[layer]})
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from lolcats_formats import Artifact
 
 from lolcats_cli.errors import UsageError
 
+IMPORTANCE_FILE = "importance.json"  # of a transfer: what the teacher loses with narrow attentions
+
 
 def describe(artifact: Artifact) -> dict[str, Any]:
     """The artifact as one document: identity, lineage, settings, and one record per layer."""
@@ -78,6 +80,7 @@ def describe_layer(artifact: Artifact, layer: int) -> dict[str, Any]:
 
 def _layer(artifact: Artifact, index: int, layer: dict) -> dict[str, Any]:
     figures = artifact.summary.get("layers", {}).get(str(index), {})
+    windows = artifact.config.get("hybrid", {}).get("windows")
     return {
         "layer": index,
         "heads": layer["num_heads"],
@@ -93,7 +96,18 @@ def _layer(artifact: Artifact, index: int, layer: dict) -> dict[str, Any]:
             if key in figures
         },
         **({"gamma": figures["gamma"]["mean"]} if "gamma" in figures else {}),
+        **({"window": windows[index]} if windows else {}),
+        **_narrow_losses(artifact, index),
     }
+
+
+def _narrow_losses(artifact: Artifact, layer: int) -> dict[str, float]:
+    """What the teacher loses if this attention sees the last N keys alone, if a transfer measured that."""
+    if IMPORTANCE_FILE not in artifact.files:
+        return {}
+    found = artifact.read_json(IMPORTANCE_FILE)
+    losses = found["layers"].get(str(layer), [])
+    return {f"loss@{window}": loss for window, loss in zip(found["windows"], losses, strict=False)}
 
 
 def _files(artifact: Artifact, layer: int) -> list[str]:

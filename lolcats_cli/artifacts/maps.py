@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import asdict
+from typing import Any
 
 from lolcats_formats import Artifact
+from lolcats_kernels.spec import HybridConfig, layer_config
 
 from lolcats_cli.errors import IdentityMismatch
 
@@ -23,6 +26,18 @@ def kept_config(artifact: Artifact) -> dict[str, list[int]]:
     """The entry of a configuration with the kept layers; empty if there are none."""
     kept = kept_layers(artifact)
     return {"keep_softmax": kept} if kept else {}
+
+
+def hybrid_configs(artifact: Artifact, layers: Collection[int]) -> dict[int, HybridConfig]:
+    """The hybrid attention of these layers of a transfer, or of what is made from it."""
+    return {layer: layer_config(artifact.config["hybrid"], layer) for layer in layers}
+
+
+def hybrid_entry(artifact: Artifact) -> dict[str, Any]:
+    """What a student's configuration says of its hybrid attention: `layer_config` takes it."""
+    hybrid = artifact.config["hybrid"]
+    fields = {name: value for name, value in hybrid.items() if name != "windows"}
+    return asdict(HybridConfig(**fields)) | ({"windows": hybrid["windows"]} if "windows" in hybrid else {})
 
 
 def recorded_heads(artifact: Artifact, layers: Collection[int]) -> dict[int, tuple[int, int]]:

@@ -18,15 +18,17 @@ from lolcats_cli.teacher.identity import local_folder, recorded_folder
 from lolcats_cli.teacher.records import find_files
 
 
-def artifact(path: str | Path, kind: str | tuple[str, ...], teacher: str | None = None) -> Artifact:
+def artifact(
+    path: str | Path, kind: str | tuple[str, ...], teacher: str | None = None, needs_teacher: bool = False
+) -> Artifact:
     """The artifact of a kind in `path`. Raises if it is not there, or its teacher not where it was or `teacher` says.
 
-    Students, and captures of queries, keys and values, are used without their teacher.
+    Students, and captures of queries, keys and values, are used without their teacher, unless one is needed.
     """
     opened = Artifact.open(path, kind)
     if teacher is not None:
         local_folder(teacher)
-    elif opened.kind in ("transfer", "lora") or opened.config.get("store", "attention") != "attention":
+    elif needs_teacher or opened.kind in ("transfer", "lora") or opened.config.get("store", "attention") != "attention":
         recorded_folder(opened.teacher, opened.path)
     return opened
 

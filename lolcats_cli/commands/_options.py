@@ -165,6 +165,15 @@ def parse_kept(text: str | None) -> tuple[list[int | str], int]:
     return [*layers, *(["sliding"] if "sliding" in parts else [])], int(automatic[0][5:]) if automatic else 0
 
 
+def parse_windows(text: str | None) -> tuple[tuple[int, ...] | None, bool]:
+    """ "16,64,16" as ((16, 64, 16), False) and "auto" as (None, True). Raises `UsageError` on anything else."""
+    if text is None or text == "auto":
+        return None, text is not None
+    if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", text):
+        raise UsageError(f"--windows {text} is neither auto nor a window for every layer, such as 16,64,16.")
+    return tuple(map(int, text.split(","))), False
+
+
 def parse_samples(text: str | None) -> tuple[int, int | None]:
     """ "20" as (0, 20) and "1000-1999" as (1000, 1000): the first row and their number."""
     if text is None:

@@ -18,17 +18,33 @@ def transfer(
     output: o.Output,
     recipe: Annotated[
         Literal["best", "lolcats"],
-        typer.Option(help="Defaults of --linear-factor, --grad-accum, --lr and --eval-steps; lolcats: the paper's."),
+        typer.Option(
+            help="Defaults of --feature-dim, --linear-factor, --gamma, --grad-accum, --lr and --eval-steps; lolcats: "
+            "the paper's."
+        ),
     ] = "best",
     feature_map: Annotated[Literal["hedgehog", "t2r", "elu"], typer.Option(help="The feature map.")] = "hedgehog",
-    feature_dim: Annotated[int, typer.Option(min=1, help="Its size; Hedgehog gives twice as many features.")] = 64,
+    feature_dim: Annotated[
+        int | None,
+        typer.Option(min=1, help="Its size; Hedgehog gives twice as many features: 64, or half a head's (lolcats)."),
+    ] = None,
     window: Annotated[int, typer.Option(min=0, help="Keys seen by softmax; 0 is pure linear attention.")] = 64,
+    windows: Annotated[
+        str | None,
+        typer.Option(
+            help="A window for every layer, such as 16,128,16; auto: longer ones for layers that need them, which "
+            "together take the memory of --window in every layer. auto needs the teacher."
+        ),
+    ] = None,
     layout: Annotated[Literal["sliding", "terraced"], typer.Option(help="How the window moves.")] = "sliding",
     linear_factor: Annotated[
         Literal["one", "affine", "exp"] | None,
         typer.Option(help="Weight of the linear term: 1; 1 - gamma; or learned on the softmax's scale (best)."),
     ] = None,
-    gamma: Annotated[float, typer.Option(help="Initial weight of the window, between 0 and 1; 1 with exp.")] = 0.5,
+    gamma: Annotated[
+        float | None,
+        typer.Option(help="Initial weight of the window, between 0 and 1: 0.5, or 0.1 (lolcats); 1 with exp."),
+    ] = None,
     mse_factor: Annotated[float, typer.Option(min=0, help="Weight of the outputs' squared error.")] = 1000.0,
     xent_factor: Annotated[
         float,
@@ -45,7 +61,7 @@ def transfer(
         str | None,
         typer.Option(
             help="Leave these layers softmax, such as 0,31; sliding: those with a sliding window; auto:2: the two "
-            "for which the window alone has the largest error."
+            "that cost the teacher's predictions most if they see the window alone. auto needs the teacher."
         ),
     ] = None,
     block_size: Annotated[
@@ -93,17 +109,18 @@ def transfer(
 ) -> Artifact:
     """Train feature maps and mixing factors, layer by layer, from a capture.
 
-    The teacher is needed if the capture holds hidden states or tokens.
+    The teacher is needed if the capture holds hidden states or tokens, and for `auto`.
     """
     asked = locals()
     given, parts, (kept, keep_auto) = o.artifact_path(capture), o.parse_layers(layers), o.parse_kept(keep_softmax)
-    if not 0 < gamma < 1:
+    by_layer, auto_windows = o.parse_windows(windows)
+    if gamma is not None and not 0 < gamma < 1:
         raise UsageError(f"--gamma {gamma} must lie between 0 and 1.")
     if not mse_factor and not xent_factor:
         raise UsageError(
             "--mse-factor and --xent-factor are both 0, so there is nothing to train on. Raise one of them."
         )
-    opened = checks.artifact(given, "capture", teacher)
+    opened = checks.artifact(given, "capture", teacher, needs_teacher=bool(keep_auto) or auto_windows)
     checks.layers("--layers", parts, opened)
     checks.layers("--keep-softmax", kept, opened)
     checks.output(output, resume, force, (given,))
@@ -111,17 +128,18 @@ def transfer(
     o.launch_on(devices, given)
 
     from lolcats_cli.stages.transfer import transfer as run
-    from lolcats_cli.stages.transfer_options import RECIPES
+    from lolcats_cli.stages.transfer_options import recipe_for
     from lolcats_cli.teacher.load import LoadOptions
 
-    base = RECIPES[recipe]
+    base = recipe_for(recipe, next(x["head_dim"] for x in opened.teacher["layers"] if x["num_heads"]))
     return run(
         given,
         output,
-        options=o.chosen(replace(base, hybrid=o.chosen(base.hybrid, asked)), asked),
+        options=o.chosen(replace(base, hybrid=o.chosen(base.hybrid, asked)), asked | {"windows": by_layer}),
         layers=parts,
         keep_softmax=kept,
         keep_auto=keep_auto,
+        auto_windows=auto_windows,
         block_size=block_size,
         teacher=teacher,
         load=o.chosen(LoadOptions(), asked),

@@ -46,7 +46,8 @@ def golden(folder: Path, scratch: Path) -> dict[str, Tensor]:
     """
     kind = student_class(folder)
     config = kind.config_class.from_pretrained(folder)
-    length = config.lolcats["hybrid"]["window"] + BEYOND
+    hybrid = config.lolcats["hybrid"]
+    length = max(hybrid.get("windows", [hybrid["window"]])) + BEYOND
     length = min(length, model_limit(config) or length)
     prompts = _tokens(folder, config.get_text_config().vocab_size)
     input_ids = torch.tensor([(ids * length)[:length] for ids in prompts])

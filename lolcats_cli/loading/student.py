@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lolcats_formats import Artifact
-from lolcats_kernels import HybridConfig
 from torch import Tensor
 
-from lolcats_cli.artifacts.maps import kept_layers, maps_file, recorded_heads
+from lolcats_cli.artifacts.maps import hybrid_configs, kept_layers, maps_file, recorded_heads
 from lolcats_cli.errors import BadInput, UsageError
+from lolcats_cli.progress import Progress
 from lolcats_cli.student.build import linearize
 from lolcats_cli.student.fold import CONFIG_FILE, WEIGHTS_FILE, Adapter
 from lolcats_cli.teacher import identity
@@ -29,6 +30,13 @@ def teacher_folder(artifact: Artifact, override: str | None = None) -> Path:
     folder = resolve_folder(override or str(identity.recorded_folder(artifact.teacher, artifact.path)))
     identity.check(artifact.teacher, folder)
     return folder
+
+
+def load_captured(capture: Artifact, override: str | None, load: LoadOptions, progress: Progress) -> PreTrainedModel:
+    """The teacher of a capture, on the CPU, in the dtype that it was captured in. Raises as `teacher_folder` does."""
+    folder = teacher_folder(capture, override)
+    progress.note(f"loading {folder}")
+    return load_model(folder, replace(load, dtype=capture.config["dtype"], device="cpu"))
 
 
 def check_finite(file: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -51,8 +59,8 @@ def load_student(artifact: Artifact, folder: Path, load: LoadOptions) -> PreTrai
     maps = {layer: artifact.load(name) for layer, name in layers.items()}
     for layer, tensors in maps.items():
         check_finite(artifact.path / layers[layer], tensors)
-    hybrid, heads = HybridConfig(**artifact.config["hybrid"]), recorded_heads(artifact, list(maps))
-    return linearize(load_model(folder, load), hybrid, maps, kept_layers(artifact), heads)
+    hybrids, heads = hybrid_configs(artifact, maps), recorded_heads(artifact, maps)
+    return linearize(load_model(folder, load), hybrids, maps, kept_layers(artifact), heads)
 
 
 def check_on_devices(model: PreTrainedModel, reason: str) -> None:

@@ -10,10 +10,10 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from lolcats_formats import Artifact
-from lolcats_kernels import HybridConfig
 
 from lolcats_cli import __version__
 from lolcats_cli.artifacts.history import Step, figures, head_errors, history, layer_figures, number, transfer_summary
+from lolcats_cli.artifacts.maps import hybrid_entry
 from lolcats_cli.errors import BadInput
 from lolcats_cli.progress import printable
 from lolcats_cli.reporting.charts import Axis, Series, color_at, gradient, heatmap, label, line_chart
@@ -318,7 +318,7 @@ class _Memory:
             self.dtype = str(lora.artifact.config.get("dtype", self.dtype))
         self.itemsize = ITEMSIZE.get(self.dtype, 2)
         try:
-            self.hybrid = HybridConfig(**artifact.config["hybrid"])
+            self.hybrid = hybrid_entry(artifact)
         except (KeyError, TypeError, ValueError) as error:
             raise BadInput(
                 f"{artifact.path} does not describe the attention of its student ({error}). Make it again."

@@ -142,12 +142,12 @@ def _check_versions(config: dict[str, Any]) -> None:
     student = config.get("lolcats")
     if not isinstance(student, dict) or not student.keys() >= STUDENT_FIELDS:
         raise ValueError("config.json does not describe a merged student. Merge it again.")
-    from lolcats_kernels import HybridConfig
+    from lolcats_kernels.spec import layer_config
 
     unknown = sorted(student.keys() - STUDENT_FIELDS)
     try:
-        HybridConfig(**student["hybrid"])
-    except (TypeError, ValueError) as error:
+        layer_config(student["hybrid"], max(student["layers"]))
+    except (TypeError, ValueError, IndexError) as error:
         unknown.append(str(error).rstrip("."))
     if unknown:
         raise ValueError(

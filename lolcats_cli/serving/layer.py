@@ -106,13 +106,17 @@ class LayerShape:
 
 class HybridAttentionLayer(nn.Module, MambaBase):
     """Serves one converted attention. vLLM gives it pages of memory, one or more for a sequence, and calls `_forward`
-    at the end of `forward`, outside of what it compiles."""
+    at the end of `forward`, outside of what it compiles.
+
+    shape: the layer's own. room: what its pages have room for, the same in all layers.
+    """
 
     kv_cache: tuple[Tensor, ...]
 
     def __init__(
         self,
         shape: LayerShape,
+        room: LayerShape,
         vllm_config: Any,
         prefix: str,
         *,
@@ -124,17 +128,17 @@ class HybridAttentionLayer(nn.Module, MambaBase):
         self.maps = HybridMaps(shape.hybrid, shape.num_heads, shape.head_dim).float().requires_grad_(False)
         for parameter in self.maps.parameters():
             set_weight_attrs(parameter, {"weight_loader": sharded_weight_loader(0)})  # all begin with the heads
-        self.shape, self.prefix = shape, prefix
+        self.shape, self.room, self.prefix = shape, room, prefix
         # The sinks are the attention module's, and stay its parameter alone.
         self.options: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
         self.has_sink = sinks is not None
         vllm_config.compilation_config.static_forward_context[prefix] = self
 
     def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
-        return self.shape.state_shapes()
+        return self.room.state_shapes()
 
     def get_state_dtype(self) -> tuple[torch.dtype, ...]:
-        return self.shape.state_dtypes()
+        return self.room.state_dtypes()
 
     @property
     def mamba_type(self) -> MambaAttentionBackendEnum:

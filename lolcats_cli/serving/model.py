@@ -8,8 +8,8 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from lolcats_kernels import HybridConfig
 from lolcats_kernels.hf_student import fix_rotation
+from lolcats_kernels.spec import layer_config
 from torch import Tensor
 from vllm.model_executor.layers.mamba.mamba_utils import get_temporal_copy_spec
 from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid
@@ -20,12 +20,15 @@ from vllm.model_executor.models.utils import WeightsMapper, maybe_prefix
 from lolcats_cli.serving.layer import HybridAttentionLayer, LayerShape
 
 
-def layer_shape(vllm_config: Any) -> LayerShape:
-    """That of every converted layer, on one rank."""
+def layer_shape(vllm_config: Any, layer: int | None = None) -> LayerShape:
+    """That of a converted layer, on one rank; without `layer` what all of them have room in: vLLM's pages have one
+    size."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     student = model.hf_config.lolcats
+    windows = student["hybrid"].get("windows")
+    widest = student["layers"][0] if windows is None else max(student["layers"], key=lambda i: windows[i])
     return LayerShape(
-        HybridConfig(**student["hybrid"]),
+        layer_config(student["hybrid"], widest if layer is None else layer),
         student["num_heads"] // parallel.tensor_parallel_size,
         model.get_num_kv_heads(parallel),
         student["head_dim"],
@@ -59,14 +62,15 @@ class StudentMixin:
         super()._create_attention_instances(prefix)  # type: ignore[misc]
         this: Any = self
         fix_rotation(this.model)
-        shape, converted = layer_shape(this.vllm_config), set(this.config.lolcats["layers"])
+        room, converted = layer_shape(this.vllm_config), set(this.config.lolcats["layers"])
         for number, (name, fuser) in this.attention_fusers.items():
             if number not in converted:
                 continue
-            module = this.get_submodule(name)
+            module, shape = this.get_submodule(name), layer_shape(this.vllm_config, number)
             scaling = fuser.scale(module)
             layer = HybridAttentionLayer(
                 shape,
+                room,
                 this.vllm_config,
                 maybe_prefix(prefix, f"{name}.{VLLM_ATTN_ATTR}"),
                 scaling=shape.head_dim**-0.5 if scaling is None else scaling,

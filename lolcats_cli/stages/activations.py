@@ -62,6 +62,11 @@ class Source(ABC):
         self.tokens = {split: Rows.from_tensors(capture.load(tokens_name(split))) for split in SPLITS}
         self.rows = {split: len(rows) for split, rows in self.tokens.items()}
 
+    @property
+    def teacher(self) -> PreTrainedModel | None:
+        """The model that computes them; None where they are stored."""
+        return None
+
     @contextmanager
     def running(self, layers: list[int]) -> Iterator[None]:
         """While open, these layers, which are computed together, can be read."""
@@ -180,6 +185,10 @@ class ComputedActivations(Source):
         self._units = [list(layout.units(number)) for number in range(len(layout.blocks))]
         self._run: Run | None = None
         self._seen: Activations = {}  # what the attentions of the forward pass got
+
+    @property
+    def teacher(self) -> PreTrainedModel:
+        return self._teacher
 
     @contextmanager
     def running(self, layers: list[int]) -> Iterator[None]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -20,8 +19,6 @@ from lolcats_cli.stages.activations import Batch, Source
 from lolcats_cli.stages.layer_start import OFF
 from lolcats_cli.stages.transfer_options import TransferOptions
 from lolcats_cli.teacher.record import LayerInfo
-
-WINDOW_ROWS = 8  # that `window_errors` looks at
 
 
 def drops_window(options: TransferOptions, index: int, total: int) -> bool:
@@ -95,22 +92,6 @@ def _figures(found: Errors, maps: HybridMaps) -> dict:
     return figures
 
 
-def window_errors(
-    source: Source, layers: list[int], options: TransferOptions, device: torch.device
-) -> dict[int, float]:
-    """The relative squared error of the window alone in each layer, compared with softmax, on some validation rows.
-    The layers are computed together."""
-    maps = {
-        layer: HybridMaps(options.hybrid, source.layers[layer].num_heads, source.layers[layer].head_dim).to(device)
-        for layer in layers
-    }
-    found = errors_of(source, maps, 1, ("window",), device, limit=WINDOW_ROWS)
-    return {
-        layer: errors.errors["window"].sum().item() / max(errors.powers.sum().item(), 1e-30)
-        for layer, errors in found.items()
-    }
-
-
 @dataclass
 class Errors:
     """A layer's errors on some rows.
@@ -133,12 +114,11 @@ def errors_of(
     batch_size: int,
     terms: tuple[str, ...],
     device: torch.device,
-    limit: int | None = None,
 ) -> dict[int, Errors]:
-    """The layers' errors on the validation rows, or on `limit` batches of them."""
+    """The layers' errors on the validation rows."""
     zeros = {layer: torch.zeros(source.layers[layer].num_heads, dtype=torch.float64) for layer in maps}
     found = {layer: Errors({term: zero.clone() for term in terms}, zero) for layer, zero in zeros.items()}
-    for batches in islice(source.batches(list(maps), "validation", batch_size), limit):
+    for batches in source.batches(list(maps), "validation", batch_size):
         for layer, errors in found.items():
             batch, info = batches[layer].to(device), source.layers[layer]
             target = softmax_attention(batch.q, batch.k, batch.v, info.spec, batch.valid).float()

@@ -176,7 +176,9 @@ def _save(runs: dict[int, LayerRun], folder: Path) -> None:
 def begin(source: Source, layers: list[int], options: TransferOptions, device: torch.device) -> dict[int, LayerRun]:
     """The layers' training before its first step."""
     maps = {
-        layer: HybridMaps(options.hybrid, info.num_heads, info.head_dim, window_factor=options.gamma).to(device)
+        layer: HybridMaps(options.layer_hybrid(layer), info.num_heads, info.head_dim, window_factor=options.gamma).to(
+            device
+        )
         for layer, info in ((layer, source.layers[layer]) for layer in layers)
     }
     if options.hybrid.linear_factor == "exp":
@@ -233,8 +235,9 @@ def finish(
     maps = {layer: run.maps for layer, run in runs.items()}
     for layer, run in runs.items():
         maps[layer].load_state_dict(run.best)
-    if options.hybrid.linear_factor == "exp" and options.hybrid.window:
-        for layer, found in errors_of(source, maps, options.batch_size, ("both", "window"), device).items():
+    windowed = {layer: m for layer, m in maps.items() if m.config.window and m.config.linear_factor == "exp"}
+    if windowed:
+        for layer, found in errors_of(source, windowed, options.batch_size, ("both", "window"), device).items():
             maps[layer].linear_logit.data[found.errors["both"] > found.errors["window"]] = OFF
     figures = measure(source, maps, options.batch_size, device=device)
     return {

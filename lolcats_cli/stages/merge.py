@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from lolcats_cli import ranks, stopping
 from lolcats_cli.artifacts.disk import check_space, human
 from lolcats_cli.artifacts.history import figures, history, layer_figures, transfer_summary
-from lolcats_cli.artifacts.maps import kept_config, kept_layers, maps_file, recorded_heads
+from lolcats_cli.artifacts.maps import hybrid_configs, hybrid_entry, kept_config, kept_layers, maps_file, recorded_heads
 from lolcats_cli.errors import IdentityMismatch, UsageError
 from lolcats_cli.evaluation import golden_logits
 from lolcats_cli.loading.student import check_finite, load_adapter, teacher_folder
@@ -73,7 +73,7 @@ def merge(
     plan = _plan(artifact, teacher_folder(artifact, None if teacher is None else str(teacher)))
     progress.note(f"merge will write {len(plan.sizes)} tensors, {human(sum(plan.sizes.values()))}, to {output}")
     fields = {
-        "config": {"hybrid": asdict(plan.hybrid), "max_shard_bytes": max_shard_bytes, **kept_config(artifact)},
+        "config": {"hybrid": plan.hybrid, "max_shard_bytes": max_shard_bytes, **kept_config(artifact)},
         "teacher": {**artifact.teacher, "path": str(plan.teacher.folder)},
         "data": artifact.data,
         "parents": [artifact],
@@ -122,7 +122,7 @@ class _Plan:
     """What a merge will write. It is made before anything is written."""
 
     teacher: TeacherFiles
-    hybrid: HybridConfig
+    hybrid: dict[str, Any]  # the student's hybrid attention, as `layer_config` takes it
     heads: dict[int, tuple[int, int]]  # of the layers with maps
     adapter: Adapter | None
     folded: dict[str, str]  # a tensor that the adapter changes, as the files and as the model call it
@@ -152,11 +152,10 @@ class _Plan:
 
 def _plan(artifact: Artifact, folder: Path) -> _Plan:
     teacher = teacher_files(folder)
-    hybrid = HybridConfig(**artifact.config["hybrid"])
     kept = kept_layers(artifact)
     layers = [layer for layer in teacher.modules if layer not in kept]
     heads = recorded_heads(artifact, layers)
-    maps = _map_tensors(artifact, teacher.modules, heads, hybrid)
+    maps = _map_tensors(artifact, teacher.modules, heads, hybrid_configs(artifact, layers))
     adapter = load_adapter(artifact) if artifact.kind == "lora" else None
     folded = {}
     for name in sorted(adapter.weights if adapter else ()):
@@ -164,7 +163,7 @@ def _plan(artifact: Artifact, folder: Path) -> _Plan:
         folded[teacher.places[name]] = name
     sizes = {name: info.nbytes for name, (_, info) in teacher.weights.items()}
     sizes |= {name: artifact.header(file)[key].nbytes for name, (_, file, key) in maps.items()}
-    return _Plan(teacher, hybrid, heads, adapter, folded, maps, sizes)
+    return _Plan(teacher, hybrid_entry(artifact), heads, adapter, folded, maps, sizes)
 
 
 def plan_shards(sizes: dict[str, int], max_bytes: int) -> dict[str, list[str]]:
@@ -183,7 +182,10 @@ def plan_shards(sizes: dict[str, int], max_bytes: int) -> dict[str, list[str]]:
 
 
 def _map_tensors(
-    artifact: Artifact, modules: dict[int, str], heads: dict[int, tuple[int, int]], hybrid: HybridConfig
+    artifact: Artifact,
+    modules: dict[int, str],
+    heads: dict[int, tuple[int, int]],
+    hybrids: dict[int, HybridConfig],
 ) -> dict[str, tuple[Artifact, str, str]]:
     """The origin of every tensor of the maps: artifact, file and name.
 
@@ -197,7 +199,8 @@ def _map_tensors(
                 f"{artifact.path} has no maps for layer {layer} of {len(modules)}. Transfer the missing layers."
             )
         header = {name: tuple(info.shape) for name, info in artifact.header(file).items()}
-        wanted = {name: tuple(tensor.shape) for name, tensor in HybridMaps(hybrid, *heads[layer]).state_dict().items()}
+        fresh = HybridMaps(hybrids[layer], *heads[layer]).state_dict()
+        wanted = {name: tuple(tensor.shape) for name, tensor in fresh.items()}
         if header != wanted:
             raise IdentityMismatch(f"The maps of layer {layer} are {header}. The teacher and options need {wanted}.")
         found |= {f"{module}.hybrid.{name}": (artifact, file, name) for name in wanted}
@@ -212,7 +215,7 @@ def _write_model_files(writer: ArtifactWriter, plan: _Plan, artifact: Artifact) 
     folder = plan.teacher.folder
     config = export.student_config(
         plan.teacher.config,
-        asdict(plan.hybrid),
+        plan.hybrid,
         attentions=plan.teacher.modules,
         heads=plan.heads,
         dtype=plan.teacher.dtype(),

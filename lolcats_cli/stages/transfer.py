@@ -10,30 +10,31 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from lolcats_formats import Artifact, ArtifactWriter
+from lolcats_formats import Artifact, ArtifactWriter, begun_config
 from lolcats_formats.place import Resume
 from safetensors import safe_open
 
 from lolcats_cli import ranks, stopping
+from lolcats_cli.artifacts.describe import IMPORTANCE_FILE
 from lolcats_cli.artifacts.maps import maps_file
 from lolcats_cli.errors import UsageError
-from lolcats_cli.loading.student import teacher_folder
+from lolcats_cli.evaluation.importance import Importance, measure_importance, share_out
+from lolcats_cli.loading.student import load_captured
 from lolcats_cli.progress import Progress
 from lolcats_cli.stages.activations import ComputedActivations, Source, StoredActivations
 from lolcats_cli.stages.checkpoints import Checkpoints
 from lolcats_cli.stages.curves import LayerCurves, tensorboard_folder
-from lolcats_cli.stages.layer_losses import window_errors
 from lolcats_cli.stages.layer_training import Trained, train_layers
 from lolcats_cli.stages.rolling import RollingActivations
 from lolcats_cli.stages.transfer_options import TransferOptions
 from lolcats_cli.stages.writing import Making, make_artifact
-from lolcats_cli.teacher.load import LoadOptions, load_model
+from lolcats_cli.teacher.load import LoadOptions
 
 CARRIED = ("entropy", "head_entropy", "esl")  # of a layer's figures in the capture: shown without it too
 T = TypeVar("T")
@@ -47,6 +48,7 @@ def transfer(
     layers: list[int] | None = None,
     keep_softmax: Collection[int | str] = (),
     keep_auto: int = 0,
+    auto_windows: bool = False,
     block_size: int | None = None,
     teacher: str | None = None,
     load: LoadOptions = LoadOptions(),
@@ -61,8 +63,10 @@ def transfer(
         layers: train these layers only; `join` puts the parts together.
         keep_softmax: layers that keep softmax attention in the student, by index. "sliding" stands for the layers whose
             teacher has a sliding window.
-        keep_auto: keep softmax attention in this number of other layers: those for which the window alone has the
-            largest error.
+        keep_auto: keep softmax attention in this number of other layers: those whose window alone costs the teacher's
+            predictions most (`evaluation/importance.py`).
+        auto_windows: give each layer a window of its own. Together they take no more memory than
+            `options.hybrid.window` in every layer; layers that the predictions need get longer ones.
         block_size: train this number of layers at a time from a capture of tokens. Only their weights are in memory,
             and the hidden states in front of them are on disk.
         teacher: the teacher's folder, if it is needed and has moved.
@@ -79,19 +83,20 @@ def transfer(
     with ranks.joined(device.type):
         rolling = Path(output) / f".hidden-{ranks.rank()}"
         source = _source(parent, teacher, load, device, block_size, rolling, progress)
-        chosen, kept = _choose(source, options, layers, _kept(source, keep_softmax, keep_auto), keep_auto)
-        if keep_auto:
-            missed = ranks.share(lambda: _missed(source, chosen, options, device))
-            chosen = sorted(sorted(missed, key=lambda layer: missed[layer])[:-keep_auto])
-            kept = set(range(len(source.layers))) - set(chosen)
-            shown = ", ".join(f"{layer} ({error:.1%})" for layer, error in missed.items())
-            kept_shown = ", ".join(map(str, sorted(kept)))
-            progress.note(f"layers {kept_shown} keep softmax attention; errors of the window alone: {shown}")
-        config = {key: value for key, value in asdict(options).items() if value is not None}
-        if not options.window_dropout:
-            del config["window_dropout"]  # transfers that were begun before this option existed do not have it
+        given = _kept(source, keep_softmax, keep_auto)
+        chosen, kept = _choose(source, options, layers, given, keep_auto, auto_windows)
+        importance = None
+        if keep_auto or auto_windows:
+            importance = ranks.share(lambda: _importance(source, output, force, teacher, load, device, progress))
+            worst = importance.by_loss(chosen, options.hybrid.window)
+            kept |= set(worst[:keep_auto])
+            chosen = sorted(worst[keep_auto:])
+        if auto_windows and importance is not None:
+            options = replace(options, windows=_windows(source, chosen, options, importance))
+        if importance is not None:
+            _tell(chosen, kept, options, progress)
         fields: dict[str, Any] = {
-            "config": {**config, "layers": chosen, **({"keep_softmax": sorted(kept)} if kept else {})},
+            "config": {**options.to_config(), "layers": chosen, **({"keep_softmax": sorted(kept)} if kept else {})},
             "teacher": parent.teacher,
             "data": parent.data,
             "parents": [parent],
@@ -99,6 +104,8 @@ def transfer(
 
         def work(making: Making) -> dict[str, Any]:
             curves = LayerCurves(tensorboard_folder(output)) if log_to else None
+            if making.main is not None and importance is not None:
+                making.main.write_json(IMPORTANCE_FILE, importance.to_json())
             _train(source, chosen, options, device, making, progress, curves)
             if isinstance(source, RollingActivations):
                 source.remove()
@@ -149,15 +156,24 @@ def _train(
 
 
 def _choose(
-    source: Source, options: TransferOptions, layers: list[int] | None, kept: set[int], keep_auto: int
+    source: Source,
+    options: TransferOptions,
+    layers: list[int] | None,
+    kept: set[int],
+    keep_auto: int,
+    auto_windows: bool,
 ) -> tuple[list[int], set[int]]:
     """The layers to train and those that keep softmax. Raises UsageError for options that do not fit this capture."""
     if keep_auto and layers is not None:
         raise UsageError("--keep-softmax auto:N looks at all layers. With --layers, name the layers to keep.")
     if keep_auto and not options.hybrid.window:
-        raise UsageError(
-            "--keep-softmax auto:N compares the windows of the layers, and --window is 0. Name the layers."
-        )
+        raise UsageError("--keep-softmax auto:N measures what the window misses, and --window is 0. Name the layers.")
+    if auto_windows and layers is not None:
+        raise UsageError("--windows auto looks at all layers. With --layers, give every layer's window.")
+    if auto_windows and not options.hybrid.window:
+        raise UsageError("--windows auto shares out the memory of --window, which is 0. Give it a window.")
+    if options.windows is not None and len(options.windows) != len(source.layers):
+        raise UsageError(f"--windows has {len(options.windows)} windows; the teacher has {len(source.layers)} layers.")
     seq_len = source.capture.data["seq_len"]
     if options.window_dropout and not 0 < options.hybrid.slots < seq_len:
         raise UsageError(
@@ -176,13 +192,37 @@ def _choose(
     return chosen, kept
 
 
-def _missed(source: Source, layers: list[int], options: TransferOptions, device: torch.device) -> dict[int, float]:
-    """The relative error of the window alone in each layer, compared with the softmax output."""
-    missed: dict[int, float] = {}
-    for together in _together(source, layers):
-        with source.running(together):
-            missed |= window_errors(source, together, options, device)
-    return missed
+def _importance(
+    source: Source,
+    output: Path | str,
+    force: bool,
+    teacher: str | None,
+    load: LoadOptions,
+    device: torch.device,
+    progress: Progress,
+) -> Importance:
+    """What every layer's loss needs of the keys before a window. A transfer that is continued has it already."""
+    begun = Path(output) / IMPORTANCE_FILE
+    if begun.is_file() and begun_config(output, force) is not None and not force:
+        return Importance.from_json(json.loads(begun.read_text(encoding="utf-8")))
+    model = source.teacher or load_captured(source.capture, teacher, load, progress)
+    return measure_importance(model, source.tokens["validation"], source.layers, device, progress)
+
+
+def _windows(source: Source, chosen: list[int], options: TransferOptions, importance: Importance) -> tuple[int, ...]:
+    """Every layer's window; 0 for those that are not converted."""
+    costs = {i: info.num_key_value_heads * (info.head_dim + info.v_head_dim) for i, info in enumerate(source.layers)}
+    losses = {layer: importance.curve(layer) for layer in chosen}
+    found = share_out(losses, costs, options.hybrid.window, source.capture.data["seq_len"])
+    return tuple(found.get(layer, 0) for layer in range(len(source.layers)))
+
+
+def _tell(chosen: list[int], kept: set[int], options: TransferOptions, progress: Progress) -> None:
+    """Say what was chosen by importance."""
+    if kept:
+        progress.note(f"layers {', '.join(map(str, sorted(kept)))} stay softmax")
+    if options.windows is not None:
+        progress.note(f"windows: {', '.join(f'{options.windows[layer]} in layer {layer}' for layer in chosen)}")
 
 
 def _share(groups: list[list[int]]) -> list[list[int]]:
@@ -216,10 +256,7 @@ def _source(
         )
     if capture.config.get("store", "attention") == "attention":
         return StoredActivations(capture)
-    options = replace(load, dtype=capture.config["dtype"], device="cpu")
-    folder_of_teacher = teacher_folder(capture, teacher)
-    progress.note(f"loading {folder_of_teacher}")
-    model = load_model(folder_of_teacher, options)
+    model = load_captured(capture, teacher, load, progress)
     if block_size:
         return RollingActivations(capture, model, device, block_size, folder, progress)
     return ComputedActivations(capture, model, device)

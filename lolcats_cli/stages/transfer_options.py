@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import ceil
+from typing import Any
 
 from lolcats_kernels import HybridConfig
 
@@ -13,7 +14,8 @@ class TransferOptions:
     """How the layers are trained; the defaults are of the recipe "best".
 
     Attributes:
-        hybrid: the attention that is trained. With the linear factor "exp" the linear term starts with the mass that
+        hybrid: the attention that is trained. `windows`: the window of every layer of the teacher, if they differ; its
+            own is then their mean. With the linear factor "exp" the linear term starts with the mass that
             the softmax gives the keys before the window, and a head that is better without it ends without it.
         gamma: initial γ of every head.
         mse_factor, xent_factor: weights of the output MSE and of the attention weights' cross-entropy. The latter
@@ -30,6 +32,7 @@ class TransferOptions:
     """
 
     hybrid: HybridConfig = field(default_factory=lambda: HybridConfig(linear_factor="exp"))
+    windows: tuple[int, ...] | None = None
     gamma: float = 0.5
     mse_factor: float = 1000.0
     xent_factor: float = 0.0
@@ -44,6 +47,19 @@ class TransferOptions:
     patience: int = 10
     seed: int = 0
 
+    def layer_hybrid(self, layer: int) -> HybridConfig:
+        """The attention that this layer gets."""
+        return self.hybrid if self.windows is None else replace(self.hybrid, window=self.windows[layer])
+
+    def to_config(self) -> dict[str, Any]:
+        """As an artifact records them."""
+        config = {name: value for name, value in asdict(self).items() if value is not None}
+        if not self.window_dropout:
+            del config["window_dropout"]  # as in transfers that were begun before there was such an option
+        if self.windows is not None:
+            config["hybrid"]["windows"] = list(config.pop("windows"))
+        return config
+
     def total_steps(self, rows: int) -> int:
         """Optimizer steps that training on `rows` rows takes."""
         return self.epochs * ceil(rows / (self.batch_size * self.grad_accum)) if self.steps is None else self.steps
@@ -53,5 +69,17 @@ class TransferOptions:
 # has those that gave better students with the same number of tokens (docs/quality.md).
 RECIPES = {
     "best": TransferOptions(),
-    "lolcats": TransferOptions(HybridConfig(linear_factor="one"), grad_accum=8, lr=1e-2, eval_steps=100),
+    "lolcats": TransferOptions(HybridConfig(linear_factor="one"), gamma=0.1, grad_accum=8, lr=1e-2, eval_steps=100),
 }
+
+
+def recipe_for(name: str, head_dim: int) -> TransferOptions:
+    """The options of a recipe, for a teacher whose heads have this size.
+
+    The paper gives heads of 128 Hedgehog maps of 64 columns, as many features as the head has dimensions. "lolcats"
+    does so for every size.
+    """
+    base = RECIPES[name]
+    if name == "best":
+        return base
+    return replace(base, hybrid=replace(base.hybrid, feature_dim=max(1, head_dim // 2)))

@@ -39,13 +39,14 @@ __all__ = [
 
 def linearize(
     model: PreTrainedModel,
-    config: HybridConfig,
+    config: HybridConfig | Mapping[int, HybridConfig],
     maps: Mapping[int, HybridMaps | Mapping[str, Tensor]],
     keep_softmax: Collection[int] = (),
     heads: Mapping[int, tuple[int, int]] | None = None,
 ) -> PreTrainedModel:
     """Replaces the attentions of a loaded teacher, in place, by hybrid attention with trained maps. Returns the model.
 
+    config: the hybrid attention of all layers, or by layer.
     maps: by layer, a `HybridMaps` or its state dict. The values are copied to the layer's device in fp32.
     keep_softmax: the layers that keep their attention, and have no maps.
     heads: by layer, the number of query heads and the size of their queries. With None, the model's own are taken.
@@ -70,9 +71,10 @@ def linearize(
         index: layer.state_dict() if isinstance(layer, nn.Module) else dict(layer) for index, layer in maps.items()
     }
     heads = {layer_index(module): stated_heads(model, module) for module in modules} if heads is None else heads
+    configs = dict.fromkeys(indices, config) if isinstance(config, HybridConfig) else config
     for index, state in states.items():
-        _check_shapes(index, state, HybridMaps(config, *heads[index]).state_dict())
-    for hybrid in attach(model, config, {index: heads[index] for index in indices}):
+        _check_shapes(index, state, HybridMaps(configs[index], *heads[index]).state_dict())
+    for hybrid in attach(model, configs, {index: heads[index] for index in indices}):
         hybrid.load_state_dict(states[hybrid.layer_idx])
     # generate() and transformers ask the model's class, so the instance gets one with the student's behaviour in front.
     model.__class__ = _student_class(cast(Any, type(model)))

@@ -7,8 +7,6 @@ from collections.abc import Collection, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
-from lolcats_kernels import HybridConfig
-
 from lolcats_cli.errors import BadInput
 from lolcats_cli.teacher.load import class_name
 
@@ -145,7 +143,7 @@ def generation_config(teacher: Mapping[str, Any]) -> dict[str, Any]:
 def model_card(
     *,
     teacher: Mapping[str, Any],
-    hybrid: HybridConfig,
+    hybrid: Mapping[str, Any],
     kept: Sequence[int],
     lineage: Sequence[tuple[str, str]],
     figures: Sequence[tuple[str, str, str]],
@@ -160,7 +158,10 @@ def model_card(
     keep of 32,768 tokens, in words.
     """
     base = teacher.get("name") or teacher.get("architecture", "the teacher")
-    window = f"{hybrid.window} ({hybrid.layout})" if hybrid.window else "none (pure linear attention)"
+    by_layer = hybrid.get("windows")
+    windows = [hybrid["window"]] if by_layer is None else [x for i, x in enumerate(by_layer) if i not in kept]
+    shown = f"{windows[0]}" if min(windows) == max(windows) else f"{min(windows)} to {max(windows)}, by layer"
+    window = f"{shown} ({hybrid['layout']})" if any(windows) else "none (pure linear attention)"
     steps = [f"- {kind}: `{artifact_id}`" for kind, artifact_id in lineage]
     load = [
         "```python",
@@ -192,8 +193,8 @@ def model_card(
         "## What it is",
         "",
         f"- teacher: {teacher.get('architecture')}, weights SHA-256 `{teacher.get('weights_sha256')}`",
-        f"- feature map: {hybrid.feature_map}, size {hybrid.feature_dim}",
-        f"- softmax window: {window}; linear factor: {hybrid.linear_factor}",
+        f"- feature map: {hybrid['feature_map']}, size {hybrid['feature_dim']}",
+        f"- softmax window: {window}; linear factor: {hybrid['linear_factor']}",
         *([f"- layers that stay softmax: {', '.join(map(str, kept))}"] if kept else []),
         f"- memory of one sequence of 32,768 tokens: {memory[0]}; the teacher's KV cache takes {memory[1]}",
         "- cached generation equals recomputation; padding is honoured; the cache cannot be rolled back, so assisted",

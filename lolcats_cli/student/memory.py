@@ -7,7 +7,8 @@ from math import prod
 from typing import Any
 
 import torch
-from lolcats_kernels import HybridConfig, HybridMaps
+from lolcats_kernels import HybridMaps
+from lolcats_kernels.spec import layer_config
 from lolcats_kernels.state import KVState
 
 SUM_BYTES = 4  # of an element of S and z: fp32
@@ -33,14 +34,17 @@ def value_dim(layer: Mapping[str, Any]) -> int:
 
 
 def student_bytes(
-    layers: Sequence[Mapping[str, Any]], hybrid: HybridConfig, kept: Collection[int], tokens: int, itemsize: int
+    layers: Sequence[Mapping[str, Any]], hybrid: Mapping[str, Any], kept: Collection[int], tokens: int, itemsize: int
 ) -> int:
-    """The bytes of a student's state after `tokens` tokens. They grow with the tokens in the `kept` layers alone."""
+    """The bytes of a student's state after `tokens` tokens. They grow with the tokens in the `kept` layers alone.
+
+    hybrid: as `layer_config` takes it.
+    """
     total = cache_bytes([layers[number] for number in kept if number < len(layers)], tokens, itemsize)
     for number, layer in enumerate(layers):
         if number not in kept and layer["num_heads"]:
             with torch.device("meta"):  # shapes alone
-                maps = HybridMaps(hybrid, layer["num_heads"], layer["head_dim"])
+                maps = HybridMaps(layer_config(hybrid, number), layer["num_heads"], layer["head_dim"])
             shapes = KVState.shapes(maps, 1, layer["num_key_value_heads"], value_dim(layer))
             sizes = {
                 "sums": SUM_BYTES,

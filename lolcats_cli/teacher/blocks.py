@@ -3,7 +3,7 @@
 When transformers loads a model on the CPU, it maps the weights from the checkpoint's files. They take memory only while
 they are used. So a model of any size can be loaded, and its layers can be moved to the device one block at a time.
 
-Shapes: B batch, T time, E hidden size.
+Shapes: B batch, T time, E hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Takes input_ids [B, T], valid [B, T] bool or None, and the hidden states [B, T, E] in front of the first layer. With
-# None, these are computed from the tokens. Returns the hidden states behind the last layer, or None if that is the
-# model's last.
+# None, these are computed from the tokens. Returns the hidden states behind the last layer. If that is the model's last,
+# it returns the logits [B, T, V] where they are asked for, and None otherwise.
 Run = Callable[[Tensor, Tensor | None, Tensor | None], Tensor | None]
 
 
@@ -57,13 +57,15 @@ def _numbers(module: nn.Module) -> set[int]:
 
 
 @contextmanager
-def block(model: PreTrainedModel, layers: range, device: torch.device) -> Iterator[Run]:
+def block(model: PreTrainedModel, layers: range, device: torch.device, logits: bool = False) -> Iterator[Run]:
     """While open, the model's `layers` lie on the device. Yields a function that runs them.
 
-    A model that is already on the device stays there. If it is on the CPU, its other layers and its head stay there.
+    A model that is already on the device stays there. If it is on the CPU, its other layers stay there. Its head does
+    too, unless `logits` are asked for and the layers are the model's last.
     """
     everything = decoder_layers(model)
     chosen, last = everything[layers.start : layers.stop], layers.stop == len(everything)
+    root: nn.Module = model if logits and last else model.base_model
     state: dict[str, Tensor | None] = {"hidden": None}
 
     def begin(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -81,13 +83,13 @@ def block(model: PreTrainedModel, layers: range, device: torch.device) -> Iterat
         state["hidden"] = None if hidden is None else hidden.to(device)
         mask = None if valid is None else valid.to(device).long()
         try:
-            model.base_model(input_ids=input_ids.long().to(device), attention_mask=mask, use_cache=False)
+            found = root(input_ids=input_ids.long().to(device), attention_mask=mask, use_cache=False)
         except _Reached as reached:
             return reached.hidden
-        return None
+        return found.logits if root is model else None
 
     with ExitStack() as stack:
-        stack.enter_context(_on_device(model, everything, chosen, device))
+        stack.enter_context(_on_device(root, everything, chosen, device))
         for module in everything[: layers.start]:
             stack.enter_context(_skipped(module))
         if layers.start:
@@ -115,16 +117,16 @@ def _skipped(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _on_device(
-    model: PreTrainedModel, layers: list[nn.Module], chosen: list[nn.Module], device: torch.device
+    model: nn.Module, layers: list[nn.Module], chosen: list[nn.Module], device: torch.device
 ) -> Iterator[None]:
-    """While open, the chosen layers, and all modules that are neither layers nor the head, are on the device."""
-    if model.device == device:
+    """While open, the chosen layers, and all modules that are not layers, are on the device."""
+    if next(model.parameters()).device == device:
         yield
         return
     left = {id(part) for layer in layers if layer not in chosen for part in layer.modules()}
     before: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
     moved: dict[int, Tensor] = {}  # tensors that are shared stay shared
-    for module in (module for module in model.base_model.modules() if id(module) not in left):
+    for module in (module for module in model.modules() if id(module) not in left):
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
                 if tensor is not None:

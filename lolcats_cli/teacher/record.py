@@ -9,8 +9,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from lolcats_kernels.equation import repeat_heads
@@ -105,6 +105,42 @@ def recording(model: PreTrainedModel, sink: Sink) -> Iterator[None]:
 
     with _intercepted(model, attention, lolcats_mask):
         yield
+
+
+class Narrowing(NamedTuple):
+    """One attention that sees the last `window` keys alone: a layer's, or that of one of its key heads."""
+
+    layer: int
+    window: int
+    key_head: int | None = None
+
+
+@contextmanager
+def narrowing(model: PreTrainedModel) -> Iterator[Callable[[Narrowing | None], None]]:
+    """While open, every attention of `model` is computed by `softmax_attention`. What it yields is told which one is
+    narrowed from now on; None: none."""
+    chosen: list[Narrowing | None] = [None]
+
+    def attention(
+        module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, **options: Any
+    ) -> tuple[Tensor, None]:
+        spec, valid, change = _spec(q, options), key_mask(module, attention_mask), chosen[0]
+        if change is None or change.layer != module.layer_idx:
+            return softmax_attention(q, k, v, spec, valid).transpose(1, 2).contiguous(), None
+        narrow = replace(spec, sliding_window=min(change.window, spec.sliding_window or change.window))
+        out = softmax_attention(q, k, v, narrow, valid)
+        if change.key_head is not None:
+            heads = q.shape[1] // k.shape[1]
+            own = torch.zeros(q.shape[1], 1, 1, dtype=torch.bool, device=q.device)
+            own[change.key_head * heads : (change.key_head + 1) * heads] = True
+            out = torch.where(own, out, softmax_attention(q, k, v, spec, valid))
+        return out.transpose(1, 2).contiguous(), None
+
+    def choose(change: Narrowing | None) -> None:
+        chosen[0] = change
+
+    with _intercepted(model, attention, lolcats_mask):
+        yield choose
 
 
 @contextmanager

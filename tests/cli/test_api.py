@@ -82,8 +82,8 @@ def test_what_the_command_line_refuses_is_refused(
 
 
 def test_errors_are_exceptions(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="windows"):
-        lolcats.transfer(tmp_path, tmp_path / "out", windows=3)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="widths"):
+        lolcats.transfer(tmp_path, tmp_path / "out", widths=3)  # type: ignore[call-arg]
     with pytest.raises(BadInput, match="no-such-teacher"):
         lolcats.capture(str(tmp_path / "no-such-teacher"), __file__, tmp_path / "out")
 

@@ -16,6 +16,7 @@ COMMANDS = (
     "lora",
     "merge",
     "join",
+    "rank",
     "inspect",
     "verify",
     "report",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,13 +14,12 @@ from lolcats_formats import Artifact
 from lolcats_kernels import HybridConfig
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
+from lolcats_cli.commands.rank import rank
 from lolcats_cli.errors import IdentityMismatch, UsageError
 from lolcats_cli.evaluation.evaluate import evaluate
 from lolcats_cli.loading.any_model import load_any
-from lolcats_cli.stages.activations import StoredActivations
 from lolcats_cli.stages.capture import capture
 from lolcats_cli.stages.join import join
-from lolcats_cli.stages.layer_losses import window_errors
 from lolcats_cli.stages.lora import LoraOptions, lora
 from lolcats_cli.stages.merge import merge
 from lolcats_cli.stages.transfer import transfer
@@ -147,27 +146,52 @@ def test_sliding_keeps_the_layers_with_a_sliding_window(pipeline: SimpleNamespac
         transfer(captured, tmp_path / "transfer-2", options=OPTIONS, keep_softmax=["sliding"])
 
 
-def test_auto_keeps_what_the_window_serves_worst(deep: SimpleNamespace, tmp_path: Path) -> None:
-    untrained = transfer(deep.capture, tmp_path / "untrained", options=replace(OPTIONS, steps=0))
-    missed = {int(layer): x["relative_window_mse"] for layer, x in untrained.summary["layers"].items()}
-    worst = sorted(missed, key=lambda layer: -missed[layer])
-    made = transfer(deep.capture, tmp_path / "one", options=OPTIONS, keep_auto=1)
+def test_auto_keeps_what_the_loss_needs(deep: SimpleNamespace, tmp_path: Path) -> None:
+    found = rank(str(deep.capture))
+    window = found["windows"].index(16)
+    worst = sorted(range(3), key=lambda layer: -found["layers"][str(layer)][window])
+    wide = replace(OPTIONS, hybrid=replace(HYBRID, window=16))
+    made = transfer(deep.capture, tmp_path / "one", options=wide, keep_auto=1)
     assert made.config["keep_softmax"] == worst[:1]
-    named = transfer(deep.capture, tmp_path / "named", options=OPTIONS, keep_softmax=worst[:1])
-    assert made.id == named.id  # so it is resumed, joined and merged as one
-    assert transfer(deep.capture, tmp_path / "one", options=OPTIONS, keep_auto=1).id == made.id
-    two = transfer(deep.capture, tmp_path / "two", options=OPTIONS, keep_softmax=[worst[2]], keep_auto=1)
+    assert made.read_json("importance.json")["layers"] == found["layers"]
+    two = transfer(deep.capture, tmp_path / "two", options=wide, keep_softmax=[worst[2]], keep_auto=1)
     assert two.config["keep_softmax"] == sorted([worst[2], worst[0]])  # the worst of the others
 
 
-def test_window_error_is_what_is_lost_before_the_window(deep: SimpleNamespace) -> None:
-    source = StoredActivations(Artifact.open(deep.capture))
-    errors = [
-        window_errors(source, [0], replace(OPTIONS, hybrid=replace(HYBRID, window=window)), torch.device("cpu"))[0]
-        for window in (1, 4, 16, 48)
-    ]
-    assert errors == sorted(errors, reverse=True) and errors[0] > 0.1
-    assert errors[-1] < 1e-9  # a window of all 48 tokens misses nothing
+def test_a_continued_transfer_measures_nothing_again(
+    deep: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = transfer(deep.capture, tmp_path / "one", options=OPTIONS, auto_windows=True)
+    monkeypatch.setattr("lolcats_cli.stages.transfer.measure_importance", None)
+    assert transfer(deep.capture, tmp_path / "one", options=OPTIONS, auto_windows=True).id == made.id
+
+
+def test_windows_by_layer_travel_through_every_stage(deep: SimpleNamespace, tmp_path: Path) -> None:
+    windows = (4, 12, 6)
+    made = transfer(deep.capture, tmp_path / "transfer", options=replace(OPTIONS, windows=windows))
+    tuned = lora(made.path, tmp_path / "lora", options=LORA)
+    student = merge(tuned.path, tmp_path / "student")
+    for artifact in (made, tuned, student):
+        assert artifact.config["hybrid"] == {**asdict(HYBRID), "windows": list(windows)}
+    assert "4 to 12, by layer" in (student.path / "README.md").read_text()
+    unmerged = load_any(str(tuned.path), LoadOptions(dtype="float32")).model
+    merged = AutoModelForCausalLM.from_pretrained(student.path, trust_remote_code=True, dtype=torch.float32)
+    assert [layer.self_attn.hybrid.config.window for layer in merged.model.layers] == list(windows)
+    tokens = torch.randint(3, 260, (2, 40), generator=torch.Generator().manual_seed(0))
+    expected = unmerged(tokens, use_cache=False).logits
+    torch.testing.assert_close(merged(tokens).logits, expected, atol=1e-4, rtol=1e-4)
+    common = {"max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(merged.generate(tokens, **common), merged.generate(tokens, use_cache=False, **common))
+    cache = merged.new_cache()
+    merged(tokens, past_key_values=cache)
+    assert [layer.state.keys.shape[-2] for layer in cache.layers] == list(windows)
+
+
+def test_the_windows_of_parts_are_named(deep: SimpleNamespace, tmp_path: Path) -> None:
+    options = replace(OPTIONS, windows=(4, 12, 6))
+    whole = transfer(deep.capture, tmp_path / "whole", options=options)
+    parts = [transfer(deep.capture, tmp_path / str(i), options=options, layers=[i]).path for i in range(3)]
+    assert join(parts, tmp_path / "joined").id == whole.id
 
 
 @pytest.mark.parametrize(
@@ -177,6 +201,9 @@ def test_window_error_is_what_is_lost_before_the_window(deep: SimpleNamespace) -
         ({"keep_auto": 2, "keep_softmax": [0]}, "leaves no layer"),
         ({"keep_auto": 1, "layers": [0]}, r"auto:N looks at all layers\. With --layers, name the layers"),
         ({"keep_auto": 1, "options": replace(OPTIONS, hybrid=replace(HYBRID, window=0))}, "--window is 0"),
+        ({"auto_windows": True, "layers": [0]}, r"--windows auto looks at all layers\."),
+        ({"auto_windows": True, "options": replace(OPTIONS, hybrid=replace(HYBRID, window=0))}, "which is 0"),
+        ({"options": replace(OPTIONS, windows=(4, 4))}, "--windows has 2 windows; the teacher has 3 layers"),
     ],
 )
 def test_what_cannot_be_chosen(deep: SimpleNamespace, tmp_path: Path, arguments: dict, message: str) -> None:

@@ -1,0 +1,197 @@
+"""How much a teacher's loss needs each of its attentions to see far: what a student gives up there, before anything is
+trained.
+
+An attention is narrowed to its last keys, everything else stays as it is, and the KL divergence of the predictions from
+the teacher's is measured (as in arXiv 2512.20569, which chooses softmax layers by it). Errors of attention outputs do
+not tell this: per unit of them, layers differ in what they cost by two orders of magnitude (docs/quality.md).
+
+Shapes: T time, E hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lolcats_cli.artifacts.stores import blocks
+from lolcats_cli.progress import Progress
+from lolcats_cli.teacher.blocks import block
+from lolcats_cli.teacher.data import Rows
+from lolcats_cli.teacher.record import LayerInfo, Narrowing, narrowing
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ROWS = 4  # that are looked at, unless one says otherwise
+WINDOWS = (16, 64, 256, 1024, 4096, 16384)  # those below the length of the rows are measured
+BLOCK = 8  # layers that are on the device at a time
+DIGITS = 3  # that are kept of a measured loss
+UNITS = 4  # a window grows by the mean window's part of this
+
+
+def measured_windows(seq_len: int) -> list[int]:
+    """The windows that rows of this length can tell something about."""
+    return [window for window in WINDOWS if window < seq_len] or [max(1, seq_len // 2)]
+
+
+@dataclass(frozen=True)
+class Importance:
+    """What the teacher loses with each attention narrowed, in nats per token.
+
+    Attributes:
+        windows: that were measured.
+        losses: by layer the loss with each of them.
+        tokens: that were looked at.
+    """
+
+    windows: tuple[int, ...]
+    losses: dict[int, tuple[float, ...]]
+    tokens: int
+
+    def curve(self, layer: int) -> dict[int, float]:
+        """By window the loss of this layer."""
+        return dict(zip(self.windows, self.losses[layer], strict=True))
+
+    def by_loss(self, layers: Collection[int], window: int) -> list[int]:
+        """The layers, those first that lose most with this window."""
+        return sorted(layers, key=lambda layer: -loss_at(self.curve(layer), window))
+
+    def to_json(self) -> dict[str, Any]:
+        """As `importance.json` holds it."""
+        return {
+            "tokens": self.tokens,
+            "windows": list(self.windows),
+            "layers": {str(k): list(v) for k, v in self.losses.items()},
+        }
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> Importance:
+        """What `to_json` was called on."""
+        losses = {int(layer): tuple(values) for layer, values in found["layers"].items()}
+        return cls(tuple(found["windows"]), losses, found["tokens"])
+
+
+def measure_importance(
+    model: PreTrainedModel, rows: Rows, layers: Sequence[LayerInfo], device: torch.device, progress: Progress
+) -> Importance:
+    """That of every layer with softmax attention, on the first of the rows."""
+    rows, windows = rows.select(torch.arange(min(ROWS, len(rows)))), measured_windows(rows.input_ids.shape[1])
+    changes = {
+        number: [Narrowing(number, window) for window in windows]
+        for number, info in enumerate(layers)
+        if info.has_attention
+    }
+    progress.note(f"measuring what {len(changes)} layers lose with windows of {', '.join(map(str, windows))}")
+    found = iter(divergences(model, rows, [x for several in changes.values() for x in several], device, progress))
+    losses = {number: tuple(next(found) for _ in several) for number, several in changes.items()}
+    return Importance(tuple(windows), losses, rows.tokens)
+
+
+def measure_heads(
+    model: PreTrainedModel, rows: Rows, layers: Sequence[LayerInfo], device: torch.device, progress: Progress
+) -> dict[str, Any]:
+    """{"heads_window": the window, "heads": by layer the loss of every key head alone}, on the first of the rows."""
+    rows = rows.select(torch.arange(min(ROWS, len(rows))))
+    window = max(w for w in measured_windows(rows.input_ids.shape[1]) if w <= 64)
+    changes = {
+        number: [Narrowing(number, window, head) for head in range(info.num_key_value_heads)]
+        for number, info in enumerate(layers)
+        if info.has_attention
+    }
+    found = iter(divergences(model, rows, [x for several in changes.values() for x in several], device, progress))
+    heads = {str(number): [next(found) for _ in several] for number, several in changes.items()}
+    return {"heads_window": window, "heads": heads}
+
+
+def divergences(
+    model: PreTrainedModel, rows: Rows, changes: Sequence[Narrowing], device: torch.device, progress: Progress
+) -> list[float]:
+    """KL(teacher || teacher with one attention narrowed) in nats per token, for each of the changes alone.
+
+    model: the teacher, on the CPU or the device. It runs block by block, and the hidden states [T, E] of every change
+    are held on the CPU between two blocks.
+    """
+    total = [0.0] * len(changes)
+    with progress.task("rank", len(rows) * (len(changes) + 1), "passes") as advance:
+        for number in range(len(rows)):
+            row = rows.select(torch.tensor([number]))
+            for index, found in enumerate(_row_divergences(model, row, changes, device, advance)):
+                total[index] += found
+    return [float(f"{x / max(1, rows.tokens):.{DIGITS}g}") for x in total]
+
+
+@torch.no_grad()
+def _row_divergences(
+    model: PreTrainedModel, row: Rows, changes: Sequence[Narrowing], device: torch.device, advance: Any
+) -> list[float]:
+    """Those of one row, summed over its tokens."""
+    count = model.config.get_text_config().num_hidden_layers
+    hidden: dict[Narrowing | None, Tensor | None] = {None: None}  # of the teacher as it is, and of what was changed
+    found: dict[Narrowing | None, float] = {}
+    expected = torch.empty(0)
+    for layers in blocks(count, BLOCK):
+        with block(model, layers, device, logits=True) as run, narrowing(model) as narrow:
+            behind: dict[Narrowing | None, Tensor | None] = {}
+            for change in [*hidden, *(change for change in changes if change.layer in layers)]:
+                narrow(change)
+                out = run(row.input_ids, row.valid, hidden[change if change in hidden else None])
+                assert out is not None, "the last block gives logits"
+                if layers.stop < count:
+                    behind[change] = out.cpu()
+                    continue
+                predicted = (out[0] if row.valid is None else out[row.valid.to(out.device)]).float().log_softmax(-1)
+                if change is None:
+                    expected = predicted
+                found[change] = F.kl_div(predicted, expected, reduction="sum", log_target=True).item()
+                advance(1)
+            hidden = behind
+    return [found[change] for change in changes]
+
+
+def share_out(
+    losses: Mapping[int, Mapping[int, float]], costs: Mapping[int, int], window: int, most: int
+) -> dict[int, int]:
+    """Windows of the layers that lose least in sum and take no more memory than `window` in each of them.
+
+    Args:
+        losses: by layer the loss with each window that was measured.
+        costs: by layer the bytes of a key and its value.
+        window: keys, of every layer if all were alike.
+        most: the longest window that a layer gets.
+
+    Between and beyond the measured windows, the logarithm of a loss is a straight line over that of the window. Windows
+    grow from a fourth of `window` in steps of that size, where a byte saves most.
+    """
+    unit = max(1, window // UNITS)
+    windows = dict.fromkeys(losses, min(unit, most))
+    left = sum(costs[layer] * (window - windows[layer]) for layer in losses)
+    while True:
+        best: tuple[float, int, int] | None = None
+        for layer, found in losses.items():
+            now = windows[layer]
+            for longer in range(now + unit, min(most, now + left // costs[layer]) + 1, unit):
+                saved = (loss_at(found, now) - loss_at(found, longer)) / (costs[layer] * (longer - now))
+                if saved > 0 and (best is None or saved > best[0]):
+                    best = saved, layer, longer
+        if best is None:
+            return windows
+        _, layer, longer = best
+        left -= costs[layer] * (longer - windows[layer])
+        windows[layer] = longer
+
+
+def loss_at(measured: Mapping[int, float], window: int) -> float:
+    """The loss with a window, from those with the measured ones."""
+    points = [(math.log(w), math.log(max(loss, 1e-9))) for w, loss in sorted(measured.items())]
+    if len(points) == 1:  # as if half the keys were missed twice as much
+        return measured[min(measured)] * min(measured) / window
+    x = math.log(window)
+    after = next((i for i, (at, _) in enumerate(points) if at >= x), len(points) - 1)
+    (x0, y0), (x1, y1) = points[max(after - 1, 0)], points[max(after, 1)]
+    return math.exp(y0 + (y1 - y0) * (x - x0) / (x1 - x0))
