@@ -36,6 +36,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "lolcats_cli.stages": {
         "lolcats_cli.evaluation.golden_logits",
+        "lolcats_cli.evaluation.importance",
         "lolcats_cli.loading",
         "lolcats_cli.artifacts",
         "lolcats_cli.teacher",
@@ -69,7 +70,12 @@ ARROWS: dict[str, set[str]] = {
         "lolcats_kernels",
         "lolcats_formats",
     },
-    "lolcats_cli.artifacts": {"lolcats_cli.teacher.data", "lolcats_cli.teacher.record", "lolcats_formats"},
+    "lolcats_cli.artifacts": {
+        "lolcats_cli.teacher.data",
+        "lolcats_cli.teacher.record",
+        "lolcats_kernels.spec",
+        "lolcats_formats",
+    },
     "lolcats_cli.teacher": {"lolcats_kernels"},
     "lolcats_cli.student": {"lolcats_cli.teacher.load", "lolcats_cli.teacher.identity", "lolcats_kernels"},
     "lolcats_cli.serving": {"lolcats_kernels"},

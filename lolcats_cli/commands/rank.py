@@ -25,23 +25,13 @@ def rank(
     """
     asked = locals()
     given = o.artifact_path(capture)
-    checks.artifact(given, "capture", teacher, needs_teacher=True)
+    opened = checks.artifact(given, "capture", teacher, needs_teacher=True)
 
-    from lolcats_formats import Artifact
-
-    from lolcats_cli.artifacts.layout import tokens_name
-    from lolcats_cli.evaluation.importance import measure_heads, measure_importance
-    from lolcats_cli.loading.student import load_captured
-    from lolcats_cli.teacher.data import Rows
+    from lolcats_cli.evaluation.importance import rank_capture
     from lolcats_cli.teacher.load import LoadOptions
-    from lolcats_cli.teacher.record import LayerInfo
 
-    opened, load = Artifact.open(given, "capture"), o.chosen(LoadOptions(), asked)
-    layers = [LayerInfo.from_dict(layer) for layer in opened.teacher["layers"]]
-    rows = Rows.from_tensors(opened.load(tokens_name("validation")))
-    place = load_captured(opened, teacher, load, o.progress()), rows, layers, load.resolved_device(), o.progress()
-    found = measure_importance(*place).to_json()
-    return {"path": given, **found, **(measure_heads(*place) if heads else {})}
+    found = rank_capture(opened, heads, teacher, o.chosen(LoadOptions(), asked), o.progress())
+    return {"path": given, **found}
 
 
 def show(found: dict[str, Any], as_json: bool) -> None:

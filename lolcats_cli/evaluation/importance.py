@@ -17,12 +17,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from lolcats_formats import Artifact
 from torch import Tensor
 
+from lolcats_cli.artifacts.layout import tokens_name
 from lolcats_cli.artifacts.stores import blocks
+from lolcats_cli.loading.student import load_captured
 from lolcats_cli.progress import Progress
 from lolcats_cli.teacher.blocks import block
 from lolcats_cli.teacher.data import Rows
+from lolcats_cli.teacher.load import LoadOptions
 from lolcats_cli.teacher.record import LayerInfo, Narrowing, narrowing
 
 if TYPE_CHECKING:
@@ -93,7 +97,22 @@ def measure_importance(
     return Importance(tuple(windows), losses, rows.tokens)
 
 
-def measure_heads(
+def rank_capture(
+    capture: Artifact, heads: bool, teacher: str | None, load: LoadOptions, progress: Progress
+) -> dict[str, Any]:
+    """Measure the layers of a captured teacher, and with `heads` every key head, on the capture's validation rows;
+    -> what `Importance.to_json` gives, and of heads "heads_window" and by layer "heads".
+
+    teacher: its folder, if it has moved. load: the device, and whether to trust the teacher's code.
+    """
+    layers = [LayerInfo.from_dict(layer) for layer in capture.teacher["layers"]]
+    rows, device = Rows.from_tensors(capture.load(tokens_name("validation"))), load.resolved_device()
+    model = load_captured(capture, teacher, load, progress)
+    found = measure_importance(model, rows, layers, device, progress).to_json()
+    return found | (_measure_heads(model, rows, layers, device, progress) if heads else {})
+
+
+def _measure_heads(
     model: PreTrainedModel, rows: Rows, layers: Sequence[LayerInfo], device: torch.device, progress: Progress
 ) -> dict[str, Any]:
     """{"heads_window": the window, "heads": by layer the loss of every key head alone}, on the first of the rows."""
