@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Takes input_ids [B, T], valid [B, T] bool or None, and the hidden states [B, T, E] in front of the first layer. With
-# None, these are computed from the tokens. Returns the hidden states behind the last layer. If that is the model's last,
-# it returns the logits [B, T, V] where they are asked for, and None otherwise.
+# None, these are computed from the tokens. Returns the hidden states behind the last layer. If that is the last of the
+# model, it returns the logits [B, T, V] where they are asked for, and None otherwise.
 Run = Callable[[Tensor, Tensor | None, Tensor | None], Tensor | None]
 
 
