@@ -194,9 +194,14 @@ def test_a_chat_needs_a_template(pipeline: SimpleNamespace, invoke) -> None:
 # --- a student's tokenizer -------------------------------------------------------------------------------------------
 
 
-def test_a_tokenizer_loads_without_a_question_and_without_code(pipeline: SimpleNamespace, tmp_path: Path) -> None:
+@pytest.mark.parametrize("argument", [", trust_remote_code=False", ""])
+def test_a_tokenizer_loads_without_code_where_nobody_answers(
+    pipeline: SimpleNamespace, tmp_path: Path, argument: str
+) -> None:
+    """Without the argument transformers 5.23 asks on a terminal, whatever the folder's tokenizer_config.json says: it
+    reads config.json first, whose `auto_map` and `model_type` the student's model needs."""
     code = "import sys; from transformers import AutoTokenizer as T\n"
-    code += f"print(T.from_pretrained({str(pipeline.student)!r}, trust_remote_code=False)('sea').input_ids)"
+    code += f"print(T.from_pretrained({str(pipeline.student)!r}{argument})('sea').input_ids)"
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -207,6 +212,7 @@ def test_a_tokenizer_loads_without_a_question_and_without_code(pipeline: SimpleN
         timeout=120,
     )
     expected = AutoTokenizer.from_pretrained(pipeline.teacher)("sea").input_ids
-    assert (done.returncode, done.stdout) == (0, f"{expected}\n"), done.stderr
+    asked = "Do you wish to run the custom code?" in done.stdout
+    assert (done.returncode, asked, done.stdout.endswith(f"{expected}\n")) == (0, not argument, True), done.stderr
     assert not list((tmp_path / "modules").rglob("*lolcats*"))
     assert isinstance(AutoTokenizer.from_pretrained(pipeline.student, trust_remote_code=False), PreTrainedTokenizerFast)
