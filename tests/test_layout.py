@@ -62,7 +62,12 @@ ARROWS: dict[str, set[str]] = {
         "lolcats_kernels",
         "lolcats_formats",
     },
-    "lolcats_cli.planning": {"lolcats_cli.artifacts", "lolcats_cli.teacher", "lolcats_kernels"},
+    "lolcats_cli.planning": {
+        "lolcats_cli.artifacts",
+        "lolcats_cli.teacher",
+        "lolcats_cli.student.memory",
+        "lolcats_kernels",
+    },
     "lolcats_cli.loading": {
         "lolcats_cli.artifacts",
         "lolcats_cli.teacher",

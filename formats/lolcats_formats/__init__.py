@@ -16,7 +16,7 @@ from .errors import (
     WrongKind,
 )
 from .limits import GOLDEN, KINDS, VERSION
-from .place import check_place
+from .place import check_place, holds_artifact
 from .tensors import TensorInfo
 from .writer import ArtifactWriter, begun_config
 
@@ -40,4 +40,5 @@ __all__ = [
     "canonical",
     "check_place",
     "differences",
+    "holds_artifact",
 ]

@@ -13,6 +13,11 @@ from .limits import MANIFEST, PROGRESS
 Resume = Literal["auto", "required", "never"]
 
 
+def holds_artifact(path: str | os.PathLike[str]) -> bool:
+    """Whether the directory `path` holds an artifact, finished or not."""
+    return any((Path(path) / name).is_file() for name in (MANIFEST, PROGRESS))
+
+
 def check_place(path: Path, resume: Resume, force: bool) -> None:
     """Raises the errors of `ArtifactWriter.create` that depend on the directory and not on the settings.
 

@@ -11,7 +11,7 @@ from os.path import realpath
 from pathlib import Path
 from typing import Literal
 
-from lolcats_formats import Artifact, check_place
+from lolcats_formats import Artifact, check_place, holds_artifact
 
 from lolcats_cli.errors import UsageError
 from lolcats_cli.teacher.identity import local_folder, recorded_folder
@@ -35,7 +35,7 @@ def artifact(
 
 def model(path: str, teacher: str | None = None) -> None:
     """Raises if `path` does not exist as something that `load_any` can load."""
-    if any((Path(path) / name).is_file() for name in ("manifest.json", "progress.json")):
+    if holds_artifact(path):
         artifact(path, ("transfer", "lora", "student"), teacher)
     else:
         local_folder(path)

@@ -16,8 +16,10 @@ def verify(artifact: o.ArtifactIn) -> dict[str, Any]:
     """
     from lolcats_formats import GOLDEN, Artifact
 
+    from lolcats_cli.loading.saved_again import is_saved_again
+
     path = o.artifact_path(artifact)
-    if _is_student(path):
+    if is_saved_again(path):
         from lolcats_cli.evaluation.golden_logits import check_saved_again
 
         return {"path": path, **check_saved_again(Path(path))}
@@ -37,9 +39,3 @@ def verify(artifact: o.ArtifactIn) -> dict[str, Any]:
 
         found["golden_error"] = golden_logits.check(opened)
     return found
-
-
-def _is_student(path: str) -> bool:
-    """Whether it is a student's folder without a manifest; asked before anything heavy is imported."""
-    config = Path(path) / "config.json"
-    return not (Path(path) / "manifest.json").exists() and config.is_file() and '"lolcats"' in config.read_text("utf-8")

@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lolcats_formats import Artifact
+from lolcats_formats import Artifact, holds_artifact
 from lolcats_kernels.softmax import AttentionSpec
 
+from lolcats_cli.loading.saved_again import is_saved_again
 from lolcats_cli.loading.student import check_on_devices, load_adapter, load_student, teacher_folder
 from lolcats_cli.teacher.load import LoadOptions, load_model, load_tokenizer, resolve_folder
 from lolcats_cli.teacher.record import LayerInfo
@@ -60,10 +61,10 @@ def load_any(path: str, load: LoadOptions, *, teacher: str | None = None, revisi
 
     Of a student, only the files that its manifest lists are used. Code in its folder is not run.
     """
-    if not any((Path(path) / name).is_file() for name in ("manifest.json", "progress.json")):
-        from lolcats_cli.loading.merged import is_saved_again, load_merged
-
+    if not holds_artifact(path):
         if is_saved_again(path):
+            from lolcats_cli.loading.merged import load_merged
+
             return Loaded(load_merged(Path(path), load), load_tokenizer(Path(path)), "student")
         folder = resolve_folder(path, revision)
         return Loaded(load_model(folder, load), load_tokenizer(folder, load.trust_remote_code), "teacher")

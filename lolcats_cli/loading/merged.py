@@ -10,7 +10,8 @@ from lolcats_kernels.hf_student import MergedStudent, share_layout
 from transformers import PreTrainedModel
 
 from lolcats_cli.errors import BadInput
-from lolcats_cli.student.export import student_type, teacher_classes
+from lolcats_cli.student.export import teacher_classes
+from lolcats_cli.student.types import PREFIX, is_student
 from lolcats_cli.teacher import identity
 from lolcats_cli.teacher.load import LoadOptions, load_model
 
@@ -20,22 +21,12 @@ def load_merged(folder: Path, load: LoadOptions) -> PreTrainedModel:
     return load_model(folder, load, loader=student_class(folder))
 
 
-def is_saved_again(folder: Path | str) -> bool:
-    """Whether a folder holds a student that was saved by `save_pretrained`: it has no manifest, but its configuration
-    is a student's."""
-    folder = Path(folder)
-    if (folder / "manifest.json").exists() or not (folder / "config.json").is_file():
-        return False
-    config = identity.read_config(folder)
-    return "lolcats" in config and str(config.get("model_type")).startswith(student_type(""))
-
-
 def student_class(folder: Path) -> Any:
     """The class of the student in a merged folder, as the folder's own code would define it. Raises `BadInput`."""
     config = identity.read_config(folder)
-    model_type = str(config.get("model_type")).removeprefix(student_type(""))
-    if "lolcats" not in config or config["model_type"] != student_type(model_type):
+    if not is_student(config):
         raise BadInput(f"{folder}/config.json does not describe a merged student. Merge it again.")
+    model_type = config["model_type"].removeprefix(PREFIX)
     names = teacher_classes(config | {"model_type": model_type}, str(folder))
     config_class, model_class = (getattr(transformers, name) for name in names)
     # transformers makes a dataclass of a configuration.

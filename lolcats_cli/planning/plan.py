@@ -31,6 +31,7 @@ from lolcats_cli.artifacts.stores import (
 )
 from lolcats_cli.errors import NotEnoughSpace
 from lolcats_cli.planning.machine import Machine, calibrate
+from lolcats_cli.student.memory import cache_bytes, state_bytes
 from lolcats_cli.teacher.shape import Shape, read_shape
 
 # The defaults of the commands (a test compares them).
@@ -139,8 +140,9 @@ def plan(
     steps += [work.transfer(store, sized[store]) for store in STORES]
     steps += [work.lora(), work.merge()]
     commands = _commands(teacher, work, choice) if choice else []
-    cache = 2 * shape.num_key_value_heads * shape.head_dim * shape.itemsize
-    state = shape.num_heads * 2 * FEATURES * (shape.head_dim + 1) * 4 + WINDOW * cache
+    keys = shape.num_key_value_heads, shape.head_dim, shape.head_dim
+    state = state_bytes(shape.num_heads, 2 * FEATURES, *keys, WINDOW, shape.itemsize)
+    layer = {"num_key_value_heads": shape.num_key_value_heads, "head_dim": shape.head_dim}
     count = len(shape.layers)
     return Plan(
         teacher,
@@ -154,7 +156,7 @@ def plan(
         refusal,
         commands,
         state=count * state,
-        cache=count * cache,
+        cache=cache_bytes([layer] * count, 1, shape.itemsize),
     )
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lolcats_formats import Artifact
+from lolcats_formats import Artifact, holds_artifact
 from lolcats_formats.place import Resume
 from safetensors.torch import load_file
 from torch import Tensor
@@ -139,8 +139,7 @@ def capture(
             "teacher": described,
             "data": _describe_data(found, data, keep, val_fraction, seed),
         }
-        begun = any((Path(output) / name).exists() for name in ("manifest.json", "progress.json"))
-        if ranks.rank() == 0 and not begun:
+        if ranks.rank() == 0 and not holds_artifact(output):
             check_space(Layout.of(fields).bytes, output, ADVICE)  # before the directory is bound to these options
 
         def work(making: Making) -> dict[str, Any]:

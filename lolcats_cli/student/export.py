@@ -8,6 +8,7 @@ from importlib import resources
 from typing import Any
 
 from lolcats_cli.errors import BadInput
+from lolcats_cli.student.types import student_type
 from lolcats_cli.teacher.load import class_name
 
 AUTO_MAP = {
@@ -50,11 +51,6 @@ def code_files(config_class: str, model_class: str, model_type: str) -> dict[str
     files = {file.name: file.read_text(encoding="utf-8") for file in folder.iterdir() if file.name.endswith(".py")}
     del files["__init__.py"]  # transformers makes a package of the folder
     return dict(sorted((files | {"teacher.py": "\n".join(teacher)}).items()))
-
-
-def student_type(model_type: str) -> str:
-    """A model type of its own: without trust_remote_code a student must fail to load, not load as its teacher."""
-    return f"lolcats_{model_type}"
 
 
 def teacher_classes(config: Mapping[str, Any], where: str) -> tuple[str, str]:

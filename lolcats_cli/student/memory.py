@@ -1,15 +1,9 @@
-"""The bytes that a student and its teacher keep of one sequence while they generate."""
+"""The bytes that a student and its teacher keep of one sequence while they generate. `plan` uses it without torch."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from math import prod
 from typing import Any
-
-import torch
-from lolcats_kernels import HybridMaps
-from lolcats_kernels.spec import layer_config
-from lolcats_kernels.state import KVState
 
 SUM_BYTES = 4  # of an element of S and z: fp32
 POSITION_BYTES = 8  # of the length
@@ -40,18 +34,30 @@ def student_bytes(
 
     hybrid: as `layer_config` takes it.
     """
+    import torch
+    from lolcats_kernels import HybridMaps
+    from lolcats_kernels.spec import layer_config
+
     total = cache_bytes([layers[number] for number in kept if number < len(layers)], tokens, itemsize)
     for number, layer in enumerate(layers):
         if number not in kept and layer["num_heads"]:
             with torch.device("meta"):  # shapes alone
                 maps = HybridMaps(layer_config(hybrid, number), layer["num_heads"], layer["head_dim"])
-            shapes = KVState.shapes(maps, 1, layer["num_key_value_heads"], value_dim(layer))
-            sizes = {
-                "sums": SUM_BYTES,
-                "norms": SUM_BYTES,
-                "keys": itemsize,
-                "values": itemsize,
-                "length": POSITION_BYTES,
-            }
-            total += sum(prod(shape) * sizes[name] for name, shape in shapes.items())
+            heads = layer["num_key_value_heads"], layer["head_dim"], value_dim(layer)
+            total += state_bytes(layer["num_heads"], maps.num_features, *heads, maps.config.slots, itemsize)
     return total
+
+
+def state_bytes(
+    num_heads: int,
+    num_features: int,
+    num_key_value_heads: int,
+    head_dim: int,
+    v_head_dim: int,
+    slots: int,
+    itemsize: int,
+) -> int:
+    """The bytes of the state of one layer's hybrid attention: those of the tensors of `KVState`."""
+    sums = num_heads * num_features * (v_head_dim + 1) * SUM_BYTES  # S, and z as one more column
+    window = num_key_value_heads * slots * (head_dim + v_head_dim) * itemsize
+    return sums + window + POSITION_BYTES
