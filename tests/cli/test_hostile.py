@@ -124,7 +124,7 @@ def test_no_path_on_stdin(tmp_path: Path, stdin: bytes) -> None:
         [sys.executable, "-m", "lolcats_cli", "verify", "-"], capture_output=True, input=stdin, timeout=100
     )
     assert (done.returncode, done.stdout) == (2, b"")
-    assert done.stderr.startswith(b"Error: Expected an artifact's path on stdin and got ")
+    assert done.stderr.startswith(b"Error: An artifact's path was expected on stdin, and ")
 
 
 def test_closed_stdin() -> None:

@@ -18,6 +18,9 @@ from types import SimpleNamespace
 import pytest
 from lolcats_formats import Artifact
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.main import get_command
+
+from lolcats_cli.main import app
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,6 +34,31 @@ def script(heading: str, word: str = "") -> str:
 def served_code() -> list[str]:
     """The Python of docs/serving.md: its example, and its server."""
     return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "serving.md").read_text(), re.DOTALL)
+
+
+def guides() -> list[Path]:
+    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def test_the_commands_of_the_guides_have_these_options() -> None:
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    wrong, seen = [], 0
+    for file in guides():
+        for line in re.findall(r"(?:^|\$ |\| )lolcats (.*)", file.read_text("utf-8"), re.MULTILINE):
+            name, *words = line.split("#")[0].split(" | ")[0].split()
+            if name not in commands:  # prose, or an option in front of the command
+                continue
+            seen += 1
+            known = {option for parameter in commands[name].params for option in parameter.opts}
+            wrong += [f"{file.name}: {name} {word}" for word in words if word.startswith("--") and word not in known]
+    assert seen > 30
+    assert wrong == []
+
+
+def test_the_links_of_the_guides_lead_somewhere() -> None:
+    for file in guides():
+        for target in re.findall(r"\]\(([^)#:\s]+)[)#]", file.read_text("utf-8")):
+            assert (file.parent / target).exists(), f"{file.name}: {target}"
 
 
 @pytest.fixture
