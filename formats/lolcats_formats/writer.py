@@ -160,7 +160,7 @@ class ArtifactWriter:
         state = self._record.get("checkpoint")
         if state is None:
             return None
-        folder = self.path / SCRATCH / state["folder"]
+        folder: Path = self.path / SCRATCH / state["folder"]
         found = {} if not folder.is_dir() else {name: _entry(_hashed(folder / name)) for name in walk(folder)}
         if found != state["files"]:
             raise Damaged(

@@ -98,7 +98,7 @@ class LolcatsCacheLayer(CacheLayerMixin):
     prefetch = offload
 
 
-class MixedCacheLayer(LinearAttentionLayer, LolcatsCacheLayer):  # type: ignore[misc, override]
+class MixedCacheLayer(LinearAttentionLayer, LolcatsCacheLayer):  # type: ignore[override]
     """The state of an attention, and beside it those of a recurrence or convolution that the same layer has."""
 
     is_compileable = False

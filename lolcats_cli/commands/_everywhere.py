@@ -25,7 +25,7 @@ def with_common_options(command: Callable[..., None]) -> Callable[..., None]:
     signature = own.replace(parameters=[*own.parameters.values(), *common])
     run.__signature__ = signature  # type: ignore[attr-defined]
     run.__annotations__ = {name: parameter.annotation for name, parameter in signature.parameters.items()}
-    del run.__wrapped__  # type: ignore[attr-defined]  # whose annotations would count
+    del run.__wrapped__  # whose annotations would count
     return run
 
 

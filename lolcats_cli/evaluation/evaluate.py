@@ -6,9 +6,9 @@ Shapes: N rows, B batch, T time, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -98,7 +98,11 @@ def evaluate(
 
 @torch.no_grad()
 def _text_figures(
-    model: PreTrainedModel, rows: Rows, layers: list[AttentionSpec] | None, batch_size: int, advance
+    model: PreTrainedModel,
+    rows: Rows,
+    layers: list[AttentionSpec] | None,
+    batch_size: int,
+    advance: Callable[[int], object],
 ) -> dict:
     losses, counts = [], []
     with _attention_error(model, layers) as error:
@@ -131,7 +135,7 @@ def _attention_error(model: PreTrainedModel, layers: list[AttentionSpec] | None)
     total = {"squared": 0.0, "power": 0.0, "count": 0.0}
     specs = layers or []  # a teacher's attention is its own target
 
-    def add(module, args, out) -> None:
+    def add(module: Any, args: tuple[Any, ...], out: torch.Tensor) -> None:
         query, key, value, valid, *_ = args
         target = softmax_attention(query, key, value, specs[module.layer_idx], valid).transpose(1, 2).float()
         total["squared"] += (out.float() - target).square().sum(dtype=torch.float64).item()

@@ -67,7 +67,7 @@ def try_one_block(folder: Path, scratch: Path) -> None:
     """
     whole: Any = student_class(folder)
 
-    class FirstBlock(whole):  # type: ignore[misc, valid-type]
+    class FirstBlock(whole):
         config_class, __module__ = whole.config_class, whole.__module__
 
         def __init__(self, config: Any) -> None:

@@ -27,7 +27,7 @@ def placeholder(model_type: str) -> type[PreTrainedConfig]:
     """The class that transformers gets for students of a teacher's type. It makes the real class when it is used,
     because there are many teachers' classes and they take long to import."""
 
-    def from_dict(cls: Any, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+    def from_dict(cls: Any, /, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         return student_config_class(model_type).from_dict(config_dict, **kwargs)
 
     body = {"model_type": PREFIX + model_type, "from_dict": classmethod(from_dict)}

@@ -149,7 +149,7 @@ def capture(
         return make_artifact(output, "capture", fields, work, resume=resume, force=force, progress=progress)
 
 
-def _check_length(config, seq_len: int, teacher: str) -> None:
+def _check_length(config: Any, seq_len: int, teacher: str) -> None:
     limit, short, chosen = model_limit(config), longrope_limit(config), indexer_limit(config)
     if limit is not None and seq_len > limit:
         raise BadInput(
@@ -167,7 +167,7 @@ def _check_length(config, seq_len: int, teacher: str) -> None:
         )
 
 
-def _auto_config(folder: Path, load: LoadOptions):
+def _auto_config(folder: Path, load: LoadOptions) -> Any:
     from transformers import AutoConfig
 
     try:

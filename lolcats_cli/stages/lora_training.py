@@ -317,13 +317,13 @@ class Reporter(TrainerCallback):
         if not math.isfinite(loss):
             raise diverged(f"the {what} loss is {loss}", step, self.options)
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.advance(state.global_step)
 
-    def on_epoch_begin(self, args, state, control, **kwargs):
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.order.epoch = int(state.epoch)
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         due = self.checkpoints is not None and self.checkpoints.due()
         agreed = ranks.most(2 if stopping.requested() else int(due))
         if agreed == 2:
@@ -332,7 +332,7 @@ class Reporter(TrainerCallback):
         control.should_save = state.global_step < state.max_steps and agreed > 0
         self.advance(1)
 
-    def on_evaluate(self, args, state, control, **kwargs):
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.evaluated, self.loss = state.global_step, kwargs["metrics"]["eval_loss"]
         self.check("validation", self.loss, self.evaluated)
         if self.evaluated == 0:
@@ -340,7 +340,7 @@ class Reporter(TrainerCallback):
         self.log(event="validation", step=self.evaluated, loss=self.loss)
         self.since = time.monotonic()
 
-    def on_log(self, args, state, control, **kwargs):
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         logs = kwargs["logs"]
         if "loss" in logs:
             self.check("training", logs["loss"], state.global_step)
@@ -353,7 +353,7 @@ class Reporter(TrainerCallback):
                 self.losses = []
             self.since = time.monotonic()
 
-    def on_save(self, args, state, control, **kwargs):
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         ranks.barrier()  # every rank has written its random numbers
         try:
             if self.checkpoints is not None:

@@ -166,18 +166,18 @@ def load_model(folder: Path, options: LoadOptions, loader: Any = None) -> PreTra
     return (model if placement else model.to(device)).eval()
 
 
-def model_limit(config) -> int | None:
+def model_limit(config: Any) -> int | None:
     """The longest sequence the model's configuration allows, in tokens, or None if it states none."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def longrope_limit(config) -> int | None:
+def longrope_limit(config: Any) -> int | None:
     """The tokens up to which a model with RoPE of type "longrope" rotates by its short factors; None for others."""
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
     return rope["original_max_position_embeddings"] if rope.get("rope_type") == "longrope" else None
 
 
-def indexer_limit(config) -> int | None:
+def indexer_limit(config: Any) -> int | None:
     """How many keys a query sees where an indexer chooses them (DeepSeek's sparse attention); None for others."""
     text = config.get_text_config()
     return getattr(text, "index_topk", None) or getattr(text, "indexer_budget", None)
