@@ -85,7 +85,7 @@ def _is_importing(frame: FrameType | None) -> bool:
 
 
 def farewell(name: str, args: list[str]) -> str:
-    """What a stopped process says."""
+    """The message of a stopped process."""
     return f"Stopped by {name}. The same command resumes: {shlex.join(['lolcats', *args])}"
 
 

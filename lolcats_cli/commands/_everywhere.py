@@ -14,7 +14,7 @@ from lolcats_cli import progress
 
 
 def with_common_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with the options that all commands share. They act as they are read, and do not reach it."""
+    """The command with the options that all commands share. They act when they are read, and do not reach it."""
     own = inspect.signature(command, eval_str=True)
 
     @functools.wraps(command)
@@ -30,7 +30,7 @@ def with_common_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _use_config(ctx: typer.Context, path: Path | None) -> Path | None:
-    """Make the file's options the defaults: of every command in front of it, of this one behind it."""
+    """Makes the options of the file the defaults: of all commands, or of the one that --config stands behind."""
     if path is not None:
         commands = ctx.find_root().command.commands  # type: ignore[attr-defined]
         found = _read_config(path, {name: command.params for name, command in commands.items()})
@@ -75,7 +75,7 @@ def common_options(
 
 
 def _read_config(path: Path, commands: dict[str, list]) -> dict[str, dict[str, Any]]:
-    """The file's options by command. Raises a usage error for what is not a command's option."""
+    """The file's options by command. Raises a usage error for an unknown option."""
     import yaml
 
     try:

@@ -71,16 +71,16 @@ T = TypeVar("T")
 
 
 def chosen(options: T, asked: dict[str, Any]) -> T:
-    """The options, an instance of a dataclass, with those that were asked for, by their names; None asks for nothing.
+    """The options, an instance of a dataclass, with the values that were asked for. A value of None changes nothing.
 
-    asked: a command's parameters. Those that are not the dataclass's are left out.
+    asked: a command's parameters by name. Parameters that the dataclass does not have are ignored.
     """
     names = {field.name for field in fields(options)}  # type: ignore[arg-type]  # a dataclass, which T cannot say
     return replace(options, **{name: asked[name] for name in names if asked.get(name) is not None})  # type: ignore[type-var]
 
 
 def positive(value: float | None) -> float | None:
-    """Of an option that is a number: more than 0, and not infinity."""
+    """Checks that the number of an option is more than 0 and finite."""
     if value is not None and not 0 < value < math.inf:
         raise typer.BadParameter(f"{value} is not a positive number.")
     return value
@@ -103,7 +103,7 @@ def artifact_path(given: str, data: Sequence[str] | None = None) -> str:
 
 
 def _line_of_stdin() -> str:
-    """The first line, also if its bytes are not text: a path may be any. Empty if there is no stdin."""
+    """The first line of stdin. Its bytes need not be text, because a path need not be. Empty if there is no stdin."""
     line = sys.stdin.buffer.readline(MAX_PATH) if sys.stdin is not None else b""
     if b"\0" in line:
         raise UsageError("An artifact's path was expected on stdin, and a line with a zero byte came.")
@@ -141,7 +141,7 @@ def parse_layers(text: str | None, option: str = "--layers") -> list[int] | None
 
 
 def launch_on(devices: str | None, artifact: str | None = None) -> None:
-    """Run this very command by one process for each of the devices, and end with their exit code.
+    """Runs this command in one process for each of the devices, and ends with their exit code.
 
     artifact: the path that was read from stdin, if the command line has a "-" for it.
     """

@@ -75,7 +75,7 @@ def demo(
 
 
 def _run(ctx: typer.Context, args: list[str]) -> None:
-    """One command of this program, as the shell would run it; its result goes to stderr."""
+    """Runs one command of this program as the shell would. Its result goes to stderr."""
     print(f"\n$ {shlex.join(['lolcats', *args])}", file=sys.stderr, flush=True)
     with contextlib.redirect_stdout(sys.stderr):
         ctx.find_root().command.main(args, prog_name="lolcats", standalone_mode=False)
@@ -92,7 +92,7 @@ def _evaluate(path: str, terms: tuple[str, ...]) -> dict:
 
 
 def _samples(models: dict[str, str]) -> tuple[str, dict[str, str]]:
-    """A prompt from the held-out text, and what each model makes of it."""
+    """A prompt from the held-out text, and the continuation by each model."""
     import json
 
     from lolcats_cli.evaluation.generate import generate

@@ -85,14 +85,14 @@ def evaluate(
 
 
 def show(found: dict[str, Any], as_json: bool) -> None:
-    """What `evaluate` found, as a table or as JSON."""
+    """Prints the results of `evaluate`, as a table or as JSON."""
     of_tasks = any("shots" in figures for figures in found["results"].values())
     shown = task_table if of_tasks else table
     print(json.dumps(found) if as_json else shown(found["results"]))
 
 
 def task_table(results: dict[str, dict]) -> str:
-    """Accuracies by task, with their standard errors where there are."""
+    """Accuracies by task, with their standard errors if there are any."""
     rows = [["", "shots", "acc", "acc_norm"]]
     for name, figures in results.items():
         errors = {key: f" ± {figures[f'{key}_stderr']:.1%}" for key in rows[0] if f"{key}_stderr" in figures}

@@ -97,7 +97,7 @@ def _prompt(given: str | None) -> str:
 
 
 def _turns() -> Iterator[str]:
-    """The lines of stdin that say something, asked for on a terminal."""
+    """The lines of stdin that are not blank. On a terminal, each line is asked for."""
     while True:
         if sys.stdin is not None and sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)

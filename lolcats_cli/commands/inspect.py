@@ -46,7 +46,7 @@ def inspect(
 
 
 def show(found: dict[str, Any], as_json: bool) -> None:
-    """What `inspect` found, as indented text or as JSON."""
+    """Prints the results of `inspect`, as indented text or as JSON."""
     print(json.dumps(found) if as_json else "\n".join(_lines(found)))
 
 

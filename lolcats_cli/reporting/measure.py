@@ -1,4 +1,4 @@
-"""What a report says of a student beside its teacher when both are run: perplexity, recall, samples, decoding speed."""
+"""Runs a student and its teacher for a report: perplexity, recall, samples, and decoding speed."""
 
 from __future__ import annotations
 
@@ -62,11 +62,12 @@ def measure(
     seed: int = 0,
     progress: Progress = Progress(),
 ) -> Measured:
-    """Run the student on the data, and its teacher if that is there, one after the other.
+    """Runs the student on the data, and then its teacher if it is there.
 
     Args:
         artifact: a transfer, a LoRA or a merged student.
-        teacher: the teacher's folder; if it is given it must be the right one, otherwise it is left out if missing.
+        teacher: the teacher's folder. If it is given, it must hold the right teacher. If it is not given, and the
+            recorded folder is missing, the teacher is left out.
 
     Raises:
         BadInput: the data cannot be used, or a model predicts no numbers.
@@ -126,7 +127,7 @@ def _measure(
 
 @torch.no_grad()
 def decoding_speed(loaded: Loaded, context: int) -> float:
-    """Tokens per second of one sequence that follow `context` tokens, after a first one that is not counted."""
+    """Tokens per second of one sequence behind `context` tokens. The first new token is not counted."""
     model: Any = loaded.model
     device = execution_device(model)
     generator = torch.Generator().manual_seed(0)

@@ -81,7 +81,7 @@ def _name(artifact: Artifact) -> str:
 
 
 def _tiles(steps: Sequence[Step], memory: _Memory, measured: Measured | None) -> str:
-    """The four figures that say most."""
+    """The four most important figures."""
     found: list[tuple[str, str]] = []
     results = measured.results if measured else {}
     if "student" in results:
@@ -126,7 +126,7 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]], kind: str = "")
 
 
 def _details(summary: str, content: str) -> str:
-    """Content that is folded away."""
+    """Content that is folded until it is opened."""
     return f"<details><summary>{summary}</summary>{content}</details>"
 
 

@@ -22,8 +22,8 @@ from lolcats_cli.teacher.record import LayerInfo
 
 
 def drops_window(options: TransferOptions, index: int, total: int) -> bool:
-    """Whether batch `index` of `total` is trained with the linear term alone: drawn from the seed and the index, so
-    that a resumed training draws the same."""
+    """Whether batch `index` of `total` is trained with the linear term alone. It is drawn from the seed and the index,
+    so that a resumed training draws the same."""
     share = options.window_dropout * (1 - index / total)
     return random.Random(f"window dropout {options.seed} {index}").random() < share
 
@@ -61,10 +61,12 @@ def measure(
     terms: tuple[str, ...] = ("both", "window"),
     device: torch.device,
 ) -> dict[int, dict]:
-    """Figures of the layers on the validation rows: `mse` of the attention's output, `relative_mse` (to the softmax
-    output's power), `head_relative_mse` (of every head, to its own power), `window_mse` (with the linear term zeroed),
-    and `gamma` (least, mean and largest of the heads), or with the linear factor "exp" `heads_off`, the number of heads
-    that are their window alone.
+    """The figures of the layers on the validation rows.
+
+    `mse` is that of the attention's output, `relative_mse` the same divided by the mean square of the softmax output,
+    `head_relative_mse` the same for every head, and `window_mse` that with the linear term zeroed. `gamma` has the
+    least, the mean and the largest of the heads. With the linear factor "exp", `heads_off` is the number of heads that
+    use their window alone.
     """
     found = errors_of(source, maps, batch_size, terms, device)
     return {layer: _figures(found[layer], maps[layer]) for layer in maps}

@@ -34,7 +34,7 @@ RUN_NUMBERS = ("step", "best_mse", "best_step", "initial_mse", "stopped", "losse
 
 
 class LayerRun:
-    """One layer's training, as far as it has come: what a checkpoint holds."""
+    """The state of one layer's training, which a checkpoint holds."""
 
     def __init__(self, maps: HybridMaps, options: TransferOptions) -> None:
         self.maps = maps
@@ -95,10 +95,11 @@ class Trained(NamedTuple):
     """A layer's best maps.
 
     Attributes:
-        maps: their tensors.
-        figures: theirs on the validation rows (see `measure`), with `initial_mse`, the `steps` trained and `best_step`.
-        events: what happened on the way: of "validation" the `step`, `mse` and `lr`; of "train" the `step`, the mean
-            `loss` since the last such event, the `grad_norm` before clipping and the `lr`.
+        maps: the tensors of the maps.
+        figures: their figures on the validation rows (see `measure`), with `initial_mse`, the number of `steps` and
+            `best_step`.
+        events: the events of the training. One of "validation" has the `step`, `mse` and `lr`. One of "train" has the
+            `step`, the mean `loss` since the last such event, the `grad_norm` before clipping and the `lr`.
     """
 
     maps: dict[str, Tensor]
@@ -230,7 +231,7 @@ def accumulate(
 def finish(
     source: Source, runs: dict[int, LayerRun], options: TransferOptions, device: torch.device
 ) -> dict[int, Trained]:
-    """What `train_layers` returns, from the best states of a training. With the linear factor "exp" heads that are
+    """The result of `train_layers`, from the best states of a training. With the linear factor "exp", heads that are
     better without the linear term lose it."""
     maps = {layer: run.maps for layer, run in runs.items()}
     for layer, run in runs.items():

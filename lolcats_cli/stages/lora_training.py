@@ -105,7 +105,7 @@ def diverged(what: str, step: int, options: LoraOptions) -> BadInput:
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Write PEFT's own folder: LoRA's weights, which are whole on every rank. The maps, trained or not, are no part."""
+    """Writes PEFT's own folder with LoRA's weights, which are whole on every rank. It does not hold the maps."""
     weights = {name: parameter.detach() for name, parameter in model.named_parameters() if "lora_" in name}
     model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's template of a model card says nothing
@@ -113,7 +113,7 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
 
 @dataclass
 class Arguments(TrainingArguments):
-    """Trainer's settings with one device: it would take every GPU that it sees, and multiply the batch by them.
+    """Trainer's settings with one device. By itself it would use every GPU, and multiply the batch.
 
     only_device: a GPU; None for the first, and in one of several ranks, which have one each anyway.
     """
@@ -161,10 +161,10 @@ def arguments(options: LoraOptions, device: torch.device, scratch: str) -> Argum
 
 
 class TokenRows(Dataset):
-    """Rows as the Trainer takes them: labels are the tokens themselves; padding is not predicted, nor a first token,
-    nor, where the rows tell completions, what is not in one.
+    """The rows as a dataset for Trainer. Labels are the tokens themselves. Padding and first tokens are not predicted,
+    and neither are tokens outside of completions, if the rows tell completions.
 
-    The row after the last is one of which nothing is predicted.
+    The row after the last one is a row of which nothing is predicted.
     """
 
     def __init__(self, rows: Rows) -> None:
@@ -220,12 +220,12 @@ def _negative_log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _text_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
-    """This batch's part of the mean over all tokens that one optimizer step predicts, on all ranks."""
+    """This batch's part of the mean over all tokens that an optimizer step predicts on all ranks."""
     return _negative_log_likelihood(outputs.logits, labels) / num_items_in_batch
 
 
 class StudentTrainer(Trainer):
-    """Trainer whose losses are means over tokens, however the rows are spread over batches and ranks."""
+    """A Trainer whose losses are means over tokens, independent of batches and ranks."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs, compute_loss_func=_text_loss)
