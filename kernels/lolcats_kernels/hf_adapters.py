@@ -1,5 +1,5 @@
-"""Attentions of transformers that compute themselves what others leave to its attention interface: led through it all
-the same. Each function here is what stands around the attention in one class, with `attend` in the middle.
+"""Adapters for attentions of transformers that do not use its attention interface. Each function here does what one
+class does around its attention, and calls `attend` for the attention itself.
 
 Letters: see ../README.md.
 """

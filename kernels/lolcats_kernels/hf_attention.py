@@ -1,4 +1,4 @@
-"""Hybrid attention as transformers calls it: registered once, served by each layer's own maps.
+"""Hybrid attention for transformers. It is registered once, and every layer's own maps compute it.
 
 Letters: see ../README.md; T new tokens.
 """
@@ -152,6 +152,6 @@ def lolcats_mask(
 
 
 def register() -> None:
-    """Make "lolcats" known to transformers. Idempotent."""
+    """Registers "lolcats" with transformers. It may be called again."""
     AttentionInterface.register(NAME, lolcats_attention)
     AttentionMaskInterface.register(NAME, lolcats_mask)

@@ -1,5 +1,5 @@
-"""The student's cache: one recurrent state per layer, of a size that does not grow with the context; and keys and
-values, as in the teacher, of layers that were kept softmax.
+"""The student's cache. Each converted layer has a recurrent state, whose size does not grow with the context. Layers
+that keep softmax have keys and values, as in the teacher.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class LolcatsCacheLayer(CacheLayerMixin):
 
 
 class MixedCacheLayer(LinearAttentionLayer, LolcatsCacheLayer):  # type: ignore[override]
-    """The state of an attention, and beside it those of a recurrence or convolution that the same layer has."""
+    """The state of an attention, and the states of a recurrence or convolution in the same layer."""
 
     is_compileable = False
 

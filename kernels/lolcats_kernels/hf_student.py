@@ -1,4 +1,4 @@
-"""What makes a causal language model of transformers a student: its attention, cache and refusals.
+"""Makes a causal language model of transformers a student: its attention, its cache, and what it refuses.
 
 Works over any model whose attentions go through transformers' attention interface, by hooks on two kinds of
 modules: each attention (which is handed its layer of the cache) and the base model (which makes the cache).
@@ -37,14 +37,14 @@ LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
 class LolcatsMixin:
-    """Behaviour of a student, to stand before a causal-LM class among the bases of a class."""
+    """The behaviour of a student. In the bases of a class it comes before a causal-LM class."""
 
     def new_cache(self) -> LolcatsCache:
-        """An empty cache, for `generate(past_key_values=…)` or a loop of one's own."""
+        """An empty cache, for `generate(past_key_values=…)` or for your own loop."""
         return _new_cache(cast(PreTrainedModel, self))
 
     def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
-        """Only "lolcats": with softmax attention the weights of a student would be another model."""
+        """Accepts "lolcats" only: with softmax attention the weights of a student would be another model."""
         if attn_implementation != NAME:
             raise ValueError(f"A student computes {NAME!r} attention. It cannot be set to {attn_implementation!r}.")
 
@@ -208,7 +208,7 @@ def attach(
         holder.register_forward_pre_hook(partial(_prepare_inputs, parameters), with_kwargs=True)
     fix_rotation(model)
     adapt(model, lolcats_attention)
-    # Loaded maps stay in fp32 whatever dtype the model is loaded in: features are computed in fp32.
+    # Maps stay in fp32 for every dtype that the model is loaded in, because features are computed in fp32.
     model._keep_in_fp32_modules_strict = set(model._keep_in_fp32_modules_strict or ()) | {"hybrid"}
     register()
     model.config._attn_implementation = NAME
@@ -226,9 +226,10 @@ def execution_device(module: nn.Module) -> torch.device:
 
 
 def fix_rotation(model: nn.Module) -> None:
-    """Keep the RoPE frequencies of the teacher's own length ("dynamic", "longrope"), whatever the length.
+    """Keeps the RoPE frequencies of the teacher's own length ("dynamic", "longrope") for sequences of any length.
 
-    Those types change all frequencies once a sequence is longer; a state has summed keys that were rotated by the old.
+    These types change all frequencies when a sequence becomes longer, but a state has summed keys that were rotated by
+    the old frequencies.
     """
     for module in model.modules():
         if getattr(module, "rope_type", None) in LENGTH_DEPENDENT_ROPE:

@@ -1,4 +1,4 @@
-"""Rows without gaps, which the backends compute, out of rows with padding and states.
+"""Makes rows without gaps, which the backends compute, of rows with padding and states.
 
 Letters: see ../README.md. The keys that a state still holds come first; padding goes to the end, where causal queries
 do not see it.
@@ -25,10 +25,10 @@ class RowResults(NamedTuple):
 
 
 class Rows(Protocol):
-    """What computes rows of tokens without gaps, the first of which comes after the sums of `initial_state`.
+    """Computes rows of tokens without gaps. The first token comes after the sums of `initial_state`.
 
-    q [B, H, T, D], k [B, K, T, D], v [B, K, T, Dv], contents of padding finite. With num_summed [B] also S and z, over
-    so many first keys of each row.
+    q [B, H, T, D], k [B, K, T, D] and v [B, K, T, Dv] hold finite numbers in the padding too. With num_summed [B] it
+    also returns S and z over this number of first keys of each row.
     """
 
     def __call__(

@@ -1,4 +1,4 @@
-"""Hybrid attention for a server: many sequences' new tokens in one flat batch, their states in numbered slots.
+"""Hybrid attention for a server: the new tokens of many sequences lie in one flat batch, and their states in slots.
 
 Letters: see ../README.md; A all tokens of the flat batch, R sequences, N slots.
 """
@@ -18,7 +18,7 @@ from .state import KVState, SlotStates
 
 @dataclass(frozen=True, eq=False)
 class PaddedRows:
-    """Sequences with about as many new tokens, as rows of one batch with padding to the right.
+    """Sequences with similar numbers of new tokens, as rows of one batch with padding to the right.
 
     index [R, T] int64: where each row's tokens lie in the flat batch; that of padding may be any token's.
     valid [R, T] bool: False is padding; None if there is none.

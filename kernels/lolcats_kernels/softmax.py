@@ -1,4 +1,4 @@
-"""Softmax attention: the teacher's, of which transfer learns, and that of a student's layers that were kept.
+"""Softmax attention: that of the teacher, which the transfer imitates, and that of a student's layers that keep it.
 
 Letters: see ../README.md; J keys, of which the queries' are the last.
 """
@@ -16,7 +16,7 @@ from .equation import cap_scores, repeat_heads
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """What besides q, k and v decides a layer's softmax attention, as the model passed it.
+    """The settings of a layer's softmax attention, which the model passes in addition to q, k and v.
 
     sinks [H]: a logit for each head, in the softmax besides those of the keys, with the value 0.
     """

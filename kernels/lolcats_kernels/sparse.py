@@ -1,7 +1,7 @@
 """Hybrid attention with LoLA's sparse cache (arXiv 2505.23666), at inference: constant memory, one token at a time.
 
-The keys that the sums would recall worst stay as they are; `tests/kernels/test_sparse.py` has the definition. Which
-those are depends on all that came before, so a prompt is read token by token too.
+The keys that the sums would recall worst are kept unchanged. `tests/kernels/test_sparse.py` has the definition. The
+choice of keys depends on all earlier tokens, so a prompt is read token by token too.
 
 Letters: see ../README.md; N kept keys.
 """

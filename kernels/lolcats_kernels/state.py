@@ -1,4 +1,4 @@
-"""What a hybrid attention layer remembers between calls. Its size does not depend on the context's length.
+"""The state of a hybrid attention layer between calls. Its size does not depend on the length of the context.
 
 Letters: see ../README.md. After n tokens of a row the next query, at position n, sees by softmax the keys from
 `window_start(n)` on. The state is what that query needs: sums S and z over the keys before that start, and the keys
@@ -26,9 +26,11 @@ class KeySums(NamedTuple):
 
 
 class SlotStates(NamedTuple):
-    """States of one layer that lie in N numbered slots, each of which holds any sequence's; contiguous but for their
-    first dimension. Tensors as in `KVState`, where N takes the place of B. How many tokens a slot's sequence has seen
-    is told with every call, and says what of the slot counts: nothing, if it is 0."""
+    """The states of one layer in N numbered slots. A slot may hold the state of any sequence.
+
+    The tensors are those of `KVState`, with N in the place of B. They are contiguous except for their first dimension.
+    Every call tells how many tokens the sequence of a slot has seen. If that is 0, its contents do not count.
+    """
 
     sums: Tensor
     norms: Tensor

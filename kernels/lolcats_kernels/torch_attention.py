@@ -1,4 +1,4 @@
-"""Hybrid attention in linear time and memory, in PyTorch: what runs wherever there is no better kernel.
+"""Hybrid attention in linear time and memory, in PyTorch. It runs where there is no faster kernel.
 
 Letters: see ../README.md. `torch_chunks` computes rows of tokens, `torch_decoding` one token after a state.
 """

@@ -166,7 +166,7 @@ class Tile:
         return (self.by_row(gamma) * (self.by_row(sinks) - self.of(m)).exp_()).flatten(0, 1)
 
     def band(self, x: Tensor, first: int | None = None) -> Tensor:
-        """Keys [r, (P - 1 + M) L, N] -> [r c, P L, N], or so many first keys of it; a view, in which bands overlap."""
+        """Keys [r, (P - 1 + M) L, N] -> [r c, P L, N], or the `first` keys of it; a view, in which bands overlap."""
         size = self.plan.reach * self.plan.chunk
         return x[:, self.seen].unfold(1, size, self.plan.chunk).flatten(0, 1).transpose(-1, -2)[:, :first]
 

@@ -41,7 +41,7 @@ def pick(
     """(the store, its block size) for a capture into `output`.
 
     Args:
-        settings: the capture's configuration but for its store.
+        settings: the capture's configuration without its store.
         force: whether what `output` holds is replaced.
         disk: bytes that may be written.
         memory, cpu: bytes of the device, and whether it is a CPU.

@@ -194,7 +194,8 @@ class TokenRows(Dataset):
 class Order(Sampler[int]):
     """The numbers of all rows, once each, and blank rows after them, until every rank has as many batches.
 
-    seed: shuffles, anew in each epoch; the order is the same for any number of ranks. None: as they come.
+    seed: shuffles the rows, differently in each epoch. The order is the same for any number of ranks. With None, the
+        rows stay in their order.
     """
 
     def __init__(self, rows: int, batch_size: int, seed: int | None) -> None:

@@ -155,7 +155,7 @@ def format_of(name: str) -> str | None:
 
 
 def _folder_files(folder: Path) -> list[str]:
-    """The data files below a folder, but for hidden ones and README.md. They must have one format."""
+    """The data files below a folder, without hidden ones and README.md. They must have one format."""
     found: dict[str, list[str]] = {}
     for path in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
