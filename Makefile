@@ -37,10 +37,10 @@ $(VLLM_VENV)/.installed: pyproject.toml
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec  # may be built for another torch
 	touch $@
 
-# On a GPU, with a Python that has torch for it, triton, hypothesis, pytest, pytest-timeout: make test-gpu PYTHON=python
+# On a GPU, with a Python that has torch for it, triton, transformers, hypothesis, pytest, pytest-timeout: make test-gpu PYTHON=python
 test-gpu: export PYTHONPATH := .:kernels:formats
 test-gpu:
-	LOLCATS_TEST_DEVICE=cuda $(PYTHON) -m pytest -q -m gpu tests/kernels
+	LOLCATS_TEST_DEVICE=cuda $(PYTHON) -m pytest -q -m gpu tests/kernels tests/student/test_static_cache.py
 
 # On a GPU, with a Python that has torch for it, triton, transformers, matplotlib: make benchmarks-gpu PYTHON=python
 RESULTS := benchmarks/results

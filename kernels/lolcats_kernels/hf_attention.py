@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from .hf_adapters import has_indexer, key_mask
-from .hf_cache import LolcatsCacheLayer
+from .hf_cache import LolcatsCacheLayer, SoftmaxCacheLayer
 from .hybrid import hybrid_attention
 from .maps import HybridMaps
-from .softmax import AttentionSpec, softmax_attention
+from .softmax import AttentionSpec, attend_to_all, softmax_attention
 from .sparse import SparseState, sparse_attention
 from .spec import HybridConfig
 from .state import KVState
@@ -115,11 +115,31 @@ def lolcats_attention(
         scaling = query.shape[-1] ** -0.5
     if kept:
         spec = AttentionSpec(scaling, cast(int | None, kwargs.get("sliding_window")), softcap, s_aux)
-        out = softmax_attention(query, key, value, spec, attention_mask)
+        out = _kept_softmax(query, key, value, spec, attention_mask, getattr(module, "cache_layer", None))
         return out.transpose(1, 2).contiguous(), None
     assert hybrid is not None
     valid = None if attention_mask is None else attention_mask[:, -query.shape[2] :]
     return hybrid(query, key, value, valid, scaling, softcap, s_aux), None
+
+
+def _kept_softmax(
+    query: Tensor, key: Tensor, value: Tensor, spec: AttentionSpec, mask: Tensor | None, layer: SoftmaxCacheLayer | None
+) -> Tensor:
+    """Softmax attention of new tokens. key and value are those of all tokens, or with a layer of the new ones."""
+    if layer is None:
+        return softmax_attention(query, key, value, spec, mask)
+    new = query.shape[2]
+    real = None if mask is None else mask[:, -new:]
+    key, value, valid = layer.extend(key, value, real)
+    if new > 1:
+        return softmax_attention(query, key, value, spec, valid)
+    assert valid is not None
+    if spec.sliding_window is not None and not layer.slides:
+        valid = valid & (torch.arange(valid.shape[1], device=valid.device) >= layer.tokens - spec.sliding_window)
+    if real is None:
+        return attend_to_all(query, key, value, spec, valid)
+    # A query in padding may see all, so that it sees something; its output is put to 0.
+    return attend_to_all(query, key, value, spec, valid | ~real) * real[:, None, :, None]
 
 
 def lolcats_mask(
@@ -135,16 +155,16 @@ def lolcats_mask(
     """Which tokens are real, [B, tokens seen + T] bool; None if all are. Causality is the attention's own matter.
 
     attention_mask [B, tokens seen + T]: what transformers hands to mask functions. Models with indexers get [B, 1, 1,
-    tokens seen + T] in any case.
+    tokens seen + T] in any case. Of a cache with fixed addresses the tokens seen count as none: the mask is [B, T].
     """
     if has_indexer(config):
         ones = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
-        return (ones if attention_mask is None else attention_mask.bool())[:, None, None]
+        return (ones if attention_mask is None else attention_mask[:, -kv_length:].bool())[:, None, None]
     if attention_mask is None:
         return None
     if attention_mask.shape[1] < q_length:
         raise ValueError(f"The attention mask covers {attention_mask.shape[1]} tokens, and the input has {q_length}.")
-    mask = attention_mask.bool()
+    mask = attention_mask[:, -kv_length:].bool()
     # Looking into the mask costs a synchronisation on GPUs: worth it for a long input, not for each decoded token.
     if q_length > 1 and not torch.compiler.is_compiling() and bool(mask.all()):
         return None

@@ -23,7 +23,8 @@ from transformers.utils import logging
 
 from .hf_adapters import adapt, adapter, number_by_name
 from .hf_attention import NAME, HybridAttention, lolcats_attention, register
-from .hf_cache import LolcatsCache, LolcatsCacheLayer
+from .hf_cache import LolcatsCache, LolcatsCacheLayer, SoftmaxCacheLayer
+from .hf_graph import GraphedStep
 from .spec import HybridConfig, layer_config
 
 logger = logging.get_logger(__name__)
@@ -39,9 +40,13 @@ LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 class LolcatsMixin:
     """The behaviour of a student. In the bases of a class it comes before a causal-LM class."""
 
-    def new_cache(self) -> LolcatsCache:
-        """An empty cache, for `generate(past_key_values=…)` or for your own loop."""
-        return _new_cache(cast(PreTrainedModel, self))
+    def new_cache(self, max_length: int | None = None) -> LolcatsCache:
+        """An empty cache, for `generate(past_key_values=…)` or for your own loop.
+
+        max_length: for a compiled loop: the cache is for at most so many tokens, and what it holds keeps its address. A
+            model that cannot have such a cache gets the other.
+        """
+        return _new_cache(cast(PreTrainedModel, self), max_length)
 
     def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
         """Accepts "lolcats" only: with softmax attention the weights of a student would be another model."""
@@ -49,7 +54,7 @@ class LolcatsMixin:
             raise ValueError(f"A student computes {NAME!r} attention. It cannot be set to {attn_implementation!r}.")
 
     def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict, generation_mode: Any, *args: Any, **kwargs: Any
+        self, generation_config: Any, model_kwargs: dict, generation_mode: Any, batch_size: int, max_cache_length: int
     ) -> None:
         kind = generation_config.cache_implementation
         if kind not in (None, "dynamic", "static"):
@@ -67,7 +72,19 @@ class LolcatsMixin:
         if model_kwargs.get("past_key_values") is not None:
             _check_cache(model_kwargs["past_key_values"])
         elif generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = self.new_cache()
+            length = None
+            if kind == "static":  # as long as the last, so that what was compiled for it serves again
+                length = self._longest = max(max_cache_length, getattr(self, "_longest", 0))
+            model_kwargs["past_key_values"] = self.new_cache(length)
+
+    def get_compiled_call(self, compile_config: Any) -> Any:
+        """What `generate` decodes with where the cache keeps its addresses: a CUDA graph, which takes less time to make
+        than a compilation, unless a `compile_config` asks for one."""
+        model = cast(Any, self)
+        if compile_config is not None or model.device.type != "cuda":
+            return super().get_compiled_call(compile_config)  # type: ignore[misc]
+        one_device = len({x.device for x in model.parameters()}) == 1
+        return GraphedStep(model.__call__) if one_device else model.__call__
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, HybridAttention):
@@ -194,14 +211,14 @@ def attach(
     for module in modules:
         if layer_index(module) not in wanted:
             module.keeps_softmax = True  # type: ignore[assignment]
+            _lend_cache(module)
             continue
         layer = layer_index(module)
         hybrid = HybridAttention(configs[layer], *heads[layer], layer)
         if next(hybrid.parameters()).device.type != "meta":
             hybrid = hybrid.to(execution_device(module))
         module.hybrid = hybrid.to(torch.float32).requires_grad_(False)
-        module.register_forward_pre_hook(_hand_cache_over, with_kwargs=True)
-        module.register_forward_hook(_take_cache_back, always_call=True)
+        _lend_cache(module)
         hybrids.append(module.hybrid)
     for holder in _holders(model, modules):
         parameters = list(inspect.signature(type(holder).forward).parameters)[1:]
@@ -255,20 +272,33 @@ def _check_cache(cache: object) -> LolcatsCache:
     return cache
 
 
+def _lend_cache(module: nn.Module) -> None:
+    """Give an attention its layer of the cache during each call."""
+    module.register_forward_pre_hook(_hand_cache_over, with_kwargs=True)
+    module.register_forward_hook(_take_cache_back, always_call=True)
+
+
 def _hand_cache_over(module: nn.Module, args: tuple, kwargs: dict) -> None:
     given = [*(kwargs.get(name) for name in CACHE_ARGUMENTS), *(value for value in args if isinstance(value, Cache))]
     for past in given:
         if past is not None:
             layer = _check_cache(past).layers[layer_index(module)]
-            if not isinstance(layer, LolcatsCacheLayer):
+            kept = hasattr(module, "keeps_softmax")
+            if isinstance(layer, LolcatsCacheLayer) and isinstance(layer, SoftmaxCacheLayer) == kept:
+                _user(module).cache_layer = layer
+            elif not kept:
                 raise ValueError(
                     f"The cache has no state for layer {layer_index(module)}, so it belongs to another student."
                 )
-            cast(HybridAttention, module.hybrid).cache_layer = layer
 
 
 def _take_cache_back(module: nn.Module, args: tuple, output: object) -> None:
-    cast(HybridAttention, module.hybrid).cache_layer = None
+    _user(module).cache_layer = None
+
+
+def _user(module: nn.Module) -> Any:
+    """What of an attention uses its layer of the cache: a kept one uses it if its addresses are fixed."""
+    return getattr(module, "hybrid", module)
 
 
 def _prepare_inputs(parameters: list[str], base: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -312,9 +342,18 @@ def _refuse_packed(positions: Tensor) -> None:
         )
 
 
-def _new_cache(base: nn.Module) -> LolcatsCache:
-    """The cache that a base model, or the model around it, would make itself, as ours."""
-    cache = LolcatsCache(cast(PreTrainedModel, base).config, converted_layers(base))
+def _new_cache(base: nn.Module, max_length: int | None = None) -> LolcatsCache:
+    """The cache that a base model, or the model around it, would make itself, as ours. With max_length its tensors keep
+    their addresses, unless the model finds positions in a mask, or keeps a sparse cache or one of its own."""
+    hybrids = [module for module in base.modules() if isinstance(module, HybridAttention)]
+    if any(module.sparse_cache_size for module in hybrids) or any(map(_own_cache, base.modules())):
+        max_length = None
+    if "position_ids" not in inspect.signature(type(base).forward).parameters or any(
+        map(_finds_positions, base.modules())
+    ):
+        max_length = None
+    kept = [layer_index(module) for module in base.modules() if hasattr(module, "keeps_softmax")]
+    cache = LolcatsCache(cast(PreTrainedModel, base).config, {module.layer_idx for module in hybrids}, kept, max_length)
     own = next((x for x in map(_own_cache, base.modules()) if x is not None), None)
     if own is not None:
         cache.__class__ = type(f"Lolcats{own.__name__}", (LolcatsCache, own), {})

@@ -57,11 +57,26 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, vali
     return out if valid is None else out * valid[:, None, -new:, None]
 
 
+def attend_to_all(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, seen: Tensor) -> Tensor:
+    """Softmax attention of one token, q [B, H, 1, D], to the keys where seen [B, J] bool, at least one in a row, in any
+    order. Other arguments and result as for `softmax_attention`; the spec's window is not looked at."""
+    allowed = seen[:, None, None]
+    if spec.softcap is None and spec.sinks is None:
+        gqa = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=spec.scaling, enable_gqa=gqa)
+    weights = _normalise(_scores(q, k, spec).masked_fill(~allowed, -torch.inf), spec)
+    return (weights @ repeat_heads(v, q.shape[1]).float()).to(q.dtype)
+
+
 def softmax_scores(q: Tensor, k: Tensor, spec: AttentionSpec, valid: Tensor | None = None) -> Tensor:
     """What `softmax_attention` takes the exponentials of, [B, H, T, J] in fp32: -inf for keys that are not seen.
     A padded query sees every key."""
+    return _scores(q, k, spec).masked_fill(~_allowed(q, k, spec, valid), -torch.inf)
+
+
+def _scores(q: Tensor, k: Tensor, spec: AttentionSpec) -> Tensor:
     scores = q.float() @ repeat_heads(k, q.shape[1]).float().transpose(-1, -2) * spec.scaling
-    return cap_scores(scores, spec.softcap).masked_fill(~_allowed(q, k, spec, valid), -torch.inf)
+    return cap_scores(scores, spec.softcap)
 
 
 def softmax_weights(q: Tensor, k: Tensor, spec: AttentionSpec, valid: Tensor | None = None) -> Tensor:
@@ -72,7 +87,10 @@ def softmax_weights(q: Tensor, k: Tensor, spec: AttentionSpec, valid: Tensor | N
 
 
 def _weights(q: Tensor, k: Tensor, spec: AttentionSpec, valid: Tensor | None) -> Tensor:
-    scores = softmax_scores(q, k, spec, valid)
+    return _normalise(softmax_scores(q, k, spec, valid), spec)
+
+
+def _normalise(scores: Tensor, spec: AttentionSpec) -> Tensor:
     if spec.sinks is None:
         return scores.softmax(-1)
     sinks = spec.sinks.to(scores)[:, None, None].expand(*scores.shape[:3], 1)

@@ -82,12 +82,15 @@ def chunked_attention(
     consume_state: bool = False,
 ) -> tuple[Tensor, KVState | None]:
     """Hybrid attention by chunks, or of one token after a state; arguments as for `hybrid_attention`."""
-    if valid is not None and bool(valid.all()):
+    step = initial_state is not None and q.shape[2] == 1
+    # A compiled step cannot ask.
+    if valid is not None and not (step and torch.compiler.is_compiling()) and bool(valid.all()):
         valid = None
-    if initial_state is not None and q.shape[2] == 1 and valid is None:
+    if initial_state is not None and step:
         return decode_step(
             *(q, k, v, maps, spec),
             sinks=sinks,
+            valid=valid,
             initial_state=initial_state,
             return_state=return_state,
             consume_state=consume_state,

@@ -25,28 +25,38 @@ def decode_step(
     initial_state: KVState,
     return_state: bool,
     consume_state: bool = False,
+    valid: Tensor | None = None,
 ) -> tuple[Tensor, KVState | None]:
-    """Hybrid attention for T = 1 without padding; q [B, H, 1, D], k [B, K, 1, D], v [B, K, 1, Dv].
+    """Hybrid attention for T = 1; q [B, H, 1, D], k [B, K, 1, D], v [B, K, 1, Dv].
 
     consume_state: the state returned may lie in the tensors of the one given.
+    valid [B, 1] bool: False is padding, which changes nothing and gets 0.
     """
+    if valid is not None:
+        mask = valid[:, None, :, None]
+        q, k, v = (torch.where(mask, x, 0) for x in (q, k, v))
     state = initial_state
     in_place = consume_state and return_state
     scatter = Tensor.scatter_ if in_place else Tensor.scatter
     config = maps.config
     num_key_value_heads, slots = k.shape[1], state.keys.shape[2]
     dtype = compute_dtype(q.dtype)
-    length = state.length + 1
+    length = state.length + (1 if valid is None else valid[:, 0])
     if not slots:  # pure linear: the query's own key is in the sums that it sees
-        sums, norms = _fold(maps, state.sums, state.norms, k, v, in_place=in_place)
+        take = None if valid is None else mask
+        sums, norms = _fold(maps, state.sums, state.norms, k, v, take, in_place=in_place)
         after = KVState(sums, norms, state.keys, state.values, length)
         out = safe_divide(*_linear(maps, q, sums, norms, None)).to(q.dtype)
         if not spec.has_linear:
             out = torch.zeros_like(out)
-        return out, after if return_state else None
+        return (out if valid is None else out * mask), after if return_state else None
 
     # The new token takes the slot of one that has left the window.
     slot = torch.remainder(state.length, slots)[:, None, None, None]
+    if valid is not None:
+        k, v = (
+            torch.where(mask, x, ring.gather(2, slot.expand_as(x))) for x, ring in ((k, state.keys), (v, state.values))
+        )
     keys = scatter(state.keys, 2, slot.expand_as(k), k)
     values = scatter(state.values, 2, slot.expand_as(v), v)
     ring = KVState(state.sums, state.norms, keys, values, length)
@@ -61,6 +71,8 @@ def decode_step(
         seen = position >= window_start(state.length, config)[:, None]
         scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
         m = scores.amax(-1, keepdim=True)
+        if valid is not None:
+            m = m.masked_fill(m == -torch.inf, 0)  # padding may see no key
         b = None if sinks is None else sinks.view(num_key_value_heads, -1, 1)
         if b is not None:
             m = torch.maximum(m, b)
@@ -77,6 +89,8 @@ def decode_step(
         denominator = linear_norm if denominator is None else denominator + linear_norm
     assert numerator is not None and denominator is not None
     out = safe_divide(numerator, denominator).to(q.dtype)
+    if valid is not None:
+        out = out * mask
     if not return_state:
         return out, None
 

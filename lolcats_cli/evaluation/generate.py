@@ -76,6 +76,8 @@ def generate(
             **inputs,
             **sampling.options(),
             max_new_tokens=max_new_tokens,
+            # On a GPU a student decodes by a CUDA graph, which needs a cache that keeps its place.
+            **({"cache_implementation": "static"} if loaded.layers and model.device.type == "cuda" else {}),
             pad_token_id=loaded.tokenizer.eos_token_id if pad is None else pad,
             streamer=Stream(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True),
             logits_processor=LogitsProcessorList([_check_numbers]),
