@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from lolcats_cli.errors import Stopped, UsageError
 
@@ -108,7 +108,7 @@ def share(make: Callable[[], T]) -> T:
 
     value = [make() if rank() == 0 else None]
     dist.broadcast_object_list(value, src=0)
-    return value[0]  # type: ignore[return-value]
+    return cast(T, value[0])
 
 
 def barrier() -> None:

@@ -9,13 +9,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
 from lolcats_cli import launch, ranks
 from lolcats_cli.errors import UsageError
 from lolcats_cli.progress import Progress, for_people
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 MAX_LAYERS = 65536
 MAX_PATH = 65536  # bytes of the line on stdin
@@ -67,7 +70,7 @@ Memory = Annotated[str | None, typer.Option(help="A device's memory, such as 80G
 SeqLen = Annotated[int, typer.Option(min=2, help="Tokens per row.")]
 
 
-T = TypeVar("T")
+T = TypeVar("T", bound="DataclassInstance")
 
 
 def chosen(options: T, asked: dict[str, Any]) -> T:
@@ -75,8 +78,8 @@ def chosen(options: T, asked: dict[str, Any]) -> T:
 
     asked: a command's parameters by name. Parameters that the dataclass does not have are ignored.
     """
-    names = {field.name for field in fields(options)}  # type: ignore[arg-type]  # a dataclass, which T cannot say
-    return replace(options, **{name: asked[name] for name in names if asked.get(name) is not None})  # type: ignore[type-var]
+    names = {field.name for field in fields(options)}
+    return replace(options, **{name: asked[name] for name in names if asked.get(name) is not None})
 
 
 def positive(value: float | None) -> float | None:

@@ -53,7 +53,8 @@ def _has_layer(module: nn.Module, index: int) -> bool:
 
 
 def _numbers(module: nn.Module) -> set[int]:
-    return {part.layer_idx for part in module.modules() if isinstance(getattr(part, "layer_idx", None), int)}  # type: ignore[misc]
+    numbers = (getattr(part, "layer_idx", None) for part in module.modules())
+    return {number for number in numbers if isinstance(number, int)}
 
 
 @contextmanager

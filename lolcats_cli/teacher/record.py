@@ -16,6 +16,7 @@ import torch
 from lolcats_kernels.equation import repeat_heads
 from lolcats_kernels.hf_adapters import adapt, adapter, key_mask
 from lolcats_kernels.hf_attention import lolcats_mask
+from lolcats_kernels.hf_student import layer_index
 from lolcats_kernels.softmax import AttentionSpec, softmax_attention
 from torch import Tensor, nn
 
@@ -99,7 +100,7 @@ def recording(model: PreTrainedModel, sink: Sink) -> Iterator[None]:
         module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, **options: Any
     ) -> tuple[Tensor, None]:
         spec = _spec(q, options)
-        sink(int(module.layer_idx), q, k, v, spec)  # type: ignore[arg-type]
+        sink(layer_index(module), q, k, v, spec)
         valid = key_mask(module, attention_mask)
         return softmax_attention(q, k, v, spec, valid).transpose(1, 2).contiguous(), None
 
@@ -190,7 +191,7 @@ def checking(model: PreTrainedModel, valid: Tensor | None = None) -> Iterator[di
             )
         sizes = q.shape[1], k.shape[1], q.shape[-1]
         value_dim = 0 if v.shape[-1] == q.shape[-1] else v.shape[-1]
-        found[int(module.layer_idx)] = LayerInfo(*sizes, spec, value_dim)  # type: ignore[arg-type]
+        found[layer_index(module)] = LayerInfo(*sizes, spec, value_dim)
         return own.to(q.dtype), None
 
     with _intercepted(model, attention, eager_mask), _compare_adapters(model, valid):

@@ -288,8 +288,13 @@ def _json_list(data: bytes, name: str) -> Iterator[Record]:
         text = data.decode()
     except UnicodeDecodeError as error:
         raise BadInput(f"{name} is not UTF-8 text (byte {error.start}). Convert it.") from error
-    decoder, space, number = json.JSONDecoder(), re.compile(r"[ \t\n\r]*"), 0
-    end = space.match(text, 1).end()  # type: ignore[union-attr]
+    decoder, space, number = json.JSONDecoder(), re.compile(r"[^ \t\n\r]"), 0
+
+    def after_space(place: int) -> int:
+        found = space.search(text, place)
+        return len(text) if found is None else found.start()
+
+    end = after_space(1)
     while number > 0 or text[end : end + 1] != "]":
         number += 1
         try:
@@ -297,10 +302,10 @@ def _json_list(data: bytes, name: str) -> Iterator[Record]:
         except (ValueError, RecursionError) as error:
             raise BadInput(f"{name}, item {number}: The JSON list breaks off here ({reason(error)}).") from error
         yield _as_record(f"{name}, item {number}", value)
-        end = space.match(text, end).end()  # type: ignore[union-attr]
+        end = after_space(end)
         if text[end : end + 1] != ",":
             break
-        end = space.match(text, end + 1).end()  # type: ignore[union-attr]
+        end = after_space(end + 1)
     if text[end : end + 1] != "]" or text[end + 1 :].strip():
         raise BadInput(f"{name}: The JSON list is damaged after item {number}, or something follows it.")
 

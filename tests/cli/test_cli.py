@@ -248,7 +248,7 @@ BAD: dict[str, tuple[Case, int, str]] = {
         2,
         "--device tpu cannot be used",
     ),
-    "unknown option": (lambda m, t: ("transfer", m.capture, "-o", t / "OUT", "--windows", "3"), 2, "--windows"),
+    "unknown option": (lambda m, t: ("transfer", m.capture, "-o", t / "OUT", "--widnow", "3"), 2, "--widnow"),
     "missing option": (lambda m, t: ("transfer", m.capture), 2, "-o"),
     "not a number": (lambda m, t: ("transfer", m.capture, "-o", t / "OUT", "--window", "many"), 2, "--window"),
     "unknown choice": (lambda m, t: ("transfer", m.capture, "-o", t / "OUT", "--feature-map", "exp"), 2, "hedgehog"),
@@ -480,7 +480,7 @@ def test_command_line_wins_over_file_wins_over_defaults(pipeline: SimpleNamespac
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"transfer": {"windows": 5}}, "transfer.windows is not a command's option"),
+        ({"transfer": {"widnow": 5}}, "transfer.widnow is not a command's option"),
         ({"distill": {"window": 5}}, "distill is not a command's option"),
         ({"transfer": {"capture": "x"}}, "transfer.capture is not a command's option"),
         ({"transfer": {"window": "many"}}, "'--window'"),

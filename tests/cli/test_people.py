@@ -39,10 +39,10 @@ def test_config_stands_on_either_side_of_the_command(pipeline: SimpleNamespace, 
 
 
 def test_a_config_file_is_checked_behind_the_command_too(pipeline: SimpleNamespace, invoke, tmp_path: Path) -> None:
-    (tmp_path / "c.yaml").write_text("transfer: {windows: 5}")
+    (tmp_path / "c.yaml").write_text("transfer: {widnow: 5}")
     result = invoke("transfer", pipeline.capture, "-o", tmp_path / "t", "--config", tmp_path / "c.yaml")
     assert result.code == 2
-    assert "transfer.windows is not a command's option" in " ".join(result.err.split())
+    assert "transfer.widnow is not a command's option" in " ".join(result.err.split())
     (tmp_path / "c.yaml").write_text("transfer: {config: other.yaml}")
     assert invoke("transfer", pipeline.capture, "-o", tmp_path / "t", "--config", tmp_path / "c.yaml").code == 2
 
@@ -118,7 +118,7 @@ def complete(line: str) -> list[str]:
 
 def test_the_shell_completes_commands_and_options() -> None:
     assert complete("lolcats tra") == ["transfer"]
-    assert complete("lolcats transfer --win") == ["--window", "--window-dropout"]
+    assert complete("lolcats transfer --win") == ["--window", "--windows", "--window-dropout"]
 
 
 # --- an output that is the input -------------------------------------------------------------------------------------

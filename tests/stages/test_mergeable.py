@@ -99,7 +99,7 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "quantised": (lambda folder: change(folder, quantization_config={"quant_method": "fp8"}), "are quantised. Give"),
     "T5": (lambda folder: change(folder, model_type="t5", is_encoder_decoder=True), "is an encoder with a decoder"),
-    "BERT": (lambda folder: change(folder, model_type="bert"), "is an encoder .bert., whose tokens see all others"),
+    "BERT": (lambda folder: change(folder, model_type="bert"), "is an encoder .bert.: its tokens see all others"),
     "ViT": (lambda folder: change(folder, model_type="vit"), "'vit', which is not a causal language model"),
     "unheard of": (lambda folder: change(folder, model_type="mine"), "'mine', which is not known to transformers"),
     "no heads": (lambda folder: change(folder, num_attention_heads=0), "num_attention_heads: 0"),
