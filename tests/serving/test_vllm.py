@@ -134,7 +134,10 @@ def test_the_server_by_curl(students, prompts, answers, tmp_path):
     ("options", "message"),
     [
         ({"hf_overrides": {"sparse_cache_size": 8}}, "vLLM does not serve the sparse cache"),
-        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "Speculative decoding takes"),
+        (
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+            "Speculative decoding removes tokens",
+        ),
         ({"mamba_ssm_cache_dtype": "bfloat16"}, "state is kept in float32"),
     ],
 )
