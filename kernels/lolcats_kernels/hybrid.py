@@ -5,7 +5,9 @@ Letters: see ../README.md.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from typing import Any, Literal, overload
 
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from .maps import HybridMaps
 from .reference import reference_attention
-from .spec import CallSpec, check_choice, common_dtype, compute_dtype
+from .spec import CallSpec, NoRoom, check_choice, common_dtype, compute_dtype
 from .state import KVState, may_overwrite
 from .torch_attention import chunked_attention
 
@@ -32,6 +34,7 @@ _BACKENDS: dict[str, Callable[..., tuple[Tensor, KVState | None]]] = {
     "triton": _triton_attention,
 }
 BACKENDS = ("auto", *_BACKENDS)
+_TOO_LARGE: set[tuple[Any, ...]] = set()  # sizes for which the GPU has no room, so that "auto" takes "chunked"
 LARGEST = 256  # heads and feature maps that the Triton kernels take
 HAS_TRITON = find_spec("triton") is not None
 
@@ -41,6 +44,15 @@ def backend_for(q: Tensor, v: Tensor, maps: HybridMaps) -> str:
     fits = HAS_TRITON and q.is_cuda and q.dtype != torch.float64
     fits = fits and max(q.shape[3], v.shape[3], maps.feature_dim) <= LARGEST
     return "triton" if fits and torch.cuda.get_device_properties(q.device).major >= 8 else "chunked"
+
+
+def _triton_or_chunked(sizes: tuple[Any, ...], *args: Any, **options: Any) -> tuple[Tensor, KVState | None]:
+    try:
+        return _triton_attention(*args, **options)
+    except NoRoom as error:
+        warnings.warn(f"{error} It is used here.", stacklevel=3)
+        _TOO_LARGE.add(sizes)
+        return chunked_attention(*args, **options)
 
 
 @overload
@@ -124,7 +136,11 @@ def hybrid_attention(
         )
     wanted = q.dtype
     q, k, v = (x.to(common_dtype(q, k, v)) for x in (q, k, v))
-    run = _BACKENDS[backend_for(q, v, maps) if backend == "auto" else backend]
+    chosen = backend_for(q, v, maps) if backend == "auto" else backend
+    sizes = q.shape[3], v.shape[3], maps.config, q.dtype, q.device
+    run = _BACKENDS[chosen]
+    if backend == "auto" and chosen == "triton":
+        run = _BACKENDS["chunked"] if sizes in _TOO_LARGE else partial(_triton_or_chunked, sizes)
     with torch.autocast(q.device.type, enabled=False):  # sums stay in fp32
         out, after = run(
             q,

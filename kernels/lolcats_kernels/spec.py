@@ -26,6 +26,10 @@ TERMS = ("both", "window", "linear")
 KEY_BOUND, QUERY_BOUND = 20.0, 60.0
 
 
+class NoRoom(ValueError):
+    """A GPU lacks what the Triton kernels need for heads and features of these sizes."""
+
+
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raises ValueError, naming the option, unless the value is one of the choices."""
     if value not in choices:

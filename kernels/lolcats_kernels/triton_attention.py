@@ -5,17 +5,17 @@ Letters: see ../README.md and `triton_parts`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from .maps import HybridMaps
 from .rows import RowResults, attend_in_rows
-from .spec import KEY_BOUND, QUERY_BOUND, CallSpec, op_name
+from .spec import KEY_BOUND, QUERY_BOUND, CallSpec, NoRoom, op_name
 from .state import KeySums, KVState, records_gradients
 from .triton_backward import backward_keys, backward_queries, backward_values, sum_queries
 from .triton_decoding import triton_decode_step
@@ -38,7 +38,12 @@ TILES = {
     80: {64: (32, 32, 8), 128: (32, 32, 8), 256: (16, 16, 8)},
     90: {64: (64, 32, 8), 128: (64, 32, 8), 256: (16, 16, 8)},
 }
+LEAST = 16  # tokens of a chunk: matrix units take no fewer
 PART_DV = 64  # of values and S that one program takes, where it does not need all
+
+
+T = TypeVar("T")
+_FITTING: dict[tuple[Any, ...], int] = {}  # chunks for which there was room, where the table's are too large
 
 
 class Inputs(NamedTuple):
@@ -126,6 +131,22 @@ class Cut:
         size = max(inputs.q.shape[3], inputs.v.shape[3])
         *chunks, warps = tiles[next(fits for fits in tiles if fits >= size)]
         return cls(inputs, spec, chunks[backward], warps)
+
+    @classmethod
+    def run(cls, run: Callable[[Cut], T], inputs: Inputs, spec: CallSpec, *, backward: bool) -> T:
+        """What `run` gives for the largest chunk, of the table's or shorter, for which the GPU has room."""
+        cut = cls.of(inputs, spec, backward=backward)
+        sizes = inputs.q.shape[3], inputs.v.shape[3], inputs.q.dtype, inputs.q.device
+        key = *sizes, spec.config, backward, cut.L
+        cut = replace(cut, L=_FITTING.get(key, cut.L))
+        while True:
+            try:
+                return run(cut)
+            except NoRoom:
+                if cut.L <= LEAST:
+                    raise
+                cut = replace(cut, L=cut.L // 2)
+                _FITTING[key] = cut.L
 
     @property
     def num_chunks(self) -> int:
@@ -233,9 +254,13 @@ def _forward(*arguments: Any) -> tuple[Tensor, ...]:
     """Rows without gaps. Takes `Inputs`; num_summed [B]: how many first keys of each row enter S and z; the encoded
     spec. Returns the tensors of `Results`."""
     inputs, num_summed, spec = _decoded(arguments)
-    x, cut = inputs, Cut.of(inputs, spec, backward=False)
+    return Cut.run(partial(_run_forward, num_summed), inputs, spec, backward=False)
+
+
+def _run_forward(num_summed: Tensor, cut: Cut) -> Results:
+    x = cut.inputs
     sums, norms = cut.sum_keys(num_summed)
-    made = _room(inputs, spec)
+    made = _room(x, cut.spec)
     launch(
         attend,
         cut.query_grid,
@@ -280,8 +305,14 @@ def _backward(
     *spec: Any,
 ) -> tuple[Tensor, ...]:
     """grad, dsums, dnorms: gradients of out, S and z. -> the tensors of `Gradients`."""
-    x, made, need = Inputs(*inputs), Kept(*kept), Needs(*needs)  # type: ignore[arg-type]
-    cut = Cut.of(x, CallSpec.decode(*spec), backward=True)
+    run = partial(_run_backward, grad, dsums, dnorms, Kept(*kept), num_summed, Needs(*needs))
+    return Cut.run(run, Inputs(*inputs), CallSpec.decode(*spec), backward=True)  # type: ignore[arg-type]
+
+
+def _run_backward(
+    grad: Tensor, dsums: Tensor, dnorms: Tensor, made: Kept, num_summed: Tensor, need: Needs, cut: Cut
+) -> Gradients:
+    x = cut.inputs
     room = _gradient_room(x, cut.spec, need)
     weighted_q = x.gamma.new_empty(*x.q.shape[:3], _room_for_sums(x, cut.spec).norms.shape[-1])
     sums, norms = cut.sum_keys(num_summed)

@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 from .feature_map import FeatureMap
 from .spec import KEY_BOUND as _KEY_BOUND
 from .spec import QUERY_BOUND as _QUERY_BOUND
-from .spec import CallSpec
+from .spec import CallSpec, NoRoom
 
 try:
     import triton
@@ -39,14 +39,23 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 
 def launch(kernel: Any, grid: tuple[int, ...], warps: int, arguments: dict[str, Any]) -> None:
-    """Runs the kernel with its arguments, all of them, by name. A tensor that is None is one that it does not read."""
+    """Runs the kernel with its arguments, all of them, by name. A tensor that is None is one that it does not read.
+
+    Raises NoRoom, before anything runs, if the GPU lacks shared memory or registers for it.
+    """
     unread = next(x for x in arguments.values() if isinstance(x, Tensor))
     arguments = {name: unread if value is None else value for name, value in arguments.items()}
     device = unread.device
     if device.type != "cuda" and not INTERPRETED:
         raise ValueError(f"The backend triton needs tensors on a CUDA device; got {device}.")
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[grid](**arguments, num_warps=warps, num_stages=1)
+        try:
+            kernel[grid](**arguments, num_warps=warps, num_stages=1)
+        except triton.runtime.errors.OutOfResources as error:
+            raise NoRoom(
+                f"The Triton kernels need {error.required:,} of {error.name} for heads and features of these sizes, "
+                f"and the GPU has {error.limit:,}. Use the backend chunked."
+            ) from error
 
 
 def strides(**tensors: Tensor) -> dict[str, int]:

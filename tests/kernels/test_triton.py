@@ -9,11 +9,12 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from lolcats_kernels import FEATURE_MAPS, LAYOUTS
+from lolcats_kernels import FEATURE_MAPS, LAYOUTS, hybrid
 
 pytest.importorskip("triton")
 
-from lolcats_kernels import triton_attention
+import triton
+from lolcats_kernels import triton_attention, triton_parts
 from torch.utils._pytree import tree_map_only
 
 pytestmark = pytest.mark.usefixtures("numbers_of_gpus")
@@ -146,11 +147,71 @@ def test_registered_ops(make_case, options, note_calls):
         torch.library.opcheck(op, tree_map_only(torch.Tensor, leaf, arguments), test_utils=checks)
 
 
-def test_compiles_as_one_graph(make_case):
+@pytest.mark.parametrize("backend", ["triton", "auto"])
+def test_compiles_as_one_graph(make_case, backend, monkeypatch):
+    monkeypatch.setattr(hybrid, "backend_for", lambda *_: "triton")
     case = make_case(batch=1, time=20, dtype=torch.float32)
     with torch.no_grad():
-        compiled = torch.compile(lambda c: c.run("triton"), backend="aot_eager", fullgraph=True)
+        compiled = torch.compile(lambda c: c.run(backend), backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(compiled(case), case.run("triton"))
+
+
+@pytest.fixture
+def small_gpu(monkeypatch):
+    """A GPU that has room for chunks of so many tokens, as Triton tells of it; -> the chunks that were tried."""
+    tried = []
+
+    def start(room):
+        class Kernel:
+            def __init__(self, kernel):
+                self.kernel = kernel
+
+            def __getitem__(self, grid):
+                def run(**arguments):
+                    tried.append(arguments["L"])
+                    if arguments["L"] > room:
+                        raise triton.runtime.errors.OutOfResources(300_000, 232_448, "shared memory")
+                    self.kernel[grid](**arguments)
+
+                return run
+
+        def launch(kernel, *rest):
+            return triton_parts.launch(Kernel(kernel), *rest)
+
+        monkeypatch.setattr(triton_attention, "launch", launch)
+        monkeypatch.setattr(triton_attention, "_FITTING", {})
+        monkeypatch.setattr(hybrid, "_TOO_LARGE", set())
+        monkeypatch.setattr(triton_attention, "TILES", {90: {256: (64, 32, 4)}})
+        return tried
+
+    return start
+
+
+def test_chunks_shrink_until_there_is_room(make_case, small_gpu):
+    case = make_case(batch=1, key_heads=1, time=40, dtype=torch.float32)
+    expected = case.gradients("reference")
+    tried = small_gpu(16)
+    for found, exact in zip(case.gradients("triton"), expected, strict=True):
+        torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-4 * (1 + exact.abs().max().item()))
+    assert tried[:3] == [64, 32, 16]
+    tried.clear()
+    case.gradients("triton")
+    assert set(tried) == {16}
+
+
+def test_where_nothing_fits(make_case, small_gpu, monkeypatch):
+    """The backend triton refuses in a sentence; auto takes chunked, and says so once."""
+    small_gpu(8)
+    case = make_case(batch=1, key_heads=1, time=20, dtype=torch.float32)
+    with torch.no_grad(), pytest.raises(ValueError, match=r"need 300,000 of shared memory .* the backend chunked"):
+        case.run("triton")
+    monkeypatch.setattr(hybrid, "backend_for", lambda *_: "triton")
+    with torch.no_grad():
+        with pytest.warns(UserWarning, match="Use the backend chunked. It is used here"):
+            found = case.run("auto")
+        torch.testing.assert_close(found, case.run("reference"), rtol=1e-4, atol=1e-5)
+        monkeypatch.setattr(triton_attention, "launch", None)
+        assert torch.equal(case.run("auto"), found)
 
 
 @pytest.mark.slow
