@@ -2,8 +2,8 @@
 
     python benchmarks/tune_triton.py [--heads 64 128 256] [--length 4096] [--rounds 20]
 
-32 query and 8 key heads, batch 1, bf16, recipe best. Forward and backward have chunks of their own, but share their
-warps; for each number of warps the best chunks are taken, then the fastest sum of both. What does not compile, or does
+32 query and 8 key heads, batch 1, bf16, recipe best. Forward and backward have chunks and
+warps of their own. What does not compile, or does
 not fit into the GPU, is left out. Every choice must first give the same output and gradients as the table's own. Under
 TRITON_INTERPRET=1 it runs without a GPU, which shows that it works and nothing else.
 """
@@ -51,8 +51,8 @@ def milliseconds(run: Callable[[], object], rounds: int) -> float:
     return statistics.median(times)
 
 
-def tune(head: int, length: int, rounds: int) -> tuple[int, ...]:
-    """The best (chunk forward, chunk backward, warps) for heads of that size."""
+def tune(head: int, length: int, rounds: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The best (chunk, warps) forward and backward, for heads of that size."""
     torch.manual_seed(0)
     maps = HybridMaps(HybridConfig(linear_factor="exp"), HEADS, head).to(DEVICE)
     leaves = [
@@ -68,12 +68,12 @@ def tune(head: int, length: int, rounds: int) -> tuple[int, ...]:
 
     out = call()
     expected = [x.float() for x in (out, *gradients(out))]
-    best: dict[int, tuple[float, int, int]] = {}
-    for warps in WARPS:
-        found: dict[bool, tuple[float, int]] = {}
-        for chunk, backward in itertools.product(CHUNKS, (False, True)):
+    best: list[tuple[int, int]] = []
+    for backward in (False, True):
+        found: dict[tuple[int, int], float] = {}
+        for choice in itertools.product(CHUNKS, WARPS):
             # The other direction takes the smallest chunk: it only has to run.
-            tiles = (16, chunk, warps) if backward else (chunk, 16, warps)
+            tiles = ((16, 4), choice) if backward else (choice, (16, 4))
             try:
                 with (
                     patch.dict(triton_attention.TILES, {capability: {256: tiles}}, clear=True),
@@ -82,18 +82,15 @@ def tune(head: int, length: int, rounds: int) -> tuple[int, ...]:
                     out = call()
                     for value, wanted in zip((out, *gradients(out)), expected, strict=True):
                         assert (value.float() - wanted).norm() <= 0.02 * wanted.norm() + 1e-6, f"{tiles} is wrong"
-                    taken = milliseconds(partial(gradients, out) if backward else torch.no_grad()(call), rounds)
+                    found[choice] = milliseconds(partial(gradients, out) if backward else torch.no_grad()(call), rounds)
             except NO_ROOM as error:
                 print(f"head {head}, {tiles}: {str(error).splitlines()[0]}", file=sys.stderr)
                 continue
-            print(f"head {head}, {'backward' if backward else 'forward'} {chunk}, {warps}: {taken:.3f} ms", flush=True)
-            found[backward] = min(found.get(backward, (taken, chunk)), (taken, chunk))
-        if len(found) == 2:
-            best[warps] = (found[False][0] + found[True][0], found[False][1], found[True][1])
-    if not best:
-        sys.exit(f"Nothing runs for heads of {head}.")
-    warps = min(best, key=lambda number: best[number][0])
-    return *best[warps][1:], warps
+            print(f"head {head}, {'backward' if backward else 'forward'} {choice}: {found[choice]:.3f} ms", flush=True)
+        if not found:
+            sys.exit(f"Nothing runs for heads of {head}.")
+        best.append(min(found, key=lambda choice: found[choice]))
+    return best[0], best[1]
 
 
 def main() -> None:

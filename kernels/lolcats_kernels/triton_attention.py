@@ -33,10 +33,10 @@ from .triton_parts import (
     window_arguments,
 )
 
-# By compute capability, then by the largest head: tokens of a chunk, forward and backward; warps.
+# By compute capability, then by the largest head: (tokens of a chunk, warps) forward, and backward.
 TILES = {
-    80: {64: (32, 32, 8), 128: (32, 32, 8), 256: (16, 16, 8)},
-    90: {64: (64, 32, 8), 128: (64, 32, 8), 256: (16, 16, 8)},
+    80: {64: ((32, 8), (32, 8)), 128: ((32, 8), (32, 8)), 256: ((16, 8), (16, 8))},
+    90: {64: ((64, 8), (32, 8)), 128: ((128, 8), (64, 4)), 256: ((16, 8), (16, 8))},
 }
 LEAST = 16  # tokens of a chunk: matrix units take no fewer
 PART_DV = 64  # of values and S that one program takes, where it does not need all
@@ -129,8 +129,7 @@ class Cut:
     def of(cls, inputs: Inputs, spec: CallSpec, *, backward: bool) -> Cut:
         tiles = TILES[max(known for known in TILES if known <= capability(inputs.q.device))]
         size = max(inputs.q.shape[3], inputs.v.shape[3])
-        *chunks, warps = tiles[next(fits for fits in tiles if fits >= size)]
-        return cls(inputs, spec, chunks[backward], warps)
+        return cls(inputs, spec, *tiles[next(fits for fits in tiles if fits >= size)][backward])
 
     @classmethod
     def run(cls, run: Callable[[Cut], T], inputs: Inputs, spec: CallSpec, *, backward: bool) -> T:

@@ -26,7 +26,7 @@ PHASES = (Phase.explicit, Phase.generate)
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Short rows are several blocks, and values several parts."""
-    monkeypatch.setattr(triton_attention, "TILES", {90: {256: (32, 16, 4)}})
+    monkeypatch.setattr(triton_attention, "TILES", {90: {256: ((32, 4), (16, 4))}})
     monkeypatch.setattr(triton_attention, "PART_DV", 16)
 
 
@@ -181,7 +181,7 @@ def small_gpu(monkeypatch):
         monkeypatch.setattr(triton_attention, "launch", launch)
         monkeypatch.setattr(triton_attention, "_FITTING", {})
         monkeypatch.setattr(hybrid, "_TOO_LARGE", set())
-        monkeypatch.setattr(triton_attention, "TILES", {90: {256: (64, 32, 4)}})
+        monkeypatch.setattr(triton_attention, "TILES", {90: {256: ((64, 4), (32, 4))}})
         return tried
 
     return start
