@@ -36,8 +36,10 @@ from .triton_parts import (
 # By compute capability, then by the largest head: (tokens of a chunk, warps) forward, and backward.
 TILES = {
     80: {64: ((32, 8), (32, 8)), 128: ((32, 8), (32, 8)), 256: ((16, 8), (16, 8))},
-    90: {64: ((64, 8), (32, 8)), 128: ((128, 8), (64, 4)), 256: ((16, 8), (16, 8))},
+    90: {64: ((64, 8), (32, 8)), 128: ((64, 8), (32, 8)), 256: ((16, 8), (16, 8))},
 }
+# In place of these for bf16, where they were measured. Products of fp32 take minutes to compile in such chunks.
+BF16_TILES = {90: {128: ((128, 8), (64, 4))}}
 LEAST = 16  # tokens of a chunk: matrix units take no fewer
 PART_DV = 64  # of values and S that one program takes, where it does not need all
 
@@ -127,7 +129,8 @@ class Cut:
 
     @classmethod
     def of(cls, inputs: Inputs, spec: CallSpec, *, backward: bool) -> Cut:
-        tiles = TILES[max(known for known in TILES if known <= capability(inputs.q.device))]
+        known = max(x for x in TILES if x <= capability(inputs.q.device))
+        tiles = TILES[known] | (BF16_TILES.get(known, {}) if inputs.q.dtype == torch.bfloat16 else {})
         size = max(inputs.q.shape[3], inputs.v.shape[3])
         return cls(inputs, spec, *tiles[next(fits for fits in tiles if fits >= size)][backward])
 
