@@ -177,7 +177,7 @@ def _save(runs: dict[int, LayerRun], folder: Path) -> None:
 def begin(source: Source, layers: list[int], options: TransferOptions, device: torch.device) -> dict[int, LayerRun]:
     """The layers' training before its first step."""
     maps = {
-        layer: HybridMaps(options.layer_hybrid(layer), info.num_heads, info.head_dim, window_factor=options.gamma).to(
+        layer: HybridMaps(options.trained_hybrid(layer), info.num_heads, info.head_dim, window_factor=options.gamma).to(
             device
         )
         for layer, info in ((layer, source.layers[layer]) for layer in layers)
@@ -236,6 +236,9 @@ def finish(
     maps = {layer: run.maps for layer, run in runs.items()}
     for layer, run in runs.items():
         maps[layer].load_state_dict(run.best)
+        maps[layer].config = options.layer_hybrid(
+            layer
+        )  # its own window, which may be longer than that of the training
     windowed = {layer: m for layer, m in maps.items() if m.config.window and m.config.linear_factor == "exp"}
     if windowed:
         for layer, found in errors_of(source, windowed, options.batch_size, ("both", "window"), device).items():

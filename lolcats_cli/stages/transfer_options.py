@@ -8,6 +8,8 @@ from typing import Any
 
 from lolcats_kernels import HybridConfig
 
+TRAINED_WINDOW = 64  # a longer window of a single layer is used, but not trained with
+
 
 @dataclass(frozen=True)
 class TransferOptions:
@@ -50,6 +52,15 @@ class TransferOptions:
     def layer_hybrid(self, layer: int) -> HybridConfig:
         """The attention that this layer gets."""
         return self.hybrid if self.windows is None else replace(self.hybrid, window=self.windows[layer])
+
+    def trained_hybrid(self, layer: int) -> HybridConfig:
+        """The attention that this layer's maps are trained in. With the linear factor "exp", maps hold for any window,
+        and a long one leaves them little to learn: they would recall less (docs/quality.md)."""
+        hybrid = self.layer_hybrid(layer)
+        longest = max(self.hybrid.window, TRAINED_WINDOW)
+        if self.windows is None or hybrid.linear_factor != "exp" or hybrid.window <= longest:
+            return hybrid
+        return replace(hybrid, window=longest)
 
     def to_config(self) -> dict[str, Any]:
         """As an artifact records them."""

@@ -187,6 +187,19 @@ def test_windows_by_layer_travel_through_every_stage(deep: SimpleNamespace, tmp_
     assert [layer.state.keys.shape[-2] for layer in cache.layers] == list(windows)
 
 
+def test_a_long_window_is_not_trained_with(deep: SimpleNamespace, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("lolcats_cli.stages.transfer_options.TRAINED_WINDOW", 4)
+    options = replace(OPTIONS, hybrid=replace(HYBRID, window=6), eval_steps=1)
+    alike = transfer(deep.capture, tmp_path / "alike", options=options)
+    longer = transfer(deep.capture, tmp_path / "longer", options=replace(options, windows=(6, 24, 6)))
+    of_layer = [
+        [e for e in made.metrics() if e["layer"] == 1 and e["event"] == "validation"] for made in (alike, longer)
+    ]
+    assert of_layer[0] == of_layer[1]  # trained alike
+    figures = [made.summary["layers"]["1"] for made in (alike, longer)]
+    assert figures[1]["window_mse"] < figures[0]["window_mse"]  # measured with its own window
+
+
 def test_the_windows_of_parts_are_named(deep: SimpleNamespace, tmp_path: Path) -> None:
     options = replace(OPTIONS, windows=(4, 12, 6))
     whole = transfer(deep.capture, tmp_path / "whole", options=options)
