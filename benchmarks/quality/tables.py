@@ -13,6 +13,7 @@ terms       perplexity and recall with both terms of the attention, and with eac
 dropout     `best` with scheduled window dropout, through both stages: each term alone too
 joint       the recipes trained layer by layer, as here, and jointly, as in the paper (its table 3)
 kept        layers left softmax: transfer alone
+importance  windows by layer, and a layer left softmax, chosen by what the loss needs: through both stages
 cache       recall with a sparse exact cache beside the window (LoLA), after LoRA
 """
 
@@ -100,6 +101,11 @@ KEPT: dict[str, dict[str, Any]] = {
     "auto:1": {"keep_auto": 1},
     "auto:3": {"keep_auto": 3},
     "every second": {"keep_softmax": (1, 3, 5)},
+}
+# Name -> how the transfer chooses by importance; the first takes the bytes of state that `best` takes.
+IMPORTANCE: dict[str, dict[str, Any]] = {
+    "windows auto": {"auto_windows": True},
+    "auto:1": {"keep_auto": 1},
 }
 # Name -> exact keys of a layer and key head.
 CACHE = {"none": 0, "64 keys": 64}
@@ -201,6 +207,13 @@ def kept(lab: Lab, name: str, window: int, seed: int) -> Row:
     return {"gap": lab.gap(maps.path), "perplexity": lab.text(maps.path)["perplexity"]}
 
 
+def importance(lab: Lab, name: str, window: int, seed: int) -> Row:
+    folder = f"window {window}/importance/{name}"
+    maps = lab.transfer(folder, seed, window=window, **IMPORTANCE[name])
+    tuned = lab.lora(folder, seed, maps)
+    return {"gap after transfer": lab.gap(maps.path), "gap after LoRA": lab.gap(tuned.path), **lab.recall(tuned.path)}
+
+
 def cache(lab: Lab, name: str, window: int, seed: int) -> Row:
     return lab.recall_with(both_stages(lab, "best", window, seed)[1].path, CACHE[name])
 
@@ -220,6 +233,7 @@ TABLES: dict[str, tuple[list[str], Callable[[Lab, str, int, int], Row]]] = {
     "dropout": (list(DROPOUT), dropout),
     "joint": ([f"{recipe}, {how}" for recipe in ("lolcats", "best") for how in ("layer by layer", "jointly")], joint),
     "kept": (list(KEPT), kept),
+    "importance": (list(IMPORTANCE), importance),
     "cache": (list(CACHE), cache),
 }
 
