@@ -31,13 +31,15 @@ class Students:
         )
         self.made: dict[str, Path] = {}
 
-    def make(self, name: str, keep_softmax: tuple[int, ...] = (), **hybrid: Any) -> Path:
+    def make(
+        self, name: str, keep_softmax: tuple[int, ...] = (), windows: tuple[int, ...] | None = None, **hybrid: Any
+    ) -> Path:
         from lolcats_cli.stages.layer_training import TransferOptions
         from lolcats_cli.stages.merge import merge
         from lolcats_cli.stages.transfer import transfer
 
         if name not in self.made:
-            options = TransferOptions(HybridConfig(**hybrid), steps=2)
+            options = TransferOptions(HybridConfig(**hybrid), windows=windows, steps=2)
             maps = transfer(self.capture.path, self.root / f"{name}-maps", options=options, keep_softmax=keep_softmax)
             self.made[name] = merge(maps.path, self.root / name).path
         return self.made[name]

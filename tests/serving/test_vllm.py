@@ -61,6 +61,7 @@ def served(students, prompts, tmp_path_factory) -> dict[str, dict[str, Any]]:
         # Less memory than the sequences need: vLLM takes some of them back.
         "kept, preempted": job(kept, every, num_gpu_blocks_override=24, enable_prefix_caching=False),
         "terraced": job(terraced, every),
+        "windows by layer": job(students.make("windows", windows=(16, 0, 160, 48, 16, 32), **WINDOW), every),
         "linear": job(students.make("linear", window=0), every),
         "elu": job(students.make("elu", feature_map="elu", window=8), every),
     }
@@ -69,7 +70,8 @@ def served(students, prompts, tmp_path_factory) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    "name", ["together", "in chunks", "preempted", "kept", "kept, preempted", "terraced", "linear", "elu"]
+    "name",
+    ["together", "in chunks", "preempted", "kept", "kept, preempted", "terraced", "windows by layer", "linear", "elu"],
 )
 def test_the_tokens_are_those_of_transformers(served, answers, name):
     expected = answers(Path(served[name]["folder"]), TOKENS)
