@@ -102,8 +102,9 @@ KEPT: dict[str, dict[str, Any]] = {
     "auto:3": {"keep_auto": 3},
     "every second": {"keep_softmax": (1, 3, 5)},
 }
-# Name -> how the transfer chooses by importance; the first takes the bytes of state that `best` takes.
+# Name -> how the transfer chooses by importance. `windows auto` takes the bytes of state that `best` takes.
 IMPORTANCE: dict[str, dict[str, Any]] = {
+    "best": {},
     "windows auto": {"auto_windows": True},
     "auto:1": {"keep_auto": 1},
 }
@@ -208,7 +209,7 @@ def kept(lab: Lab, name: str, window: int, seed: int) -> Row:
 
 
 def importance(lab: Lab, name: str, window: int, seed: int) -> Row:
-    folder = f"window {window}/importance/{name}"
+    folder = f"window {window}/" + ("best" if name == "best" else f"importance/{name}")
     maps = lab.transfer(folder, seed, window=window, **IMPORTANCE[name])
     tuned = lab.lora(folder, seed, maps)
     return {"gap after transfer": lab.gap(maps.path), "gap after LoRA": lab.gap(tuned.path), **lab.recall(tuned.path)}
