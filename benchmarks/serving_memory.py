@@ -80,7 +80,8 @@ class Aligned(Platform):
 
 
 def state_spec(vllm_config, name: str, state_bytes: int):
-    layer = HybridAttentionLayer(layer_shape(vllm_config), vllm_config, name, scaling=1.0, softcap=None, sinks=None)
+    shape = layer_shape(vllm_config)
+    layer = HybridAttentionLayer(shape, shape, vllm_config, name, scaling=1.0, softcap=None, sinks=None)
     if state_bytes == 2:
         layer.get_state_dtype = lambda: (torch.bfloat16,) * 4
     return layer.get_kv_cache_spec(vllm_config)
