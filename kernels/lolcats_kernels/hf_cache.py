@@ -20,12 +20,11 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from .sparse import SparseState
-from .state import KVState
+from .state import BatchState
 
 
 @dataclass(frozen=True, eq=False)
-class SoftmaxState:
+class SoftmaxState(BatchState):
     """Keys [B, K, C, D] and values [B, K, C, Dv] of a layer that was kept softmax: position p lies in slot p mod C.
     valid [B, C] bool: slots that hold a real token."""
 
@@ -33,23 +32,8 @@ class SoftmaxState:
     values: Tensor
     valid: Tensor
 
-    @property
-    def batch_size(self) -> int:
-        return self.valid.shape[0]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(x.nbytes for x in self.tensors())
-
     def tensors(self) -> tuple[Tensor, ...]:
         return self.keys, self.values, self.valid
-
-    def select_batch(self, index: Tensor) -> SoftmaxState:
-        """The rows `index` [B'] (int64) in that order."""
-        return SoftmaxState(*(x.index_select(0, index.to(x.device)) for x in self.tensors()))
-
-
-State = KVState | SparseState | SoftmaxState
 
 
 class LolcatsCacheLayer(CacheLayerMixin):
@@ -77,7 +61,7 @@ class LolcatsCacheLayer(CacheLayerMixin):
         self.keys = self.values = torch.empty(0)  # Mllama looks whether there are some
         self.is_initialized = False
 
-    def advance(self, state: State, tokens: int) -> None:
+    def advance(self, state: BatchState, tokens: int) -> None:
         """Replace the state by one that has seen `tokens` more tokens, padding included."""
         self.state = self._hold(state) if self.fixed else state
         self.tokens += tokens
@@ -142,7 +126,7 @@ class LolcatsCacheLayer(CacheLayerMixin):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.state is not None:
-            rows = torch.arange(self.state.batch_size, device=self.state.length.device)
+            rows = torch.arange(self.state.batch_size, device=self.state.tensors()[0].device)
             self._select(rows.repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:

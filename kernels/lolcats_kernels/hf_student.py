@@ -183,11 +183,6 @@ def _uses_interface(kind: type) -> bool:
         return True
 
 
-def converted_layers(model: nn.Module) -> set[int]:
-    """The layers of a student that have maps."""
-    return {module.layer_idx for module in model.modules() if isinstance(module, HybridAttention)}
-
-
 def layer_index(module: nn.Module) -> int:
     """The index of an attention module's layer."""
     return cast(int, module.layer_idx)

@@ -16,11 +16,11 @@ from torch import Tensor
 from .equation import bounded_exp, cap_scores, repeat_heads, safe_divide, window_start
 from .maps import HybridMaps
 from .spec import CallSpec, common_dtype, compute_dtype
-from .state import KVState
+from .state import BatchState, KVState
 
 
 @dataclass(frozen=True, eq=False)
-class SparseState:
+class SparseState(BatchState):
     """What a layer remembers: sums, norms, the window's keys and values, and length as in `KVState`, and
 
     kept_keys [B, K, N, D], kept_values [B, K, N, Dv]: in the inputs' dtype. Those that left the window first lie there
@@ -42,21 +42,8 @@ class SparseState:
         kept = (x.new_zeros(*x.shape[:2], size, x.shape[3]) for x in (k, v))
         return cls(plain.sums, plain.norms, plain.keys, plain.values, plain.length, *kept)
 
-    @property
-    def batch_size(self) -> int:
-        return self.length.shape[0]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(x.nbytes for x in self.tensors())
-
     def tensors(self) -> list[Tensor]:
         return [getattr(self, field.name) for field in fields(self)]
-
-    def select_batch(self, index: Tensor) -> SparseState:
-        """The rows `index` [B'] (int64) in that order."""
-        return SparseState(*(x.index_select(0, index.to(x.device)) for x in self.tensors()))
 
 
 def sparse_attention(

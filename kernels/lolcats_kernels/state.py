@@ -7,8 +7,9 @@ and values from it on.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -45,8 +46,29 @@ class Slots(NamedTuple):
     live: Tensor
 
 
+class BatchState:
+    """A layer's state of several sequences. The first dimension of all its tensors is the batch."""
+
+    def tensors(self) -> Sequence[Tensor]:
+        """All tensors, in the order of the fields."""
+        raise NotImplementedError
+
+    @property
+    def batch_size(self) -> int:
+        return self.tensors()[0].shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(x.nbytes for x in self.tensors())
+
+    def select_batch(self, index: Tensor) -> Self:
+        """The rows `index` [B'] (int64) in that order: beam reordering, repetition, selection."""
+        return type(self)(*(x.index_select(0, index.to(x.device)) for x in self.tensors()))
+
+
 @dataclass(frozen=True, eq=False)
-class KVState:
+class KVState(BatchState):
     """State of one layer for B rows, which may have seen different numbers of tokens.
 
     sums [B, H, F', Dv]: S, over the keys older than the next query's window; fp32 (fp64 for fp64 inputs).
@@ -94,19 +116,6 @@ class KVState:
     def tensors(self) -> tuple[Tensor, ...]:
         """All tensors, in the order of the fields."""
         return self.sums, self.norms, self.keys, self.values, self.length
-
-    @property
-    def batch_size(self) -> int:
-        return self.length.shape[0]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(x.nbytes for x in self.tensors())
-
-    def select_batch(self, index: Tensor) -> KVState:
-        """The rows `index` [B'] (int64) in that order: beam reordering, repetition, selection."""
-        return KVState(*(x.index_select(0, index.to(x.device)) for x in self.tensors()))
 
     def slot_positions(self) -> Tensor:
         """[B, C]: the position that each slot was last written with; negative where none was."""

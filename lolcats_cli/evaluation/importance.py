@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,7 +33,7 @@ from lolcats_cli.teacher.record import LayerInfo, Narrowing, narrowing
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ROWS = 4  # that are looked at, unless one says otherwise
+ROWS = 4  # that are looked at
 WINDOWS = (16, 64, 256, 1024, 4096, 16384)  # those below the length of the rows are measured
 BLOCK = 8  # layers that are on the device at a time
 DIGITS = 3  # that are kept of a measured loss
@@ -85,16 +86,14 @@ def measure_importance(
     model: PreTrainedModel, rows: Rows, layers: Sequence[LayerInfo], device: torch.device, progress: Progress
 ) -> Importance:
     """That of every layer with softmax attention, on the first of the rows."""
-    rows, windows = rows.select(torch.arange(min(ROWS, len(rows)))), measured_windows(rows.input_ids.shape[1])
+    rows, windows = _first(rows), measured_windows(rows.input_ids.shape[1])
     changes = {
         number: [Narrowing(number, window) for window in windows]
         for number, info in enumerate(layers)
         if info.has_attention
     }
     progress.note(f"measuring what {len(changes)} layers lose with windows of {', '.join(map(str, windows))}")
-    found = iter(divergences(model, rows, [x for several in changes.values() for x in several], device, progress))
-    losses = {number: tuple(next(found) for _ in several) for number, several in changes.items()}
-    return Importance(tuple(windows), losses, rows.tokens)
+    return Importance(tuple(windows), _by_layer(model, rows, changes, device, progress), rows.tokens)
 
 
 def rank_capture(
@@ -116,16 +115,31 @@ def _measure_heads(
     model: PreTrainedModel, rows: Rows, layers: Sequence[LayerInfo], device: torch.device, progress: Progress
 ) -> dict[str, Any]:
     """{"heads_window": the window, "heads": by layer the loss of every key head alone}, on the first of the rows."""
-    rows = rows.select(torch.arange(min(ROWS, len(rows))))
     window = max(w for w in measured_windows(rows.input_ids.shape[1]) if w <= 64)
     changes = {
         number: [Narrowing(number, window, head) for head in range(info.num_key_value_heads)]
         for number, info in enumerate(layers)
         if info.has_attention
     }
+    heads = _by_layer(model, _first(rows), changes, device, progress)
+    return {"heads_window": window, "heads": {str(number): list(losses) for number, losses in heads.items()}}
+
+
+def _first(rows: Rows) -> Rows:
+    """The rows that are looked at."""
+    return rows.select(torch.arange(min(ROWS, len(rows))))
+
+
+def _by_layer(
+    model: PreTrainedModel,
+    rows: Rows,
+    changes: Mapping[int, Sequence[Narrowing]],
+    device: torch.device,
+    progress: Progress,
+) -> dict[int, tuple[float, ...]]:
+    """By layer the divergences of its changes."""
     found = iter(divergences(model, rows, [x for several in changes.values() for x in several], device, progress))
-    heads = {str(number): [next(found) for _ in several] for number, several in changes.items()}
-    return {"heads_window": window, "heads": heads}
+    return {number: tuple(next(found) for _ in several) for number, several in changes.items()}
 
 
 def divergences(
@@ -190,12 +204,16 @@ def share_out(
     unit = max(1, window // UNITS)
     windows = dict.fromkeys(losses, min(unit, most))
     left = sum(costs[layer] * (window - windows[layer]) for layer in losses)
+
+    @cache
+    def loss(layer: int, size: int) -> float:
+        return loss_at(losses[layer], size)
+
     while True:
         best: tuple[float, int, int] | None = None
-        for layer, found in losses.items():
-            now = windows[layer]
+        for layer, now in windows.items():
             for longer in range(now + unit, min(most, now + left // costs[layer]) + 1, unit):
-                saved = (loss_at(found, now) - loss_at(found, longer)) / (costs[layer] * (longer - now))
+                saved = (loss(layer, now) - loss(layer, longer)) / (costs[layer] * (longer - now))
                 if saved > 0 and (best is None or saved > best[0]):
                     best = saved, layer, longer
         if best is None:

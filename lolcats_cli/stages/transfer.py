@@ -91,9 +91,8 @@ def transfer(
             worst = importance.by_loss(chosen, options.hybrid.window)
             kept |= set(worst[:keep_auto])
             chosen = sorted(worst[keep_auto:])
-        if auto_windows and importance is not None:
-            options = replace(options, windows=_windows(source, chosen, options, importance))
-        if importance is not None:
+            if auto_windows:
+                options = replace(options, windows=_windows(source, chosen, options, importance))
             _tell(chosen, kept, options, progress)
         fields: dict[str, Any] = {
             "config": {**options.to_config(), "layers": chosen, **({"keep_softmax": sorted(kept)} if kept else {})},
