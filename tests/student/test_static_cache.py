@@ -95,6 +95,17 @@ def test_nothing_moves(any_student, tokens):
 
 
 @torch.no_grad()
+def test_rows_are_repeated(any_student, tokens):
+    cache, plain = any_student.new_cache(64), any_student.new_cache()
+    for each in (cache, plain):
+        any_student(tokens, past_key_values=each)
+        each.batch_repeat_interleave(2)
+    step = tokens[:, :1].repeat_interleave(2, 0)
+    logits, expected = (any_student(step, past_key_values=each).logits for each in (cache, plain))
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
 def test_a_step_in_padding_changes_nothing(any_student, tokens):
     mask = torch.ones(2, 14, dtype=torch.long)
     mask[1, 12] = 0
