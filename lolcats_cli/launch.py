@@ -49,7 +49,7 @@ def launch(devices: Sequence[int], command: Sequence[str]) -> int:
 
 
 @contextmanager
-def _forwarded(processes: list[subprocess.Popen]) -> Iterator[None]:
+def _forwarded(processes: list[subprocess.Popen[bytes]]) -> Iterator[None]:
     """In this block SIGINT and SIGTERM go to the processes instead."""
 
     def forward(number: int, frame: object) -> None:

@@ -115,7 +115,7 @@ def pipeline(tiny_teacher: Path, tiny_text: Path, tmp_path_factory: pytest.TempP
     from lolcats_cli.stages.merge import merge
     from lolcats_cli.stages.transfer import transfer
     from lolcats_cli.stages.transfer_options import TransferOptions
-    from lolcats_cli.teacher.data import DataOptions
+    from lolcats_cli.teacher.records import DataOptions
 
     root = tmp_path_factory.mktemp("pipeline")
     made = SimpleNamespace(teacher=tiny_teacher, text=tiny_text)

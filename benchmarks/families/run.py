@@ -75,8 +75,8 @@ def stages(teacher: Path, text: Path, folder: Path, note: Callable[[str], None])
     from lolcats_cli.stages.merge import merge
     from lolcats_cli.stages.transfer import transfer
     from lolcats_cli.stages.transfer_options import TransferOptions
-    from lolcats_cli.teacher.data import DataOptions
     from lolcats_cli.teacher.load import LoadOptions
+    from lolcats_cli.teacher.records import DataOptions
 
     note("capture")
     captured = capture(str(teacher), str(text), folder / "capture", options=DataOptions(seq_len=20, samples=6))

@@ -36,7 +36,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase  # noqa: E402
 
 from lolcats_cli.main import exit_code  # noqa: E402
 from lolcats_cli.progress import Progress  # noqa: E402
-from lolcats_cli.teacher.data import DataOptions, read_rows  # noqa: E402
+from lolcats_cli.teacher.data import read_rows  # noqa: E402
+from lolcats_cli.teacher.records import DataOptions  # noqa: E402
 
 TEACHER = ROOT / "lolcats_cli" / "assets" / "teacher"
 VOCAB_SIZE = json.loads((TEACHER / "config.json").read_text())["vocab_size"]

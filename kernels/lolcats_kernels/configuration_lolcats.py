@@ -21,5 +21,5 @@ class LolcatsConfig(TeacherConfig):
     model_type = f"lolcats_{MODEL_TYPE}"
     _auto_class = "AutoConfig"
 
-    lolcats: dict | None = None
+    lolcats: dict[str, Any] | None = None
     sparse_cache_size: int = 0

@@ -82,4 +82,5 @@ def weighted(x: Tensor, weight: Tensor | None) -> Tensor:
 
 def sum_of_products(a: Tensor, b: Tensor) -> Tensor:
     """[..., F'] twice -> [..., 1]."""
-    return torch.linalg.vecdot(a, b)[..., None]
+    product: Tensor = torch.linalg.vecdot(a, b)
+    return product[..., None]

@@ -49,7 +49,7 @@ class LolcatsCacheLayer(CacheLayerMixin):
     supports_early_init = False
 
     def __init__(self, fixed: bool = False) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.is_compileable = self.fixed = fixed
         self._held: Any = None  # what has been allocated, if the layer is fixed
         self.tokens: Any = torch.zeros((), dtype=torch.int64) if fixed else 0

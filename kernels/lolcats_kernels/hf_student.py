@@ -48,13 +48,18 @@ class LolcatsMixin:
         """
         return _new_cache(cast(PreTrainedModel, self), max_length)
 
-    def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
+    def set_attn_implementation(self, attn_implementation: str | dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """Accepts "lolcats" only: with softmax attention the weights of a student would be another model."""
         if attn_implementation != NAME:
             raise ValueError(f"A student computes {NAME!r} attention. It cannot be set to {attn_implementation!r}.")
 
     def _prepare_cache_for_generation(
-        self, generation_config: Any, model_kwargs: dict, generation_mode: Any, batch_size: int, max_cache_length: int
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
     ) -> None:
         kind = generation_config.cache_implementation
         if kind not in (None, "dynamic", "static"):
@@ -273,7 +278,7 @@ def _lend_cache(module: nn.Module) -> None:
     module.register_forward_hook(_take_cache_back, always_call=True)
 
 
-def _hand_cache_over(module: nn.Module, args: tuple, kwargs: dict) -> None:
+def _hand_cache_over(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     given = [*(kwargs.get(name) for name in CACHE_ARGUMENTS), *(value for value in args if isinstance(value, Cache))]
     for past in given:
         if past is not None:
@@ -287,7 +292,7 @@ def _hand_cache_over(module: nn.Module, args: tuple, kwargs: dict) -> None:
                 )
 
 
-def _take_cache_back(module: nn.Module, args: tuple, output: object) -> None:
+def _take_cache_back(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
     _user(module).cache_layer = None
 
 
@@ -296,7 +301,9 @@ def _user(module: nn.Module) -> Any:
     return getattr(module, "hybrid", module)
 
 
-def _prepare_inputs(parameters: list[str], base: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def _prepare_inputs(
+    parameters: list[str], base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Before the base model runs: make the cache that it would make itself, as ours, and positions from padding.
 
     parameters: the names of its forward's, bound when the student is made, as torch.compile cannot look them up.
@@ -368,9 +375,9 @@ def _is_checkpointing(base: nn.Module) -> bool:
     return base.training and any(getattr(module, "gradient_checkpointing", False) for module in base.modules())
 
 
-def _num_tokens(kwargs: dict) -> int:
+def _num_tokens(kwargs: dict[str, Any]) -> int:
     inputs = kwargs.get("input_ids")
-    return (kwargs["inputs_embeds"] if inputs is None else inputs).shape[1]
+    return int((kwargs["inputs_embeds"] if inputs is None else inputs).shape[1])
 
 
 def _positions(mask: Tensor, tokens: int) -> Tensor:

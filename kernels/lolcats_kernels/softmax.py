@@ -6,6 +6,7 @@ Letters: see ../README.md; J keys, of which the queries' are the last.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,12 +27,12 @@ class AttentionSpec:
     softcap: float | None = None
     sinks: Tensor | None = field(default=None, compare=False)
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         known = {"scaling": self.scaling, "sliding_window": self.sliding_window, "softcap": self.softcap}
         return known if self.sinks is None else known | {"sinks": self.sinks.tolist()}
 
     @classmethod
-    def from_dict(cls, spec: dict) -> AttentionSpec:
+    def from_dict(cls, spec: dict[str, Any]) -> AttentionSpec:
         sinks = spec.get("sinks")
         return cls(**spec | {"sinks": None if sinks is None else torch.tensor(sinks, dtype=torch.float32)})
 

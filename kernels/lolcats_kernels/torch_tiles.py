@@ -151,7 +151,8 @@ class Tile:
 
     def of(self, x: Tensor) -> Tensor:
         """The tile's part of x [r, M L, N], as a view [r, c, L, N]."""
-        return x[:, self.tokens].unflatten(1, (-1, self.plan.chunk))
+        part: Tensor = x[:, self.tokens].unflatten(1, (-1, self.plan.chunk))
+        return part
 
     def queries(self, x: Tensor) -> Tensor:
         """x [r, M L, N] -> [r c, L, N]."""

@@ -52,7 +52,7 @@ def describe_lineage(artifact: Artifact) -> list[dict[str, Any]]:
 
 def _is_there(entry: dict[str, Any]) -> bool:
     try:
-        return Artifact.open(entry["path"], entry["kind"]).id == entry["id"]
+        return bool(Artifact.open(entry["path"], entry["kind"]).id == entry["id"])
     except (OSError, ValueError):  # nothing there, or no path at all
         return False
 
@@ -78,7 +78,7 @@ def describe_layer(artifact: Artifact, layer: int) -> dict[str, Any]:
     return {**_layer(artifact, layer, layers[layer]), "by_head": by_head, "tensors": tensors, "validation": events}
 
 
-def _layer(artifact: Artifact, index: int, layer: dict) -> dict[str, Any]:
+def _layer(artifact: Artifact, index: int, layer: dict[str, Any]) -> dict[str, Any]:
     figures = artifact.summary.get("layers", {}).get(str(index), {})
     windows = artifact.config.get("hybrid", {}).get("windows")
     return {

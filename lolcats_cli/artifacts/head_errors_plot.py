@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from lolcats_formats import Artifact
 
@@ -60,6 +61,6 @@ def plot(artifact: Artifact, file: Path) -> None:
     figure.savefig(file, dpi=150)
 
 
-def _floats(values: list) -> list[float]:
+def _floats(values: list[Any]) -> list[float]:
     """The values as numbers. A manifest writes NaN and infinities as words."""
     return [float(value) for value in values]

@@ -19,7 +19,8 @@ def maps_file(layer: int) -> str:
 
 def kept_layers(artifact: Artifact) -> list[int]:
     """The layers that keep their softmax attention, in a transfer and in everything that is made from it."""
-    return artifact.config.get("keep_softmax", [])
+    kept: list[int] = artifact.config.get("keep_softmax", [])
+    return kept
 
 
 def kept_config(artifact: Artifact) -> dict[str, list[int]]:

@@ -74,7 +74,7 @@ def common_options(
     """The options that all commands share. `main` looks for --debug itself."""
 
 
-def _read_config(path: Path, commands: dict[str, list]) -> dict[str, dict[str, Any]]:
+def _read_config(path: Path, commands: dict[str, list[Any]]) -> dict[str, dict[str, Any]]:
     """The file's options by command. Raises a usage error for an unknown option."""
     import yaml
 

@@ -78,14 +78,14 @@ def capture(
         raise UsageError("--select and --keep need each other. Give both, as in --select top-esl --keep 1000.")
     if store_dtype != "teacher" and store != "attention":
         raise UsageError(f"--store-dtype {store_dtype} needs --store attention. Give it, or leave out --store-dtype.")
-    checks.local_folder(teacher)
+    checks.folder(teacher)
     checks.data(data)
     checks.output(output, resume, force)
     o.launch_on(devices)
 
     from lolcats_cli.stages.capture import capture as run
-    from lolcats_cli.teacher.data import DataOptions
     from lolcats_cli.teacher.load import LoadOptions
+    from lolcats_cli.teacher.records import DataOptions
 
     return run(
         teacher,

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -81,14 +81,16 @@ def _run(ctx: typer.Context, args: list[str]) -> None:
         ctx.find_root().command.main(args, prog_name="lolcats", standalone_mode=False)
 
 
-def _evaluate(path: str, terms: tuple[str, ...]) -> dict:
+def _evaluate(path: str, terms: tuple[str, ...]) -> dict[str, Any]:
     from lolcats_cli.evaluation.evaluate import evaluate
     from lolcats_cli.loading.any_model import load_any
     from lolcats_cli.teacher.load import LoadOptions
 
     o.progress().note(f"loading {path}")
     loaded = load_any(path, LoadOptions(dtype="float32"))
-    return evaluate(loaded, str(VALIDATION), terms=terms, recall_count=RECALL_ROWS, progress=o.progress())["results"]
+    found = evaluate(loaded, str(VALIDATION), terms=terms, recall_count=RECALL_ROWS, progress=o.progress())
+    results: dict[str, Any] = found["results"]
+    return results
 
 
 def _samples(models: dict[str, str]) -> tuple[str, dict[str, str]]:

@@ -69,7 +69,7 @@ def evaluate(
     assert data is not None
 
     from lolcats_cli.evaluation.evaluate import evaluate as run
-    from lolcats_cli.teacher.data import DataOptions
+    from lolcats_cli.teacher.records import DataOptions
 
     o.progress().note(f"loading {given}")
     found = run(
@@ -91,7 +91,7 @@ def show(found: dict[str, Any], as_json: bool) -> None:
     print(json.dumps(found) if as_json else shown(found["results"]))
 
 
-def task_table(results: dict[str, dict]) -> str:
+def task_table(results: dict[str, dict[str, Any]]) -> str:
     """Accuracies by task, with their standard errors if there are any."""
     rows = [["", "shots", "acc", "acc_norm"]]
     for name, figures in results.items():
@@ -101,7 +101,7 @@ def task_table(results: dict[str, dict]) -> str:
     return columns(rows)
 
 
-def table(results: dict[str, dict]) -> str:
+def table(results: dict[str, dict[str, Any]]) -> str:
     """Results by name as a table: perplexity, nats per token, attention error, recall by distance."""
     distances = list(dict.fromkeys(d for figures in results.values() for d in figures["recall"]))
     header = ["", "perplexity", "nats/token", "attention MSE", "relative", *(f"recall@{d}" for d in distances)]

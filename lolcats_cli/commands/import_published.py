@@ -42,7 +42,7 @@ def import_published(
     if transfer is not None:
         checks.artifact(transfer, "transfer", teacher)
     elif teacher is not None:
-        checks.local_folder(teacher)
+        checks.folder(teacher)
     checks.output(output, resume, force, (teacher, transfer))
 
     from lolcats_kernels import HybridConfig

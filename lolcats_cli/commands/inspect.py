@@ -50,7 +50,7 @@ def show(found: dict[str, Any], as_json: bool) -> None:
     print(json.dumps(found) if as_json else "\n".join(_lines(found)))
 
 
-def _lines(value: dict, indent: str = "") -> list[str]:
+def _lines(value: dict[str, Any], indent: str = "") -> list[str]:
     """A nested dict as indented text; lists of records as tables."""
     lines = []
     width = max(map(len, value), default=0)

@@ -110,8 +110,8 @@ def lora(
 
     from lolcats_cli.stages.lora import RECIPES
     from lolcats_cli.stages.lora import lora as run
-    from lolcats_cli.teacher.data import DataOptions
     from lolcats_cli.teacher.load import LoadOptions
+    from lolcats_cli.teacher.records import DataOptions
 
     names = None if targets is None else tuple(targets.split(","))
     return run(

@@ -67,8 +67,8 @@ def report(
     measured = None
     if data:
         from lolcats_cli.reporting.measure import measure
-        from lolcats_cli.teacher.data import DataOptions
         from lolcats_cli.teacher.load import LoadOptions
+        from lolcats_cli.teacher.records import DataOptions
 
         measured = measure(
             opened,

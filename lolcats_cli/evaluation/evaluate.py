@@ -20,8 +20,9 @@ from lolcats_cli.evaluation.recall import recall_accuracy, recall_rows
 from lolcats_cli.loading.any_model import NO_NUMBERS, Loaded
 from lolcats_cli.progress import Progress
 from lolcats_cli.student.build import hybrid_modules, set_terms
-from lolcats_cli.teacher.data import DataOptions, Rows, read_rows
+from lolcats_cli.teacher.data import Rows, read_rows
 from lolcats_cli.teacher.load import model_limit
+from lolcats_cli.teacher.records import DataOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,7 +41,7 @@ def evaluate(
     recall_count: int = 64,
     seed: int = 0,
     progress: Progress = Progress(),
-) -> dict:
+) -> dict[str, Any]:
     """Measures perplexity and recall; of a student also the error of its attention, with both terms and each alone.
 
     Args:
@@ -103,7 +104,7 @@ def _text_figures(
     layers: list[AttentionSpec] | None,
     batch_size: int,
     advance: Callable[[int], object],
-) -> dict:
+) -> dict[str, Any]:
     losses, counts = [], []
     with _attention_error(model, layers) as error:
         for start in range(0, len(rows), batch_size):

@@ -95,7 +95,8 @@ def _encode(loaded: Loaded, prompt: str | list[dict[str, str]]) -> BatchEncoding
     """The prompt as tensors of one row. Raises UsageError for a conversation without a chat template."""
     tokenizer = loaded.tokenizer
     if isinstance(prompt, str):
-        return tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        encoded: BatchEncoding = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        return encoded
     if not tokenizer.chat_template:
         raise UsageError("--chat needs a chat template, and this tokenizer has none. Leave out --chat.")
     try:

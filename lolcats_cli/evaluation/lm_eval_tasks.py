@@ -43,7 +43,9 @@ def load_tasks(names: Sequence[str]) -> Tasks:
     return tasks
 
 
-def run_tasks(loaded: Loaded, tasks: Tasks, *, samples: int | None, batch_size: int, seed: int) -> dict[str, dict]:
+def run_tasks(
+    loaded: Loaded, tasks: Tasks, *, samples: int | None, batch_size: int, seed: int
+) -> dict[str, dict[str, Any]]:
     """Figures by task: `shots`, and what the harness measures, such as `acc` and `acc_stderr`.
 
     samples: the largest number of questions of each task; None for all.
@@ -52,7 +54,7 @@ def run_tasks(loaded: Loaded, tasks: Tasks, *, samples: int | None, batch_size: 
     from lm_eval.models.huggingface import HFLM
 
     model = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size)
-    results: dict[str, dict] = {}
+    results: dict[str, dict[str, Any]] = {}
     for name, items in tasks.items():
         shots = PAPER.get(name)
         seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), seed)

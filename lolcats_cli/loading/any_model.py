@@ -42,7 +42,7 @@ class Loaded:
     layers: list[AttentionSpec] | None = None
 
 
-def listed_files(artifact: Artifact) -> tempfile.TemporaryDirectory:
+def listed_files(artifact: Artifact) -> tempfile.TemporaryDirectory[str]:
     """A folder with the artifact's files and no others. Every byte is checked.
 
     Libraries use everything that lies in a model folder: an adapter beside the weights, a template, code.

@@ -18,8 +18,9 @@ from lolcats_cli.evaluation.generate import generate
 from lolcats_cli.loading.any_model import Loaded, load_any
 from lolcats_cli.loading.student import teacher_folder
 from lolcats_cli.progress import Progress
-from lolcats_cli.teacher.data import DataOptions, read_rows
+from lolcats_cli.teacher.data import read_rows
 from lolcats_cli.teacher.load import LoadOptions, model_limit
+from lolcats_cli.teacher.records import DataOptions
 
 PROMPT_TOKENS, SAMPLE_TOKENS = 64, 80
 CONTEXTS = (128, 1024)  # in front of the tokens that are timed

@@ -31,7 +31,7 @@ from lolcats_cli.stages.units import Statistics, record_units
 from lolcats_cli.stages.writing import Making, make_artifact
 from lolcats_cli.teacher import identity
 from lolcats_cli.teacher.blocks import Run, block
-from lolcats_cli.teacher.data import DataOptions, Rows, describe_rows, read_rows, split_numbers, split_rows
+from lolcats_cli.teacher.data import Rows, describe_rows, read_rows, split_numbers, split_rows
 from lolcats_cli.teacher.load import (
     LoadOptions,
     first_line,
@@ -44,6 +44,7 @@ from lolcats_cli.teacher.load import (
     runs_own_code,
 )
 from lolcats_cli.teacher.record import LayerInfo, probe, recording
+from lolcats_cli.teacher.records import DataOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -272,4 +272,6 @@ def _adapter_config(config: dict[str, Any]) -> dict[str, Any]:
     made = LoraConfig(
         r=config["rank"], lora_alpha=config["alpha"], target_modules=config["targets"], task_type="CAUSAL_LM"
     ).to_dict()
-    return json.loads(json.dumps(made | {"target_modules": config["targets"]}, default=lambda value: str(value.value)))
+    plain = json.dumps(made | {"target_modules": config["targets"]}, default=lambda value: str(value.value))
+    described: dict[str, Any] = json.loads(plain)
+    return described

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from lolcats_formats import Artifact, ArtifactWriter, differences
@@ -77,13 +78,13 @@ def join(
         "parents": opened[0].parents,
     }
 
-    def work(making: Making) -> dict:
+    def work(making: Making) -> dict[str, Any]:
         return joined.write(making.writer, progress)
 
     return make_artifact(output, kind, fields, work, resume=resume, force=force, progress=progress)
 
 
-def _identity(part: Artifact) -> dict:
+def _identity(part: Artifact) -> dict[str, Any]:
     found = {field: part.manifest[field] for field in COMMON[part.kind]}
     return {**found, "config": {key: value for key, value in part.config.items() if key != PART[part.kind]}}
 
@@ -110,7 +111,7 @@ class _Transfers:
         self.data = parts[0].data
         self.events = {id(part): part.metrics() for part in parts}
 
-    def write(self, writer: ArtifactWriter, progress: Progress) -> dict:
+    def write(self, writer: ArtifactWriter, progress: Progress) -> dict[str, Any]:
         with progress.task("join", len(self.covered), "layers") as advance:
             for layer in self.covered:
                 part = self.maker[layer]
@@ -159,7 +160,7 @@ class _Captures:
         self.data = describe_rows(self.rows, parts[0].data["path"])
         self.layout = Layout.of({"config": config, "teacher": parts[0].teacher, "data": self.data})
 
-    def write(self, writer: ArtifactWriter, progress: Progress) -> dict:
+    def write(self, writer: ArtifactWriter, progress: Progress) -> dict[str, Any]:
         layout, units = self.layout, list(self.layout.all_units())
         todo = [(unit, name) for unit in units for name in unit.files if not writer.has(name)]
         left = {name for _, name in todo}

@@ -60,7 +60,7 @@ def measure(
     *,
     terms: tuple[str, ...] = ("both", "window"),
     device: torch.device,
-) -> dict[int, dict]:
+) -> dict[int, dict[str, Any]]:
     """The figures of the layers on the validation rows.
 
     `mse` is that of the attention's output, `relative_mse` the same divided by the mean square of the softmax output,
@@ -72,11 +72,11 @@ def measure(
     return {layer: _figures(found[layer], maps[layer]) for layer in maps}
 
 
-def _figures(found: Errors, maps: HybridMaps) -> dict:
+def _figures(found: Errors, maps: HybridMaps) -> dict[str, Any]:
     errors = {term: error.sum().item() for term, error in found.errors.items()}
     by_head = (found.errors["both"] / found.powers.clamp(min=1e-30)).tolist()
     power = max(found.powers.sum().item(), 1e-30)
-    figures: dict = {
+    figures: dict[str, Any] = {
         "mse": errors["both"] / found.count,
         "relative_mse": errors["both"] / power,
         "head_relative_mse": by_head,
@@ -134,7 +134,8 @@ def errors_of(
 
 
 def _hybrid(batch: Batch, maps: HybridMaps, info: LayerInfo, terms: str = "both") -> Tensor:
-    return hybrid_attention(batch.q, batch.k, batch.v, maps, **_options(batch, info, terms))
+    out: Tensor = hybrid_attention(batch.q, batch.k, batch.v, maps, **_options(batch, info, terms))
+    return out
 
 
 def _options(batch: Batch, info: LayerInfo, terms: str) -> dict[str, Any]:

@@ -52,7 +52,7 @@ class LayerRun:
 
     @property
     def lr(self) -> float:
-        return self.optimizer.param_groups[0]["lr"]
+        return float(self.optimizer.param_groups[0]["lr"])
 
     def tell(self, event: str, **figures: float) -> None:
         """Add an event of this step."""
@@ -103,7 +103,7 @@ class Trained(NamedTuple):
     """
 
     maps: dict[str, Tensor]
-    figures: dict
+    figures: dict[str, Any]
     events: list[dict[str, Any]]
 
 

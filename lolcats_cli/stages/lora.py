@@ -26,8 +26,9 @@ from lolcats_cli.progress import Progress
 from lolcats_cli.stages.curves import trainer_callback
 from lolcats_cli.stages.writing import Making, make_artifact
 from lolcats_cli.student.build import hybrid_modules, linear_layers, projections
-from lolcats_cli.teacher.data import DataOptions, Rows, describe_rows, read_rows, split_rows
+from lolcats_cli.teacher.data import Rows, describe_rows, read_rows, split_rows
 from lolcats_cli.teacher.load import LoadOptions, load_tokenizer, model_limit
+from lolcats_cli.teacher.records import DataOptions
 
 if TYPE_CHECKING:
     import torch

@@ -122,7 +122,7 @@ class Arguments(TrainingArguments):
 
     @property
     def n_gpu(self) -> int:
-        return min(super().n_gpu, 1)
+        return min(int(super().n_gpu), 1)
 
     @property
     def device(self) -> torch.device:
@@ -160,7 +160,7 @@ def arguments(options: LoraOptions, device: torch.device, scratch: str) -> Argum
     )
 
 
-class TokenRows(Dataset):
+class TokenRows(Dataset[dict[str, Tensor]]):
     """The rows as a dataset for Trainer. Labels are the tokens themselves. Padding and first tokens are not predicted,
     and neither are tokens outside of completions, if the rows tell completions.
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from lolcats_formats import TensorInfo
 from lolcats_formats.tensors import read_header
+from lolcats_kernels import HybridConfig, HybridMaps
 from lolcats_kernels.hf_student import attention_modules, layer_index
-from lolcats_kernels.maps import HybridConfig, HybridMaps
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
@@ -162,7 +162,8 @@ def _build(folder: Path) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-            return auto_class(folder).from_config(config, trust_remote_code=False)
+            model: PreTrainedModel = auto_class(folder).from_config(config, trust_remote_code=False)
+            return model
     except Exception as error:
         if is_out_of_memory(error):
             raise

@@ -88,7 +88,7 @@ class RollingActivations(ComputedActivations):
 
     def _finished(self, number: int) -> bool:
         try:
-            return Artifact.open(self._place(number)).config == self._fields["config"]
+            return bool(Artifact.open(self._place(number)).config == self._fields["config"])
         except FormatError:
             return False
 

@@ -297,7 +297,7 @@ def _kept(source: Source, given: Collection[int | str], others: int) -> set[int]
     return kept
 
 
-def _figures(writer: ArtifactWriter, parent: Artifact, layer: int) -> dict:
+def _figures(writer: ArtifactWriter, parent: Artifact, layer: int) -> dict[str, Any]:
     """The figures that were saved with the layer's maps, perhaps by an earlier run, and those of the capture."""
     measured = parent.summary.get("layers", {}).get(str(layer), {})
     with safe_open(writer.path / maps_file(layer), framework="pt") as file:

@@ -86,7 +86,7 @@ class Adapter:
         if rank != stated:
             raise BadInput(f"{self.folder}: The adapter of {module} has rank {rank}. Its configuration says {stated}.")
         alpha = _by_pattern(self.config.get("alpha_pattern"), module, self.config["lora_alpha"])
-        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+        return float(alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank))
 
     def fold(self, name: str, weight: Tensor) -> Tensor:
         """The weight `name` with its change added, in the weight's dtype; [O, I], or [I, O] with fan_in_fan_out.

@@ -24,7 +24,7 @@ def cache_bytes(layers: Sequence[Mapping[str, Any]], tokens: int, itemsize: int)
 
 def value_dim(layer: Mapping[str, Any]) -> int:
     """The size of a head's values."""
-    return layer.get("v_head_dim") or layer["head_dim"]
+    return int(layer.get("v_head_dim") or layer["head_dim"])
 
 
 def student_bytes(

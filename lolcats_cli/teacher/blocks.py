@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -69,14 +69,16 @@ def block(model: PreTrainedModel, layers: range, device: torch.device, logits: b
     root: nn.Module = model if logits and last else model.base_model
     state: dict[str, Tensor | None] = {"hidden": None}
 
-    def begin(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    def begin(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if state["hidden"] is None:
             return None
         if args:
             return (state["hidden"], *args[1:]), kwargs
         return args, kwargs | {"hidden_states": state["hidden"]}
 
-    def end(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def end(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise _Reached(args[0] if args else kwargs["hidden_states"])
 
     @torch.no_grad()

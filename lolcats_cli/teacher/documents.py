@@ -169,19 +169,19 @@ def _message(message: Any, where: str) -> Message:
             raise RowFault(f"The {where} has from={str(message['from'])[:40]!r}, which is not one of {known}.")
         message = {"role": role, "content": message.get("value")}
     # Templates print a null as the word None, but they know what to do with a missing key.
-    message = {key: value for key, value in message.items() if value is not None}
-    content = message.get("content")
-    if not isinstance(message.get("role"), str):
-        raise RowFault(f"The {where} has no role. It has the keys {_shown(message)}.")
+    told: Message = {key: value for key, value in message.items() if value is not None}
+    content = told.get("content")
+    if not isinstance(told.get("role"), str):
+        raise RowFault(f"The {where} has no role. It has the keys {_shown(told)}.")
     if isinstance(content, list):  # a template that expects text would print the list as Python does
         if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
             raise RowFault(f"The {where} has parts that are not text.")
-        message["content"] = "".join(part["text"] for part in content)
-    elif content is None and "tool_calls" not in message:
+        told["content"] = "".join(part["text"] for part in content)
+    elif content is None and "tool_calls" not in told:
         raise RowFault(f"The {where} has no content.")
     elif content is not None and not isinstance(content, str):
         raise RowFault(f"The content of {where} is {kind_of(content)} instead of text.")
-    return message
+    return told
 
 
 def _chat(messages: list[Message], prompt: int | None, tools: Any, tokenizer: PreTrainedTokenizerBase) -> Document:

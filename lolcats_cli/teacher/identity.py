@@ -10,6 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from lolcats_cli.errors import BadInput, IdentityMismatch
 
@@ -68,7 +69,7 @@ def tokenizer_files(folder: Path) -> list[str]:
     return [name for name in (*VOCABULARY_FILES, *SETTINGS_FILES, *templates) if (folder / name).is_file()]
 
 
-def check(expected: dict, folder: Path | str) -> None:
+def check(expected: dict[str, Any], folder: Path | str) -> None:
     """Raises `IdentityMismatch`, with the differing fields, unless `folder` holds the `expected` teacher.
 
     The first artifacts do not record the tokenizer's settings. For these, the settings are not compared.
@@ -105,7 +106,7 @@ def find_folder(teacher: str) -> Path | None:
     return None
 
 
-def recorded_folder(expected: dict, artifact: Path) -> Path:
+def recorded_folder(expected: dict[str, Any], artifact: Path) -> Path:
     """The recorded folder of an artifact's teacher. Raises `BadInput` if it is no longer there."""
     folder = Path(expected["path"])
     if not folder.is_dir():
@@ -113,7 +114,7 @@ def recorded_folder(expected: dict, artifact: Path) -> Path:
     return folder
 
 
-def read_config(folder: Path) -> dict:
+def read_config(folder: Path) -> dict[str, Any]:
     """The folder's config.json. Raises `BadInput` if it is missing, not a JSON object, or has impossible sizes."""
     path = folder / "config.json"
     if not path.is_file():
@@ -125,7 +126,7 @@ def read_config(folder: Path) -> dict:
     return config
 
 
-def _check_sizes(config: dict, path: Path) -> None:
+def _check_sizes(config: dict[str, Any], path: Path) -> None:
     for name in (*LAYER_NAMES, *SIZE_NAMES):
         size, most = config.get(name), MAX_LAYERS if name in LAYER_NAMES else MAX_SIZE
         if isinstance(size, int) and not 1 <= size <= most:  # else what it means is the model's own matter
@@ -176,7 +177,7 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def read_object(path: Path, limit: int = MAX_CONFIG_BYTES) -> dict:
+def read_object(path: Path, limit: int = MAX_CONFIG_BYTES) -> dict[str, Any]:
     """The JSON object in a file of a model folder. Raises `BadInput` if it holds none, or more than `limit` bytes."""
     try:
         if path.stat().st_size > limit:

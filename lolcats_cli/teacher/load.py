@@ -163,7 +163,9 @@ def load_model(folder: Path, options: LoadOptions, loader: Any = None) -> PreTra
             f"The weights in {folder} lack {', '.join(sorted(report['missing_keys'])[:3])}. Download or save the model "
             "again."
         )
-    return (model if placement else model.to(device)).eval()
+    placed: PreTrainedModel = model if placement else model.to(device)
+    placed.eval()
+    return placed
 
 
 def model_limit(config: Any) -> int | None:

@@ -66,7 +66,7 @@ class LayerInfo:
     def has_attention(self) -> bool:
         return self.num_heads > 0
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         return {
             "num_heads": self.num_heads,
             "num_key_value_heads": self.num_key_value_heads,
@@ -76,7 +76,7 @@ class LayerInfo:
         }
 
     @classmethod
-    def from_dict(cls, layer: dict) -> LayerInfo:
+    def from_dict(cls, layer: dict[str, Any]) -> LayerInfo:
         heads = {key: layer[key] for key in ("num_heads", "num_key_value_heads", "head_dim")}
         spec = {key: value for key, value in layer.items() if key not in {*heads, "v_head_dim"}}
         return cls(**heads, spec=AttentionSpec.from_dict(spec), value_dim=layer.get("v_head_dim", 0))
@@ -230,7 +230,7 @@ def probe(model: PreTrainedModel, *, seed: int = 0) -> list[LayerInfo]:
 
 
 @contextmanager
-def _intercepted(model: PreTrainedModel, attention: Callable, mask: Callable) -> Iterator[None]:
+def _intercepted(model: PreTrainedModel, attention: Callable[..., Any], mask: Callable[..., Any]) -> Iterator[None]:
     """While open, `attention` computes every attention of `model`, with masks as `mask` makes them."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
@@ -258,7 +258,7 @@ def _spec(q: Tensor, options: dict[str, Any]) -> AttentionSpec:
     return AttentionSpec(scaling, options.get("sliding_window"), options.get("softcap"), sinks)
 
 
-def _own_attention(module: nn.Module) -> Callable:
+def _own_attention(module: nn.Module) -> Callable[..., Any]:
     """The attention function that the module's own code falls back to; every file of transformers has it by one name.
     Modules with an adapter have none, and are compared as a whole (`_compare_adapters`).
 
@@ -266,7 +266,7 @@ def _own_attention(module: nn.Module) -> Callable:
     """
     if adapter(module) is not None:
         return _plain_attention
-    own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    own: Callable[..., Any] | None = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     if own is None:
         raise BadInput(
             f"{type(module).__name__} cannot be linearized: its code has no eager_attention_forward, and the recorded "
@@ -300,7 +300,7 @@ def _compare_adapters(model: PreTrainedModel, valid: Tensor | None) -> Iterator[
     Raises `BadInput` from inside the forward pass, as `checking` does.
     """
 
-    def compare(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+    def compare(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         plain = deepcopy(module).float()
         for name in ("forward", "_old_forward", "_attn"):
             plain.__dict__.pop(name, None)

@@ -28,8 +28,8 @@ from lolcats_cli.stages.join import join
 from lolcats_cli.stages.transfer import transfer
 from lolcats_cli.stages.transfer_options import TransferOptions
 from lolcats_cli.stages.units import UnitRecord
-from lolcats_cli.teacher.data import DataOptions
 from lolcats_cli.teacher.load import LoadOptions
+from lolcats_cli.teacher.records import DataOptions
 
 LAYERS = 5
 DATA = DataOptions(seq_len=32, samples=22)

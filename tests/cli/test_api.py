@@ -20,8 +20,8 @@ from lolcats_cli import api
 from lolcats_cli.errors import BadInput, UsageError
 from lolcats_cli.stages.lora import LoraOptions
 from lolcats_cli.stages.transfer_options import TransferOptions
-from lolcats_cli.teacher.data import DataOptions
 from lolcats_cli.teacher.load import LoadOptions
+from lolcats_cli.teacher.records import DataOptions
 
 
 def test_importing_it_costs_nothing() -> None:

@@ -18,7 +18,7 @@ from lolcats_kernels import HybridConfig
 from lolcats_cli.stages.capture import capture
 from lolcats_cli.stages.transfer import transfer
 from lolcats_cli.stages.transfer_options import TransferOptions
-from lolcats_cli.teacher.data import DataOptions
+from lolcats_cli.teacher.records import DataOptions
 
 ROOT = Path(__file__).parents[2]
 ENV = os.environ | {

@@ -27,8 +27,8 @@ from lolcats_cli.stages.merge import merge
 from lolcats_cli.stages.transfer import transfer
 from lolcats_cli.stages.transfer_options import TransferOptions
 from lolcats_cli.student.build import check_servable
-from lolcats_cli.teacher.data import DataOptions
 from lolcats_cli.teacher.load import LoadOptions
+from lolcats_cli.teacher.records import DataOptions
 
 RUN = Path(__file__).parents[2] / "benchmarks" / "families" / "run.py"
 SIZES = {

@@ -12,7 +12,7 @@ import pytest
 from lolcats_formats import Artifact
 
 from lolcats_cli.stages.capture import capture
-from lolcats_cli.teacher.data import DataOptions
+from lolcats_cli.teacher.records import DataOptions
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "docs" / "slurm"

@@ -18,8 +18,9 @@ from lolcats_cli.evaluation.generate import Sampling, generate
 from lolcats_cli.loading.any_model import Loaded, load_any
 from lolcats_cli.stages.transfer import transfer
 from lolcats_cli.stages.transfer_options import TransferOptions
-from lolcats_cli.teacher.data import DataOptions, read_rows
+from lolcats_cli.teacher.data import read_rows
 from lolcats_cli.teacher.load import LoadOptions
+from lolcats_cli.teacher.records import DataOptions
 
 CPU = LoadOptions(device="cpu")
 OPTIONS = DataOptions(seq_len=48, samples=6)

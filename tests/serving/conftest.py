@@ -21,8 +21,8 @@ class Students:
 
     def __init__(self, root: Path) -> None:
         from lolcats_cli.stages.capture import capture
-        from lolcats_cli.teacher.data import DataOptions
         from lolcats_cli.teacher.load import LoadOptions
+        from lolcats_cli.teacher.records import DataOptions
 
         data, load = DataOptions(seq_len=512, samples=10), LoadOptions(dtype="float32")
         self.root = root

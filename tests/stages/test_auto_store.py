@@ -20,8 +20,8 @@ from lolcats_cli.progress import Progress
 from lolcats_cli.stages import auto_store
 from lolcats_cli.stages.capture import capture
 from lolcats_cli.stages.units import UnitRecord
-from lolcats_cli.teacher.data import DataOptions
 from lolcats_cli.teacher.record import probe
+from lolcats_cli.teacher.records import DataOptions
 from lolcats_cli.teacher.shape import read_shape
 
 LAYERS = 5

@@ -21,9 +21,9 @@ from lolcats_cli.errors import BadInput, NotEnoughSpace, Stopped
 from lolcats_cli.progress import Progress
 from lolcats_cli.stages.capture import capture
 from lolcats_cli.stages.units import UnitRecord
-from lolcats_cli.teacher.data import DataOptions
 from lolcats_cli.teacher.load import LoadOptions
 from lolcats_cli.teacher.record import LayerInfo
+from lolcats_cli.teacher.records import DataOptions
 
 OPTIONS = DataOptions(seq_len=32, samples=14)
 ROW_BYTES = 32 * (4 + 2 * 2) * 16 * 4  # of one layer: T · (H + 2K) · D · fp32

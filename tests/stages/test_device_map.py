@@ -17,8 +17,8 @@ from lolcats_cli.loading.any_model import load_any
 from lolcats_cli.loading.student import load_student
 from lolcats_cli.stages.lora import LoraOptions, lora
 from lolcats_cli.student.build import hybrid_modules
-from lolcats_cli.teacher.data import DataOptions
 from lolcats_cli.teacher.load import LoadOptions
+from lolcats_cli.teacher.records import DataOptions
 
 WHOLE = LoadOptions(device="cpu")
 LAYERS = {"model.embed_tokens": "disk", "model.layers.0": "cpu", "model.layers.1": "disk"}

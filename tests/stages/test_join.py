@@ -18,8 +18,8 @@ from lolcats_cli.stages.capture import capture
 from lolcats_cli.stages.join import join
 from lolcats_cli.stages.transfer import transfer
 from lolcats_cli.stages.transfer_options import TransferOptions
-from lolcats_cli.teacher.data import DataOptions
 from lolcats_cli.teacher.load import LoadOptions
+from lolcats_cli.teacher.records import DataOptions
 
 HYBRID = HybridConfig(window=8, feature_dim=16, linear_factor="exp")
 OPTIONS = TransferOptions(HYBRID, steps=6, grad_accum=4, lr=2e-2, eval_steps=3)  # of `pipeline`

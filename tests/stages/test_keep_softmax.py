@@ -24,8 +24,8 @@ from lolcats_cli.stages.lora import LoraOptions, lora
 from lolcats_cli.stages.merge import merge
 from lolcats_cli.stages.transfer import transfer
 from lolcats_cli.stages.transfer_options import TransferOptions
-from lolcats_cli.teacher.data import DataOptions
 from lolcats_cli.teacher.load import LoadOptions
+from lolcats_cli.teacher.records import DataOptions
 
 HYBRID = HybridConfig(window=8, feature_dim=16, linear_factor="exp")
 OPTIONS = TransferOptions(HYBRID, steps=2, grad_accum=2)

@@ -31,8 +31,9 @@ from lolcats_cli.stages.lora_training import arguments
 from lolcats_cli.stages.transfer import transfer
 from lolcats_cli.stages.transfer_options import TransferOptions
 from lolcats_cli.student.build import as_teacher
-from lolcats_cli.teacher.data import DataOptions, read_rows, split_rows
+from lolcats_cli.teacher.data import read_rows, split_rows
 from lolcats_cli.teacher.load import LoadOptions, load_tokenizer
+from lolcats_cli.teacher.records import DataOptions
 
 CPU = LoadOptions(device="cpu")
 QUICK = LoraOptions(train_maps=False, steps=2, grad_accum=2, eval_steps=2, lr=1e-2)

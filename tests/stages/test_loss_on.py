@@ -19,8 +19,9 @@ from lolcats_cli.stages.lora import LoraOptions, lora
 from lolcats_cli.stages.lora_training import IGNORED, TokenRows
 from lolcats_cli.stages.transfer import transfer
 from lolcats_cli.stages.transfer_options import TransferOptions
-from lolcats_cli.teacher.data import DataOptions, Rows
+from lolcats_cli.teacher.data import Rows
 from lolcats_cli.teacher.load import LoadOptions
+from lolcats_cli.teacher.records import DataOptions
 
 CPU = LoadOptions(device="cpu")
 QUICK = LoraOptions(steps=1, grad_accum=1, eval_steps=1, lr=0.0, loss_on="completion")

@@ -22,8 +22,8 @@ from lolcats_cli.stages.merge import merge
 from lolcats_cli.stages.mergeable import check_mergeable, teacher_files
 from lolcats_cli.stages.transfer import transfer
 from lolcats_cli.stages.transfer_options import TransferOptions
-from lolcats_cli.teacher.data import DataOptions
 from lolcats_cli.teacher.load import LoadOptions
+from lolcats_cli.teacher.records import DataOptions
 
 CPU = LoadOptions(device="cpu")
 

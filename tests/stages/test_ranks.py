@@ -19,8 +19,8 @@ from lolcats_cli.errors import UsageError
 from lolcats_cli.stages.capture import capture
 from lolcats_cli.stages.lora import LoraOptions, lora
 from lolcats_cli.stages.lora_training import Order
-from lolcats_cli.teacher.data import DataOptions
 from lolcats_cli.teacher.load import LoadOptions
+from lolcats_cli.teacher.records import DataOptions
 
 ROOT = Path(__file__).parents[2]
 ENV = os.environ | {

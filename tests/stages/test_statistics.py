@@ -20,8 +20,9 @@ from lolcats_cli.stages.capture import capture
 from lolcats_cli.stages.join import join
 from lolcats_cli.stages.transfer import transfer
 from lolcats_cli.stages.transfer_options import TransferOptions
-from lolcats_cli.teacher.data import DataOptions, split_numbers
+from lolcats_cli.teacher.data import split_numbers
 from lolcats_cli.teacher.record import LayerInfo
+from lolcats_cli.teacher.records import DataOptions
 
 OPTIONS = DataOptions(seq_len=32, samples=20)
 KEEP = 7

@@ -26,7 +26,7 @@ from lolcats_cli.stages.layer_start import OFF
 from lolcats_cli.stages.layer_training import Trained, train_layers
 from lolcats_cli.stages.transfer import transfer
 from lolcats_cli.stages.transfer_options import RECIPES, TransferOptions
-from lolcats_cli.teacher.data import DataOptions
+from lolcats_cli.teacher.records import DataOptions
 
 CPU = torch.device("cpu")
 HYBRID = HybridConfig(window=8, feature_dim=16, linear_factor="exp")

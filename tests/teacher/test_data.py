@@ -11,7 +11,8 @@ from transformers import AutoTokenizer
 
 from lolcats_cli.errors import BadInput
 from lolcats_cli.progress import Progress
-from lolcats_cli.teacher.data import DataOptions, Rows, read_rows, split_rows
+from lolcats_cli.teacher.data import Rows, read_rows, split_rows
+from lolcats_cli.teacher.records import DataOptions
 
 TEXTS = ["one white whale", "two men at sea", "a ship sang home"]
 PACKED, PADDED = DataOptions(seq_len=8), DataOptions(seq_len=20, pack=False)
