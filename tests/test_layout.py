@@ -27,9 +27,8 @@ ARROWS: dict[str, set[str]] = {
         "lolcats_cli.reporting",
         "lolcats_cli.loading",
         "lolcats_cli.artifacts",
-        "lolcats_cli.teacher.data",  # options that the command line fills in
         "lolcats_cli.teacher.identity",  # for mistakes that are told at once
-        "lolcats_cli.teacher.records",
+        "lolcats_cli.teacher.records",  # options that the command line fills in
         "lolcats_cli.teacher.load",
         "lolcats_kernels",
         "lolcats_formats",
@@ -58,6 +57,7 @@ ARROWS: dict[str, set[str]] = {
         "lolcats_cli.artifacts",
         "lolcats_cli.teacher.data",
         "lolcats_cli.teacher.load",
+        "lolcats_cli.teacher.records",
         "lolcats_cli.student",
         "lolcats_kernels",
         "lolcats_formats",
