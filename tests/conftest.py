@@ -111,7 +111,8 @@ def pipeline(tiny_teacher: Path, tiny_text: Path, tmp_path_factory: pytest.TempP
     from lolcats_kernels import HybridConfig
 
     from lolcats_cli.stages.capture import capture
-    from lolcats_cli.stages.lora import LoraOptions, lora
+    from lolcats_cli.stages.lora import lora
+    from lolcats_cli.stages.lora_options import LoraOptions
     from lolcats_cli.stages.merge import merge
     from lolcats_cli.stages.transfer import transfer
     from lolcats_cli.stages.transfer_options import TransferOptions

@@ -71,7 +71,8 @@ def stages(teacher: Path, text: Path, folder: Path, note: Callable[[str], None])
 
     from lolcats_cli.loading.any_model import load_any
     from lolcats_cli.stages.capture import capture
-    from lolcats_cli.stages.lora import LoraOptions, lora
+    from lolcats_cli.stages.lora import lora
+    from lolcats_cli.stages.lora_options import LoraOptions
     from lolcats_cli.stages.merge import merge
     from lolcats_cli.stages.transfer import transfer
     from lolcats_cli.stages.transfer_options import TransferOptions

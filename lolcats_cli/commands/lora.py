@@ -108,8 +108,8 @@ def lora(
     checks.tracker(log_to)
     o.launch_on(devices, given)
 
-    from lolcats_cli.stages.lora import RECIPES
     from lolcats_cli.stages.lora import lora as run
+    from lolcats_cli.stages.lora_options import RECIPES
     from lolcats_cli.teacher.load import LoadOptions
     from lolcats_cli.teacher.records import DataOptions
 

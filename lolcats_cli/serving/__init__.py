@@ -1,5 +1,7 @@
-"""Merged students in vLLM. vLLM calls `register` in each of its processes: it is the package's entry point in the group
-`vllm.general_plugins`."""
+"""Serves merged students in vLLM.
+
+`register` is this package's entry point in the group `vllm.general_plugins`. vLLM calls it in each of its processes.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,10 @@ ARCHITECTURE, MOE_ARCHITECTURE = "LolcatsForCausalLM", "LolcatsMoEForCausalLM"
 
 
 def register() -> None:
-    """Registers students with vLLM, and with transformers inside it. May be called again. Does not import torch."""
+    """Registers students with vLLM, and with the transformers that it uses.
+
+    It may be called more than once, and does not import torch.
+    """
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     from vllm import ModelRegistry

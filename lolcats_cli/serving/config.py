@@ -24,8 +24,11 @@ def vllm_is_known() -> bool:
 
 @cache
 def placeholder(model_type: str) -> type[PreTrainedConfig]:
-    """The class that transformers gets for students of a teacher's type. It makes the real class when it is used,
-    because there are many teachers' classes and they take long to import."""
+    """The configuration class that is registered with transformers for students of a teacher's type.
+
+    There are many types of teachers, and their classes take long to import. So this class imports the real one when a
+    configuration is loaded, and not before.
+    """
 
     def from_dict(cls: Any, /, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         return student_config_class(model_type).from_dict(config_dict, **kwargs)
@@ -47,7 +50,7 @@ class _Student:
         config = made[0] if isinstance(made, tuple) else made
         if any(getattr(config, name, 0) for name in EXPERT_COUNTS):
             config.architectures = ["LolcatsMoEForCausalLM"]
-        # vLLM reads the kinds of layers here too. If all are "full_attention", it takes the model for a plain one.
+        # vLLM reads `layer_types`. If all of them were "full_attention", it would take the student for a softmax model.
         config.teacher_layer_types = getattr(config, "layer_types", None)
         kind = "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
         kinds = config.teacher_layer_types or [kind] * config.num_hidden_layers
@@ -76,14 +79,15 @@ def student_config_class(model_type: str) -> type[PreTrainedConfig]:
 
 
 def __getattr__(name: str) -> Any:
-    """The classes above by their names. Unpickling a configuration in another process needs this."""
+    """Finds the classes that `student_config_class` makes by their names. A configuration that is unpickled in another
+    process needs this."""
     if name.startswith("StudentConfig_"):
         return student_config_class(name.removeprefix("StudentConfig_"))
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class OptionChecks:
-    """vLLM calls these for students, after it has resolved its options."""
+    """Checks a student and the options of vLLM. vLLM calls these methods after it has resolved its options."""
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:

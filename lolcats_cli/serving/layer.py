@@ -1,6 +1,6 @@
-"""A converted attention layer in vLLM: its state in vLLM's pages, and how a step's tokens find it.
+"""A converted attention layer in vLLM. Its states lie in the pages of memory that vLLM gives each sequence.
 
-Letters: see kernels/README.md; A tokens of a step, R of its sequences that decode.
+Letters: kernels/README.md has them. Besides, a step of vLLM has A tokens, and R of its sequences decode.
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ from vllm.v1.attention.backends.utils import mamba_get_block_table_tensor, split
 
 @dataclass(frozen=True)
 class StepMetadata:
-    """Which tokens of a step belong to whom. Those of sequences that decode come first, one each.
+    """Which tokens of a step belong to which sequence. Sequences that decode come first and have one token each.
 
-    slots [R], length [R]: as for `decode_in_slots`.
-    prompts: the other sequences, in groups.
-    num_tokens: how many tokens there are; what follows them is padding.
+    Attributes:
+        slots: [R] the slot of each decoding sequence's state, as for `decode_in_slots`.
+        length: [R] the tokens that each decoding sequence has had before this step.
+        prompts: the other sequences, in groups.
+        num_tokens: the number of tokens in the step. Padding follows them.
     """
 
     slots: Tensor
@@ -40,14 +42,14 @@ class StepMetadata:
 
 
 class StepMetadataBuilder(AttentionMetadataBuilder):
-    """Makes `StepMetadata`, once a step for all layers."""
+    """Makes the `StepMetadata` of a step. All layers share it."""
 
     reorder_batch_threshold = 1
     _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        # A CUDA graph of decoding reads these again and again, so they stay where they are.
+        # A CUDA graph of the decoding step reads these tensors at fixed addresses, so they are made once.
         most = vllm_config.scheduler_config.max_num_seqs
         self._slots = torch.full((most,), -1, dtype=torch.int32, device=device)
         self._length = torch.zeros(most, dtype=torch.int32, device=device)
@@ -60,7 +62,7 @@ class StepMetadataBuilder(AttentionMetadataBuilder):
         blocks = mamba_get_block_table_tensor(step.block_table_tensor, step.seq_lens, self.kv_cache_spec, mode)[:, 0]
         decoding, others, *_ = split_decodes_and_prefills(step, decode_threshold=self.reorder_batch_threshold)
         slots, length = self._slots[:decoding], self._length[:decoding]
-        # Rows without a sequence fill a graph's batch.
+        # A CUDA graph has a fixed number of rows. Those without a sequence get the slot -1.
         slots.copy_(torch.where(step.seq_lens[:decoding] > 0, blocks[:decoding], -1))
         length.copy_(step.compute_num_computed_tokens()[:decoding])
         prompts = []
@@ -84,7 +86,7 @@ class StudentBackend(LinearAttentionBackend):
 
 @dataclass(frozen=True)
 class LayerShape:
-    """The heads of a layer on one rank, and how its state is held: the sums in fp32, `dtype` is the model's."""
+    """The heads of a layer on one rank, and the model's dtype. The state's sums are fp32 for every dtype."""
 
     hybrid: HybridConfig
     num_heads: int
@@ -93,8 +95,11 @@ class LayerShape:
     dtype: torch.dtype
 
     def state_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Those of a slot's tensors, in the order of `SlotStates`. vLLM knows no empty tensors: without a window one
-        key and value are held in vain."""
+        """The shapes of a slot's tensors, in the order of `SlotStates`.
+
+        vLLM cannot have empty tensors. So a layer without a window has room for one key and one value, which it never
+        uses.
+        """
         with torch.device("meta"):
             maps = HybridMaps(self.hybrid, self.num_heads, self.head_dim)
         shapes = KVState.shapes(maps, 1, self.num_key_value_heads, self.head_dim)
@@ -105,10 +110,13 @@ class LayerShape:
 
 
 class HybridAttentionLayer(nn.Module, MambaBase):
-    """Serves one converted attention. vLLM gives it pages of memory, one or more for a sequence, and calls `_forward`
-    at the end of `forward`, outside of what it compiles.
+    """Serves one converted attention. vLLM gives each sequence one or more pages of memory for its state.
 
-    shape: the layer's own. room: what its pages have room for, the same in all layers.
+    `forward` is compiled by vLLM. It ends in a custom op that calls `_forward`, which is not compiled.
+
+    Args:
+        shape: the shape of this layer.
+        room: the shape that the pages have room for. It is the same in all layers.
     """
 
     kv_cache: tuple[Tensor, ...]
@@ -129,7 +137,7 @@ class HybridAttentionLayer(nn.Module, MambaBase):
         for parameter in self.maps.parameters():
             set_weight_attrs(parameter, {"weight_loader": sharded_weight_loader(0)})  # all begin with the heads
         self.shape, self.room, self.prefix = shape, room, prefix
-        # The sinks are the attention module's, and stay its parameter alone.
+        # In a dictionary, the sinks are not registered a second time: they are a parameter of the attention module.
         self.options: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
         self.has_sink = sinks is not None
         vllm_config.compilation_config.static_forward_context[prefix] = self
@@ -157,12 +165,12 @@ class HybridAttentionLayer(nn.Module, MambaBase):
         """query [A, H D], key and value [A, K D], after RoPE -> [A, H D]."""
         packed = torch.cat((query, key, value), -1).to(self.shape.dtype)
         output = torch.empty_like(query)
-        # Registered by the import of minimax_linear_attn; vLLM cuts what it compiles there.
+        # The import of minimax_linear_attn registers this op. vLLM does not compile across it.
         torch.ops.vllm.linear_attention(packed, output, packed, self.prefix)
         return output
 
     def _forward(self, hidden_states: Tensor, output: Tensor, positions: Tensor) -> None:
-        """Fills output [A, H D] from q, k and v beside each other in hidden_states."""
+        """Fills output [A, H D]. hidden_states holds q, k and v side by side."""
         shape = self.shape
         heads = [shape.num_heads, shape.num_key_value_heads, shape.num_key_value_heads]
         q, k, v = hidden_states.unflatten(-1, (-1, shape.head_dim)).split(heads, 1)

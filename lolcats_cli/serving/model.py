@@ -1,5 +1,8 @@
-"""Students in vLLM, over its Transformers modelling backend: the teacher's modules, with our layers for its converted
-attentions and vLLM's own for those that were kept softmax."""
+"""Students as models of vLLM's Transformers modelling backend.
+
+The modules are the teacher's. A converted attention gets a `HybridAttentionLayer`, and an attention that stayed softmax
+gets vLLM's own layer.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +24,10 @@ from lolcats_cli.serving.layer import HybridAttentionLayer, LayerShape
 
 
 def layer_shape(vllm_config: Any, layer: int | None = None) -> LayerShape:
-    """That of a converted layer, on one rank; without `layer` what all of them have room in: vLLM's pages have one
-    size."""
+    """The shape of a converted layer on one rank.
+
+    Without `layer`, it is the shape with the longest window, because vLLM's pages have one size for all layers.
+    """
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     student = model.hf_config.lolcats
     windows = student["hybrid"].get("windows")
@@ -37,7 +42,7 @@ def layer_shape(vllm_config: Any, layer: int | None = None) -> LayerShape:
 
 
 class StudentMixin:
-    """Stands before a class of vLLM's Transformers backend."""
+    """Makes a student of a model class of vLLM's Transformers backend, before which it stands in a list of bases."""
 
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: Any) -> tuple[tuple[int, ...], ...]:
@@ -49,7 +54,7 @@ class StudentMixin:
 
     @classmethod
     def get_mamba_state_copy_func(cls) -> tuple[Any, ...]:
-        """How a state is copied to another page, when prefixes are cached: each of its tensors whole."""
+        """How prefix caching copies a state to another page: each of its four tensors is copied whole."""
         return (get_temporal_copy_spec,) * 4
 
     @cached_property
@@ -81,7 +86,7 @@ class StudentMixin:
         this.hf_to_vllm_mapper |= WeightsMapper(orig_to_new_substr={".hybrid.": f".{VLLM_ATTN_ATTR}.maps."})
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        # vLLM reads every file of tensors where there is no index, as in older students: their golden logits too.
+        # Older students have no index of tensors. vLLM then reads all files, and their golden logits are no weights.
         golden = ("input_ids", "logits")
         return super().load_weights((name, tensor) for name, tensor in weights if name not in golden)  # type: ignore[misc, no-any-return]
 

@@ -1,5 +1,7 @@
-"""Where a layer's linear term starts with the linear factor "exp": at the mass that the softmax gives the keys before
-the window.
+"""Sets where the training of a layer's linear term starts, for the linear factor "exp".
+
+The term starts with the mass that softmax attention gives the keys before the window. A head's mass of some keys is the
+sum of their weights before they are divided by the denominator.
 
 Shapes: B batch, H query heads, T time.
 """
@@ -18,9 +20,9 @@ from torch import Tensor
 from lolcats_cli.stages.activations import Batch
 from lolcats_cli.teacher.record import LayerInfo
 
-OFF = -1e4  # a linear_logit that no score can make up for: the head is its window alone
-# The limits of `start_at_softmax_mass`: the tokens of a row (the memory is quadratic in them), the number of rows, and
-# the number of queries with keys before the window that every head needs.
+OFF = -1e4  # the linear_logit of a head without linear term: its exponential is 0
+# The limits of `start_at_softmax_mass`: the tokens of a row that it looks at (its memory is quadratic in them), the
+# number of rows, and the number of queries with keys before the window that it needs of every head.
 FIT_TOKENS, FIT_ROWS, FIT_QUERIES = 2048, 64, 256
 
 
@@ -28,9 +30,11 @@ FIT_TOKENS, FIT_ROWS, FIT_QUERIES = 2048, 64, 256
 def start_at_softmax_mass(
     maps: dict[int, HybridMaps], batches: Iterable[dict[int, Batch]], layers: Sequence[LayerInfo]
 ) -> None:
-    """Sets each head's `linear_logit` so that, on average over queries, the log of what the keys before the window sum
-    to in the linear term is that of the softmax. A layer looks at rows until every head has seen enough; a head that
-    never sees such a key is switched off."""
+    """Sets each head's `linear_logit` so that the linear term has the softmax's mass, by the mean log over queries.
+
+    A layer looks at one row after the other, until every head has seen `FIT_QUERIES` queries with keys before the
+    window. A head that has seen none is switched off.
+    """
     sums = {layer: torch.zeros(2, m.num_heads, device=m.linear_logit.device) for layer, m in maps.items()}
     wanting = set(maps)
     for batch in islice(batches, FIT_ROWS):
@@ -47,8 +51,11 @@ def start_at_softmax_mass(
 
 
 def _mass_gap(batch: Batch, maps: HybridMaps, info: LayerInfo) -> Tensor:
-    """By how much the linear term's log mass of the keys before the window falls short of the softmax's, of each query
-    of a row [H, T]; not finite where there is no such key."""
+    """By how much the linear term's log mass is smaller than the softmax's, for each query of the batch's first row.
+
+    Both are the mass of the keys before the window. Returns [H, T]. A query without such keys has a value that is not
+    finite.
+    """
     keep = slice(FIT_TOKENS) if batch.valid is None else batch.valid[0].nonzero()[:FIT_TOKENS, 0]
     q, k = (x[:1, :, keep].to(maps.linear_logit.device) for x in (batch.q, batch.k))
     position = torch.arange(q.shape[2], device=q.device)

@@ -1,4 +1,6 @@
-"""The training behind `lora`: transformers' Trainer on one device or several ranks. Importing it takes seconds.
+"""The training of `lora`. It uses transformers' Trainer, on one device or in several processes (ranks).
+
+To import this module takes seconds, so nothing imports it before all options are checked.
 
 Shapes: B batch, T time, V vocabulary.
 """
@@ -26,14 +28,13 @@ from lolcats_cli import ranks, stopping
 from lolcats_cli.errors import BadInput
 from lolcats_cli.progress import Advance, Progress
 from lolcats_cli.stages.checkpoints import Checkpoints
+from lolcats_cli.stages.lora_options import LoraOptions
 from lolcats_cli.student.build import as_teacher, hybrid_modules
 from lolcats_cli.teacher.data import Rows
 
 if TYPE_CHECKING:
     from lolcats_kernels.hf_attention import HybridAttention
     from peft import PeftModel
-
-    from lolcats_cli.stages.lora import LoraOptions
 
 POINTS = 200  # roughly the number of training losses that are logged of a run
 IGNORED = -100  # the label of a token that is not predicted
@@ -48,10 +49,20 @@ def train(
     progress: Progress,
     tracker: TrainerCallback | None = None,
 ) -> dict[str, Any]:
-    """Trains the parameters that require gradients. Continues from the last checkpoint.
+    """Trains the parameters that require gradients. If there is a checkpoint, it continues from there.
 
-    writer: of the artifact, on rank 0; None on the others. tracker: is told the losses too.
-    Raises BadInput for a training that diverges.
+    Args:
+        model: the student with PEFT's adapter.
+        splits: the rows of "train" and of "validation".
+        writer: writes the artifact on rank 0. It is None on the other ranks.
+        tracker: a callback of transformers that also receives the losses.
+
+    Returns:
+        The validation loss before the training (`initial_loss`) and after it (`loss`), in nats per token, and the
+        number of optimizer `steps`.
+
+    Raises:
+        BadInput: the training diverged.
     """
     scratch, saved = ranks.share(lambda: _resume_state(cast(ArtifactWriter, writer)))
     settings = arguments(options, device, scratch)
@@ -91,7 +102,7 @@ def train(
 
 
 def _resume_state(writer: ArtifactWriter) -> tuple[str, str | None]:
-    """(the folder for checkpoints, the checkpoint to go on from)."""
+    """The folder for checkpoints, and the checkpoint to continue from, if there is one."""
     saved = writer.restart()
     return str(writer.scratch), None if saved is None else str(saved)
 
@@ -105,7 +116,7 @@ def diverged(what: str, step: int, options: LoraOptions) -> BadInput:
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Writes PEFT's own folder with LoRA's weights, which are whole on every rank. It does not hold the maps."""
+    """Writes the adapter, but not the maps, as a folder of PEFT. Every rank has all of the adapter's weights."""
     weights = {name: parameter.detach() for name, parameter in model.named_parameters() if "lora_" in name}
     model.save_pretrained(str(folder), state_dict=weights, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's template of a model card says nothing
@@ -113,9 +124,10 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
 
 @dataclass
 class Arguments(TrainingArguments):
-    """Trainer's settings with one device. By itself it would use every GPU, and multiply the batch.
+    """Trainer's settings, restricted to one device. Trainer would otherwise use every GPU, each with a whole batch.
 
-    only_device: a GPU; None for the first, and in one of several ranks, which have one each anyway.
+    Attributes:
+        only_device: the GPU that is used. None means the first GPU, or the one that belongs to this rank.
     """
 
     only_device: str | None = None
@@ -126,12 +138,12 @@ class Arguments(TrainingArguments):
 
     @property
     def device(self) -> torch.device:
-        device = super().device  # sets the rest up
+        device = super().device  # it also sets up what else Trainer needs
         return device if self.only_device is None else torch.device(self.only_device)
 
 
 def arguments(options: LoraOptions, device: torch.device, scratch: str) -> Arguments:
-    """Trainer's settings for this process; `scratch` is the folder for its checkpoints."""
+    """Trainer's settings for this process. `scratch` is the folder for its checkpoints."""
     batch_size, grad_accum = options.share(ranks.size())
     return Arguments(
         output_dir=scratch,
@@ -161,10 +173,10 @@ def arguments(options: LoraOptions, device: torch.device, scratch: str) -> Argum
 
 
 class TokenRows(Dataset[dict[str, Tensor]]):
-    """The rows as a dataset for Trainer. Labels are the tokens themselves. Padding and first tokens are not predicted,
-    and neither are tokens outside of completions, if the rows tell completions.
+    """The rows as a dataset for Trainer. The labels are the tokens themselves.
 
-    The row after the last one is a row of which nothing is predicted.
+    The first token of a row and padding are not predicted. If the rows say which tokens belong to completions, the
+    other tokens are not predicted either. One blank row follows the last row, and none of its tokens is predicted.
     """
 
     def __init__(self, rows: Rows) -> None:
@@ -192,10 +204,13 @@ class TokenRows(Dataset[dict[str, Tensor]]):
 
 
 class Order(Sampler[int]):
-    """The numbers of all rows, once each, and blank rows after them, until every rank has as many batches.
+    """The order in which an epoch takes the rows. Every row comes once. Blank rows at the end give each rank the same
+    number of batches.
 
-    seed: shuffles the rows, differently in each epoch. The order is the same for any number of ranks. With None, the
-        rows stay in their order.
+    The order does not depend on the number of ranks.
+
+    Args:
+        seed: shuffles the rows, differently in each epoch. With None, the rows keep their order.
     """
 
     def __init__(self, rows: int, batch_size: int, seed: int | None) -> None:
@@ -215,18 +230,18 @@ class Order(Sampler[int]):
 
 
 def _negative_log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
-    """Summed over the predicted tokens: logits [B, T, V], labels [B, T]."""
+    """The negative log likelihood, summed over the predicted tokens. logits: [B, T, V]. labels: [B, T]."""
     flat = logits[:, :-1].float().flatten(0, 1)
     return F.cross_entropy(flat, labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum")
 
 
 def _text_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
-    """This batch's part of the mean over all tokens that an optimizer step predicts on all ranks."""
+    """What this batch adds to the loss of an optimizer step. That loss is the mean over the tokens of all ranks."""
     return _negative_log_likelihood(outputs.logits, labels) / num_items_in_batch
 
 
 class StudentTrainer(Trainer):
-    """A Trainer whose losses are means over tokens, independent of batches and ranks."""
+    """A Trainer whose losses are means over tokens. They do not depend on batches and ranks."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs, compute_loss_func=_text_loss)
@@ -239,7 +254,7 @@ class StudentTrainer(Trainer):
         return Order(len(eval_dataset), self.args.eval_batch_size, None)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Trainer's own would gather a teacher that is spread over the ranks, and adds a pickle that nobody reads."""
+        """Saves the adapter alone. Trainer's own method would gather all weights of the ranks and add a pickle."""
         if self.args.should_save:
             save_adapter(cast("PeftModel", self.model), Path(output_dir or str(self.args.output_dir)))
 
@@ -251,7 +266,7 @@ class StudentTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Trainer's own takes the mean of the batches' means."""
+        """Computes the mean loss over all tokens. Trainer's own method takes the mean of the batches' means."""
         model = cast("PeftModel", self.model).eval()
         total, count = 0.0, 0
         with torch.no_grad():
@@ -267,8 +282,11 @@ class StudentTrainer(Trainer):
 
 
 class Distiller(StudentTrainer):
-    """Trains on the teacher's predictions: the mean over tokens of KL(teacher || student). The teacher is the same
-    weights, as they were. Validation stays next-token cross-entropy."""
+    """Trains on the teacher's predictions. The loss is the mean of KL(teacher || student) over tokens.
+
+    The teacher is the same model with its adapter switched off and softmax attention switched on. The validation loss
+    is still the cross-entropy of the next token.
+    """
 
     def compute_loss(
         self,
@@ -288,10 +306,14 @@ class Distiller(StudentTrainer):
 
 
 class Reporter(TrainerCallback):
-    """Trainer's events, into our metrics, progress and checkpoints; and the end of a training that diverges.
+    """Receives Trainer's events. It logs metrics, shows progress, takes checkpoints, and ends trainings that diverge.
 
-    `initial` and `loss` are the first and the last validation's, the latter after `evaluated` steps; `losses` are
-    the training losses since the last event.
+    Attributes:
+        initial: the loss of the first validation.
+        loss: the loss of the last validation.
+        evaluated: the number of steps before the last validation.
+        losses: the training losses since the last one that was logged.
+        since: when the work that the next checkpoint saves ended. Checkpoints measure their own cost from there.
     """
 
     def __init__(
@@ -302,10 +324,10 @@ class Reporter(TrainerCallback):
         self.advance: Advance = lambda done=1, **figures: None
         self.initial, self.loss, self.evaluated = math.nan, math.nan, -1
         self.losses: list[float] = []
-        self.since = 0.0  # when the work that precedes a save ended
+        self.since = 0.0
 
     def load(self, folder: Path) -> None:
-        """Continue from a checkpoint: our part of it."""
+        """Restores this object's state and the feature maps from a checkpoint. Trainer restores the rest."""
         vars(self).update(json.loads((folder / "reporter.json").read_text()))
         for hybrid in self.maps:
             hybrid.load_state_dict(load_file(folder / f"maps-{hybrid.layer_idx}.safetensors"))
@@ -329,7 +351,7 @@ class Reporter(TrainerCallback):
         agreed = ranks.most(2 if stopping.requested() else int(due))
         if agreed == 2:
             stopping.request("a signal to another rank")
-        # Not at the end: Trainer resumed there would go on, and what is left takes seconds.
+        # There is no checkpoint after the last step: a Trainer that resumes there would train on.
         control.should_save = state.global_step < state.max_steps and agreed > 0
         self.advance(1)
 

@@ -18,7 +18,7 @@ from lolcats_kernels import HybridConfig
 import lolcats_cli as lolcats
 from lolcats_cli import api
 from lolcats_cli.errors import BadInput, UsageError
-from lolcats_cli.stages.lora import LoraOptions
+from lolcats_cli.stages.lora_options import LoraOptions
 from lolcats_cli.stages.transfer_options import TransferOptions
 from lolcats_cli.teacher.load import LoadOptions
 from lolcats_cli.teacher.records import DataOptions

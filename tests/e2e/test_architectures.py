@@ -22,7 +22,8 @@ from lolcats_cli.errors import BadInput
 from lolcats_cli.loading.any_model import load_any
 from lolcats_cli.loading.merged import load_merged
 from lolcats_cli.stages.capture import capture
-from lolcats_cli.stages.lora import LoraOptions, lora
+from lolcats_cli.stages.lora import lora
+from lolcats_cli.stages.lora_options import LoraOptions
 from lolcats_cli.stages.merge import merge
 from lolcats_cli.stages.transfer import transfer
 from lolcats_cli.stages.transfer_options import TransferOptions

@@ -84,7 +84,7 @@ def test_the_defaults_are_those_of_the_commands() -> None:
     from lolcats_cli.commands.lora import lora
     from lolcats_cli.commands.transfer import transfer
     from lolcats_cli.stages import merge
-    from lolcats_cli.stages.lora import LoraOptions
+    from lolcats_cli.stages.lora_options import LoraOptions
     from lolcats_cli.stages.transfer_options import TransferOptions
 
     def default(command: object, name: str) -> object:

@@ -15,7 +15,8 @@ from lolcats_cli.errors import UsageError
 from lolcats_cli.evaluation.evaluate import evaluate
 from lolcats_cli.loading.any_model import load_any
 from lolcats_cli.loading.student import load_student
-from lolcats_cli.stages.lora import LoraOptions, lora
+from lolcats_cli.stages.lora import lora
+from lolcats_cli.stages.lora_options import LoraOptions
 from lolcats_cli.student.build import hybrid_modules
 from lolcats_cli.teacher.load import LoadOptions
 from lolcats_cli.teacher.records import DataOptions

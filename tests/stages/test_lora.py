@@ -26,7 +26,8 @@ from lolcats_cli.loading.student import load_student
 from lolcats_cli.stages import checkpoints, lora_training
 from lolcats_cli.stages.capture import capture
 from lolcats_cli.stages.checkpoints import Checkpoints
-from lolcats_cli.stages.lora import LoraOptions, lora
+from lolcats_cli.stages.lora import lora
+from lolcats_cli.stages.lora_options import LoraOptions
 from lolcats_cli.stages.lora_training import arguments
 from lolcats_cli.stages.transfer import transfer
 from lolcats_cli.stages.transfer_options import TransferOptions

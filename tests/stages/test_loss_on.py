@@ -15,7 +15,8 @@ from lolcats_cli.errors import BadInput, UsageError
 from lolcats_cli.loading.student import load_student
 from lolcats_cli.stages.capture import capture
 from lolcats_cli.stages.join import join
-from lolcats_cli.stages.lora import LoraOptions, lora
+from lolcats_cli.stages.lora import lora
+from lolcats_cli.stages.lora_options import LoraOptions
 from lolcats_cli.stages.lora_training import IGNORED, TokenRows
 from lolcats_cli.stages.transfer import transfer
 from lolcats_cli.stages.transfer_options import TransferOptions

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from lolcats_cli.errors import BadInput
 from lolcats_cli.loading.any_model import load_any
 from lolcats_cli.stages.capture import capture
-from lolcats_cli.stages.lora import LoraOptions, lora
+from lolcats_cli.stages.lora import lora
+from lolcats_cli.stages.lora_options import LoraOptions
 from lolcats_cli.stages.merge import merge
 from lolcats_cli.stages.mergeable import check_mergeable, teacher_files
 from lolcats_cli.stages.transfer import transfer

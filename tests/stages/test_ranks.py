@@ -17,7 +17,8 @@ from lolcats_formats import Artifact
 from lolcats_cli import ranks
 from lolcats_cli.errors import UsageError
 from lolcats_cli.stages.capture import capture
-from lolcats_cli.stages.lora import LoraOptions, lora
+from lolcats_cli.stages.lora import lora
+from lolcats_cli.stages.lora_options import LoraOptions
 from lolcats_cli.stages.lora_training import Order
 from lolcats_cli.teacher.load import LoadOptions
 from lolcats_cli.teacher.records import DataOptions

@@ -1,0 +1,68 @@
+"""The options of `lora`, and the recipes that choose them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lolcats_cli.errors import UsageError
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """How the adapter is trained; the defaults are of the recipe "best".
+
+    Attributes:
+        rank, alpha, dropout, targets: PEFT's `r`, `lora_alpha`, `lora_dropout` and `target_modules`; without targets,
+            all projections of the attentions.
+        train_maps: train the feature maps and γ too.
+        match: what the student's predictions are trained on: the "text" (next-token cross-entropy), or the "teacher"'s
+            predictions on it (KL divergence), at the cost of one forward pass of the teacher more.
+        loss_on: "all" tokens, or those of a "completion" alone: the answers to prompts, the assistant's turns.
+        batch_size, grad_accum: rows per forward pass, and passes per optimizer step.
+        epochs, steps: length of the training; `steps` wins.
+        lr, clip: AdamW's learning rate; the largest gradient norm.
+        schedule: of the learning rate: "plateau" (reduced when the validation loss no longer falls) or "linear" (to 0
+            at the last step).
+        eval_steps: optimizer steps between validations.
+        seed: initial adapter, dropout, and the order of the rows.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] | None = None
+    train_maps: bool = True
+    match: str = "text"
+    loss_on: str = "all"
+    batch_size: int = 1
+    grad_accum: int = 2
+    epochs: int = 2
+    steps: int | None = None
+    lr: float = 5e-4
+    clip: float = 1.0
+    schedule: str = "plateau"
+    eval_steps: int = 400
+    seed: int = 0
+
+    def share(self, processes: int) -> tuple[int, int]:
+        """(rows per forward pass, passes per optimizer step) of each process. The processes share the rows of a step.
+
+        Raises UsageError if they cannot share them evenly.
+        """
+        rows, rest = divmod(self.batch_size * self.grad_accum, processes)
+        if rest or not rows:
+            raise UsageError(
+                f"An optimizer step has {self.batch_size * self.grad_accum} rows (--batch-size times --grad-accum), "
+                f"which {processes} processes cannot share evenly. Take a multiple of {processes}, "
+                f"as with --grad-accum {-(-self.grad_accum // processes) * processes}."
+            )
+        batch_size = max(size for size in range(1, self.batch_size + 1) if rows % size == 0)
+        return batch_size, rows // batch_size
+
+
+# The options that a recipe stands for. Options that are given win. "lolcats" has the paper's for 8B models, and "best"
+# has those that gave better students with the same number of tokens (docs/quality.md).
+RECIPES = {
+    "best": LoraOptions(),
+    "lolcats": LoraOptions(train_maps=False, grad_accum=8, lr=1e-4, eval_steps=100),
+}
