@@ -20,7 +20,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -72,7 +71,7 @@ def make_lora(folder: Path, teacher: Path) -> None:
     with ArtifactWriter.create(
         folder,
         "lora",
-        config={"hybrid": asdict(hybrid)},
+        config={"hybrid": hybrid.to_dict()},
         teacher={"path": str(teacher), "layers": [head] * config.num_hidden_layers, **identify(teacher)},
         data={"tokens": 0},
         tool="benchmark",

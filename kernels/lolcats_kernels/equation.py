@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .spec import QUERY_BOUND, HybridConfig
 
@@ -31,6 +32,23 @@ def key_masks(query: Tensor, key: Tensor, config: HybridConfig) -> KeyMasks:
     query, key = query[..., :, None], key[..., None, :]
     start = window_start(query, config)
     return KeyMasks((key >= start) & (key <= query), (key < start) & (key <= query))
+
+
+class Forgetting(NamedTuple):
+    """How much a decay has forgotten, as exponents: the linear term of a key is multiplied by exp(-exponent)."""
+
+    of_keys: Tensor  # [B, H, queries, J]: inf for keys that are not older than the query's window
+    before: Tensor  # [B, H, queries]: of what was in the sums before the first key
+
+
+def forgetting(g: Tensor, start: Tensor, older: Tensor) -> Forgetting:
+    """For J keys without gaps, of which each shrinks the sums by exp(-g) when it enters them.
+
+    g [B, H, J]; start [queries]: how many of the keys are older than each query's window; older [queries, J] bool.
+    """
+    entered = pad(g.cumsum(-1), (1, 0))
+    before = entered[..., start]
+    return Forgetting((before[..., None] - entered[..., None, 1:]).masked_fill(~older, torch.inf), before)
 
 
 def cap_scores(scores: Tensor, softcap: float | None) -> Tensor:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import softplus
 
 from .equation import repeat_heads
 from .feature_map import FeatureMap
@@ -40,6 +41,8 @@ class HybridMaps(nn.Module):
         q_bias, k_bias [H, F]: t2r only; they start at 0.
         window_logit [H]: gamma = sigmoid(window_logit), the weight of the window's terms. Not with "exp", which has
         linear_logit [H], q_slope [H, D] and k_slope [H, D]: l, u and w of the equation. They start at 0.
+        decay_bias [H] and decay_slope [H, D]: with `decay`, b and a of the equation. They start at -4 and 0: sums
+        fall by 1/e over 55 keys.
 
     Raises ValueError when the sizes or `window_factor` (the initial gamma, between 0 and 1) are not possible.
     """
@@ -67,6 +70,9 @@ class HybridMaps(nn.Module):
         else:
             logit = math.log(window_factor / (1 - window_factor))
             self.window_logit = nn.Parameter(torch.full((num_heads,), logit))
+        if config.decay:
+            self.decay_bias = nn.Parameter(torch.full((num_heads,), -4.0))
+            self.decay_slope = nn.Parameter(torch.zeros(num_heads, head_dim))
 
     @property
     def feature_map(self) -> FeatureMap:
@@ -106,6 +112,14 @@ class HybridMaps(nn.Module):
     def key_logits(self, k: Tensor) -> Tensor | None:
         """w . k, without its bound: k [B, K, T, D] -> [B, H, T], fp32 (fp64 for fp64); None unless "exp"."""
         return _per_head(k, self.k_slope) if self.config.linear_factor == "exp" else None
+
+    def decays(self, k: Tensor) -> Tensor | None:
+        """g of the equation, softplus(b + a . k): k [B, K, T, D] -> [B, H, T], fp32 (fp64 for fp64); None without
+        `decay`."""
+        if not self.config.decay:
+            return None
+        slopes = _per_head(k, self.decay_slope)
+        return softplus(slopes + self.decay_bias.to(slopes.dtype)[:, None])
 
     def term_weights(self, dtype: torch.dtype = torch.float32) -> TermWeights:
         """gamma and the constant λ of eq. 7, in `dtype`."""

@@ -11,6 +11,8 @@ c_n = max_win s_ni:
 gamma = sigmoid(window_logit); lambda is 1, or 1 - gamma ("affine"). The linear term is not shifted by c_n, so
 c_n is part of the meaning, for the gradients too. With "exp" gamma is 1 and lambda is exp(query_logits - c_n), so
 that c_n cancels as in a softmax. A head's sink b is one more key of every window, with the score b and the value 0.
+
+With `decay`, phi_k(k_i) is multiplied by exp(-sum g_j), over the keys j of old after i: g_j = softplus(b + a . k_j).
 """
 
 from __future__ import annotations
@@ -33,9 +35,10 @@ def _unnormalised(
     spec: CallSpec,
     masks: KeyMasks,
     sinks: Tensor | None,
+    forgotten: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Every key's weight before the division, [B, H, T, keys]; what is below the line, and lambda, [B, H, T, 1].
-    masks: bool [B, 1, T, keys]."""
+    masks: bool [B, 1, T, keys]. forgotten [B, H, T, keys]: the exponents of the decay, if there is one."""
     gamma, linear_weight = (x[:, None, None] for x in maps.term_weights(q.dtype))
     scores = cap_scores(q @ k.transpose(-1, -2) * spec.scaling, spec.softcap).masked_fill(~masks.window, -torch.inf)
     # c_n; any number will do where there is no window
@@ -50,6 +53,8 @@ def _unnormalised(
         linear_weight = bounded_exp(torch.where(has_window, logits[..., None] - m, 0))
     window = gamma * torch.exp(scores - m)
     linear = linear_weight * (phi_q @ phi_k.transpose(-1, -2)).masked_fill(~masks.older, 0)
+    if forgotten is not None:
+        linear = linear * torch.exp(-forgotten)
     weights = window + linear
     denominator = weights.sum(-1, keepdim=True)
     if b is not None:
@@ -88,9 +93,17 @@ def _weights(
     position = valid.cumsum(1) - 1
     masks = _masks(position, position, valid, valid, spec)
     phi_q, phi_k = maps.q_features(q), maps.k_features(k)
+    later = _later_decays(k, maps, position)
+    forgotten = None if later is None else masks.older.to(dtype) @ later
     k = repeat_heads(k, maps.num_heads)
-    weights, denominator, _ = _unnormalised(q, k, phi_q, phi_k, maps, spec, masks, sinks)
+    weights, denominator, _ = _unnormalised(q, k, phi_q, phi_k, maps, spec, masks, sinks, forgotten)
     return safe_divide(weights, denominator)
+
+
+def _later_decays(k: Tensor, maps: HybridMaps, position: Tensor) -> Tensor | None:
+    """g of each key for every key before it, else 0: [B, H, keys, keys before]; None without `decay`."""
+    g = maps.decays(k)
+    return None if g is None else g[..., None] * (position[:, :, None] > position[:, None, :])[:, None]
 
 
 def _masks(query: Tensor, key: Tensor, query_valid: Tensor, key_valid: Tensor, spec: CallSpec) -> KeyMasks:
@@ -136,14 +149,23 @@ def reference_attention(
     masks = _masks(position, key_position, valid, live, spec)
     qs, ks, vs = q.to(dtype), repeat_heads(k, heads).to(dtype), repeat_heads(v, heads).to(dtype)
     phi_q, phi_k = maps.q_features(q), maps.k_features(k)
-    weights, denominator, linear_weight = _unnormalised(qs, ks, phi_q, phi_k, maps, spec, masks, sinks)
+    later, g = _later_decays(k, maps, key_position), maps.decays(k)
+    older = masks.older.to(dtype)
+    forgotten = None if later is None else older @ later
+    weights, denominator, linear_weight = _unnormalised(qs, ks, phi_q, phi_k, maps, spec, masks, sinks, forgotten)
     numerator = weights @ vs
     if initial_state is not None and spec.has_linear:
-        numerator = numerator + linear_weight * (phi_q @ initial_state.sums)
-        denominator = denominator + linear_weight * (phi_q @ initial_state.norms[..., None])
+        left_over = linear_weight if g is None else linear_weight * torch.exp(-(older @ g[..., None]))
+        numerator = numerator + left_over * (phi_q @ initial_state.sums)
+        denominator = denominator + left_over * (phi_q @ initial_state.norms[..., None])
     out = torch.where(mask, safe_divide(numerator, denominator), 0).to(q.dtype)
     if not return_state:
         return out, None
     left = live & (key_position < window_start(length, config)[:, None])
+    if later is not None and g is not None:
+        entered = left[:, None, None].to(dtype)  # [B, 1, 1, keys]
+        phi_k = phi_k * torch.exp(-(entered @ later)).transpose(-1, -2)
+        if initial_state is not None:
+            initial_state = initial_state.decayed((entered @ g[..., None])[:, :, 0, 0])
     sums = masked_sums(phi_k, v, left, initial_state)
     return out, KVState(*sums, *next_ring(config, k, v, key_position, live, length), length)

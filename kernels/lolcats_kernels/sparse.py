@@ -62,10 +62,12 @@ def sparse_attention(
     """Hybrid attention that keeps `size` keys of those that have left the window; other arguments as for
     `hybrid_attention`, which also says what becomes of padding. -> out [B, H, T, Dv] in q's dtype, and the state.
 
-    Raises ValueError for a window of 0, and for a state of another size.
+    Raises ValueError for a window of 0, maps with a decay, and a state of another size.
     """
     if not maps.config.window:
         raise ValueError("A sparse cache holds keys that left the window, and this student has no window (window=0).")
+    if maps.config.decay:
+        raise ValueError("A sparse cache is not for students whose linear term forgets (decay).")
     spec, state = CallSpec(maps.config, scaling, softcap), initial_state
     wanted = q.dtype
     q, k, v = (x.to(common_dtype(q, k, v)) for x in (q, k, v))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import asdict, astuple, dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -44,7 +44,7 @@ def check_count(name: str, value: object, least: int) -> None:
 
 @dataclass(frozen=True)
 class HybridConfig:
-    """What kind of hybrid attention a model uses. Plain data: `asdict(config)`, and back `HybridConfig(**d)`.
+    """What kind of hybrid attention a model uses. Plain data: `config.to_dict()`, and back `HybridConfig(**d)`.
 
     feature_map: hedgehog, t2r or elu.
     feature_dim: F, the size of Hedgehog's weights; it gives 2F features. t2r and elu ignore it: their F is D.
@@ -53,6 +53,8 @@ class HybridConfig:
         counted from the first: the query's block up to itself and the whole block before).
     linear_factor: what the weight λ of the linear term is: one; affine (1 - gamma); or exp, learned on the softmax's
         own scale, exp(l + u . q_n - c_n) for the query and exp(w . k_j) for each key. gamma is then 1.
+    decay: whether the linear term forgets: each key that enters the sums shrinks what is in them, by a factor that is
+        learned from the key.
 
     Raises ValueError naming the field when a value is not possible.
     """
@@ -62,6 +64,7 @@ class HybridConfig:
     window: int = 64
     layout: str = "sliding"
     linear_factor: str = "one"
+    decay: bool = False
 
     def __post_init__(self) -> None:
         check_choice("feature_map", self.feature_map, tuple(MAPS))
@@ -69,6 +72,10 @@ class HybridConfig:
         check_count("window", self.window, 0)
         check_choice("layout", self.layout, LAYOUTS)
         check_choice("linear_factor", self.linear_factor, LINEAR_FACTORS)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields; `decay` only where it is on, as configurations were before there was one."""
+        return {name: value for name, value in asdict(self).items() if name != "decay" or value}
 
     @property
     def map(self) -> FeatureMap:
@@ -106,7 +113,7 @@ class CallSpec:
     terms: str = "both"
 
     SCHEMA: ClassVar[str] = (
-        "str feature_map, int feature_dim, int window, str layout, str linear_factor, "
+        "str feature_map, int feature_dim, int window, str layout, str linear_factor, bool decay, "
         "float scaling, float? softcap, str terms"
     )
 
@@ -127,12 +134,13 @@ class CallSpec:
         window: int,
         layout: str,
         linear_factor: str,
+        decay: bool,
         scaling: float,
         softcap: float | None,
         terms: str,
     ) -> CallSpec:
         """What `encode` was called on."""
-        config = HybridConfig(feature_map, feature_dim, window, layout, linear_factor)
+        config = HybridConfig(feature_map, feature_dim, window, layout, linear_factor, decay)
         return cls(config, scaling, softcap, terms)
 
     @property

@@ -8,7 +8,7 @@ and values from it on.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Self
 
 import torch
@@ -116,6 +116,11 @@ class KVState(BatchState):
     def tensors(self) -> tuple[Tensor, ...]:
         """All tensors, in the order of the fields."""
         return self.sums, self.norms, self.keys, self.values, self.length
+
+    def decayed(self, exponent: Tensor) -> KVState:
+        """With sums that are exp(-exponent) of these; exponent [B, H]."""
+        kept = torch.exp(-exponent)[..., None]
+        return replace(self, sums=self.sums * kept[..., None], norms=self.norms * kept)
 
     def slot_positions(self) -> Tensor:
         """[B, C]: the position that each slot was last written with; negative where none was."""

@@ -1,6 +1,7 @@
 """Hybrid attention in linear time and memory, in PyTorch. It runs where there is no faster kernel.
 
-Letters: see ../README.md. `torch_chunks` computes rows of tokens, `torch_decoding` one token after a state.
+Letters: see ../README.md. `torch_chunks` computes rows of tokens, `torch_decay` those of maps with a decay, and
+`torch_decoding` one token after a state.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from .rows import RowResults, attend_in_rows
 from .spec import CallSpec, compute_dtype
 from .state import KeySums, KVState, masked_sums
 from .torch_chunks import Inputs, Results, chunked_forward
+from .torch_decay import decaying_rows
 from .torch_decoding import decode_step
 
 
@@ -95,8 +97,9 @@ def chunked_attention(
             return_state=return_state,
             consume_state=consume_state,
         )
+    rows = decaying_rows if maps.config.decay else _chunked_rows
     return attend_in_rows(
-        partial(_chunked_rows, sinks=sinks),
+        partial(rows, sinks=sinks),
         *(q, k, v, maps, spec),
         valid=valid,
         initial_state=initial_state,

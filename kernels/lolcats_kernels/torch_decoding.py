@@ -136,10 +136,17 @@ def _fold(
     *,
     in_place: bool,
 ) -> tuple[Tensor, Tensor]:
-    """S and z with the keys [B, K, N, D] added where take [B, 1, N, 1]."""
-    phi = maps.k_features(keys)
+    """S and z with the keys [B, K, N, D], in order, added where take [B, 1, N, 1]."""
+    phi, g = maps.k_features(keys), maps.decays(keys)
     if take is not None:
         phi = phi * take
+    if g is not None:
+        if take is not None:
+            g = g * take[..., 0]
+        total = g.sum(-1, keepdim=True)  # [B, H, 1]
+        phi = phi * torch.exp(g.cumsum(-1) - total)[..., None]
+        shrink = Tensor.mul_ if in_place else Tensor.mul
+        sums, norms = shrink(sums, torch.exp(-total)[..., None]), shrink(norms, torch.exp(-total))
     batch, heads, _, features = phi.shape
     # Query heads of one key head lie together, so that they share its values without a copy.
     grouped = phi.unflatten(1, (keys.shape[1], -1)).permute(0, 1, 2, 4, 3).flatten(2, 3)  # [B, K, G F', N]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import asdict
 from typing import Any
 
 from lolcats_formats import Artifact
@@ -38,7 +37,7 @@ def hybrid_entry(artifact: Artifact) -> dict[str, Any]:
     """What a student's configuration says of its hybrid attention: `layer_config` takes it."""
     hybrid = artifact.config["hybrid"]
     fields = {name: value for name, value in hybrid.items() if name != "windows"}
-    return asdict(HybridConfig(**fields)) | ({"windows": hybrid["windows"]} if "windows" in hybrid else {})
+    return HybridConfig(**fields).to_dict() | ({"windows": hybrid["windows"]} if "windows" in hybrid else {})
 
 
 def recorded_heads(artifact: Artifact, layers: Collection[int]) -> dict[int, tuple[int, int]]:

@@ -19,8 +19,8 @@ def transfer(
     recipe: Annotated[
         Literal["best", "lolcats"],
         typer.Option(
-            help="Defaults of --feature-dim, --linear-factor, --gamma, --grad-accum, --lr and --eval-steps; lolcats: "
-            "the paper's."
+            help="Defaults of --feature-dim, --linear-factor, --decay, --gamma, --grad-accum, --lr and --eval-steps; "
+            "lolcats: the paper's."
         ),
     ] = "best",
     feature_map: Annotated[Literal["hedgehog", "t2r", "elu"], typer.Option(help="The feature map.")] = "hedgehog",
@@ -40,6 +40,13 @@ def transfer(
     linear_factor: Annotated[
         Literal["one", "affine", "exp"] | None,
         typer.Option(help="Weight of the linear term: 1; 1 - gamma; or learned on the softmax's scale (best)."),
+    ] = None,
+    decay: Annotated[
+        bool | None,
+        typer.Option(
+            "--decay/--no-decay",
+            help="Let the linear term forget, as it learns to from each key: on if --window is 0, else off.",
+        ),
     ] = None,
     gamma: Annotated[
         float | None,
@@ -131,7 +138,7 @@ def transfer(
     from lolcats_cli.stages.transfer_options import recipe_for
     from lolcats_cli.teacher.load import LoadOptions
 
-    base = recipe_for(recipe, next(x["head_dim"] for x in opened.teacher["layers"] if x["num_heads"]))
+    base = recipe_for(recipe, next(x["head_dim"] for x in opened.teacher["layers"] if x["num_heads"]), window)
     return run(
         given,
         output,

@@ -14,7 +14,7 @@ import json
 import os
 import re
 import zipfile
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -83,7 +83,7 @@ def import_maps(
         )
     sizes = {maps["q_weight"].shape[-1] for maps in found.values() if "q_weight" in maps}
     if hybrid.feature_map == "hedgehog" and len(sizes) == 1:
-        hybrid = HybridConfig(**{**asdict(hybrid), "feature_dim": sizes.pop()})
+        hybrid = replace(hybrid, feature_dim=sizes.pop())
     states = {
         layer: _state(checkpoint, layer, maps, HybridMaps(hybrid, infos[layer].num_heads, infos[layer].head_dim))
         for layer, maps in sorted(found.items())
@@ -91,7 +91,7 @@ def import_maps(
     kept = sorted(set(range(len(infos))) - set(states))
     fields = {
         "config": {
-            "hybrid": asdict(hybrid),
+            "hybrid": hybrid.to_dict(),
             "layers": sorted(states),
             "imported": {"path": str(checkpoint), "sha256": digest},
             **({"keep_softmax": kept} if kept else {}),

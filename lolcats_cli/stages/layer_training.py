@@ -25,7 +25,7 @@ from lolcats_cli.progress import Advance
 from lolcats_cli.stages.activations import Batch, Source
 from lolcats_cli.stages.checkpoints import Checkpoints
 from lolcats_cli.stages.layer_losses import drops_window, errors_of, layer_loss, measure
-from lolcats_cli.stages.layer_start import OFF, start_at_softmax_mass
+from lolcats_cli.stages.layer_start import OFF, start_at_softmax_distance, start_at_softmax_mass
 from lolcats_cli.stages.transfer_options import TransferOptions
 from lolcats_cli.teacher.record import LayerInfo
 
@@ -182,6 +182,8 @@ def begin(source: Source, layers: list[int], options: TransferOptions, device: t
         )
         for layer, info in ((layer, source.layers[layer]) for layer in layers)
     }
+    if options.hybrid.decay:
+        start_at_softmax_distance(maps, source.batches(layers, "train", 1), source.layers)
     if options.hybrid.linear_factor == "exp":
         start_at_softmax_mass(maps, source.batches(layers, "train", 1), source.layers)
     return {layer: LayerRun(maps[layer], options) for layer in layers}

@@ -65,6 +65,7 @@ class TransferOptions:
     def to_config(self) -> dict[str, Any]:
         """As an artifact records them."""
         config = {name: value for name, value in asdict(self).items() if value is not None}
+        config["hybrid"] = self.hybrid.to_dict()
         if not self.window_dropout:
             del config["window_dropout"]  # as in transfers that were begun before there was such an option
         if self.windows is not None:
@@ -84,13 +85,14 @@ RECIPES = {
 }
 
 
-def recipe_for(name: str, head_dim: int) -> TransferOptions:
-    """The options of a recipe, for a teacher whose heads have this size.
+def recipe_for(name: str, head_dim: int, window: int) -> TransferOptions:
+    """The options of a recipe, for a teacher whose heads have this size, and a student with this window.
 
+    Without a window "best" has a decay: the linear term alone must then find the last keys, which text needs most.
     The paper gives heads of 128 Hedgehog maps of 64 columns, as many features as the head has dimensions. "lolcats"
     does so for every size.
     """
     base = RECIPES[name]
     if name == "best":
-        return base
+        return replace(base, hybrid=replace(base.hybrid, decay=window == 0))
     return replace(base, hybrid=replace(base.hybrid, feature_dim=max(1, head_dim // 2)))

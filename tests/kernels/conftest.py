@@ -175,6 +175,7 @@ _OPTIONS: dict[str, st.SearchStrategy] = dict(
     window=st.sampled_from((0, 1, 3, 8, 64, 70, 300)),
     layout=st.sampled_from(LAYOUTS),
     linear_factor=st.sampled_from(LINEAR_FACTORS),
+    decay=st.booleans(),
 )
 # For Triton's interpreter, whose time goes by programs: more than one block of each kind all the same.
 _SMALL = {
@@ -183,6 +184,7 @@ _SMALL = {
     "time": st.integers(1, 44),
     "cuts": st.lists(st.integers(0, 44), max_size=2),
     "window": st.sampled_from((0, 1, 3, 8, 16, 20, 64)),
+    "decay": st.just(False),
 }
 
 
@@ -196,6 +198,7 @@ _GRID = {
     "feature_dim": st.sampled_from((1, 16, 64, 128, 256)),
     "cuts": st.sampled_from(((40,), (100, 101))),
     "window": st.sampled_from((0, 1, 16, 64, 70, 300)),
+    "decay": st.just(False),
 }
 
 

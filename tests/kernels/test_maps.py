@@ -1,7 +1,6 @@
 """Feature maps and their configuration."""
 
 import json
-from dataclasses import asdict
 
 import pytest
 import torch
@@ -27,7 +26,7 @@ def test_config_says_what_is_wrong(field, value, words):
 
 def test_config_is_plain_data():
     config = HybridConfig("t2r", 16, 0, "terraced", "affine")
-    assert HybridConfig(**json.loads(json.dumps(asdict(config)))) == config
+    assert HybridConfig(**json.loads(json.dumps(config.to_dict()))) == config
 
 
 @pytest.mark.parametrize("factor", [0.0, 1.0, -0.1])

@@ -58,13 +58,17 @@ def token_by_token(case, scaling):
                 for s in window:
                     weights[s] = gamma * math.exp(scores[s] - top)
                 phi_q = features(q[b, h, t], maps, "q", h)
-                for s in older:
+                fade = 1.0  # of what is in the sums, through the keys after it
+                for s in reversed(older):
                     phi_k = features(k[b, key_head, s], maps, "k", h)
                     if config.linear_factor == "exp":
                         key = min(max((maps.k_slope[h] @ k[b, key_head, s]).item(), -20.0), 20.0)
                         query = maps.linear_logit[h].item() + (maps.q_slope[h] @ q[b, h, t]).item()
                         factor = math.exp(key + min(0 if top is None else query - top, 60.0))
-                    weights[s] = factor * sum(x * y for x, y in zip(phi_q, phi_k, strict=True))
+                    weights[s] = fade * factor * sum(x * y for x, y in zip(phi_q, phi_k, strict=True))
+                    if config.decay:
+                        logit = maps.decay_bias[h].item() + (maps.decay_slope[h] @ k[b, key_head, s]).item()
+                        fade /= 1 + math.exp(logit)  # exp(-softplus)
                 total = sum(weights.values()) + (0 if sink is None else gamma * math.exp(sink - top))
                 if total > 0:
                     out[b, h, t] = sum(w * v[b, key_head, s] for s, w in weights.items()) / total
@@ -89,6 +93,7 @@ def test_reference_is_the_equation(make_case, data):
         layout=data.draw(st.sampled_from(LAYOUTS)),
         linear_factor=data.draw(st.sampled_from(LINEAR_FACTORS)),
         sinks=data.draw(st.sampled_from((None, 0.0, 4.0))),
+        decay=data.draw(st.booleans()),
     )
     with torch.no_grad():
         torch.testing.assert_close(case.run("reference"), token_by_token(case, 0.4), rtol=1e-12, atol=1e-13)

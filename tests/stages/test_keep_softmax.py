@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -173,7 +173,7 @@ def test_windows_by_layer_travel_through_every_stage(deep: SimpleNamespace, tmp_
     tuned = lora(made.path, tmp_path / "lora", options=LORA)
     student = merge(tuned.path, tmp_path / "student")
     for artifact in (made, tuned, student):
-        assert artifact.config["hybrid"] == {**asdict(HYBRID), "windows": list(windows)}
+        assert artifact.config["hybrid"] == {**HYBRID.to_dict(), "windows": list(windows)}
     assert "4 to 12, by layer" in (student.path / "README.md").read_text()
     unmerged = load_any(str(tuned.path), LoadOptions(dtype="float32")).model
     merged = AutoModelForCausalLM.from_pretrained(student.path, trust_remote_code=True, dtype=torch.float32)

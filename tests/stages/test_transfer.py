@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import islice
 from math import inf
 from pathlib import Path
@@ -160,6 +160,8 @@ KINDS = {
     "exp, terraced": {"linear_factor": "exp", "layout": "terraced"},
     "exp, pure linear": {"linear_factor": "exp", "window": 0},
     "pure linear": {"window": 0},
+    "pure linear, decay": {"window": 0, "linear_factor": "exp", "decay": True},
+    "decay": {"decay": True},
     "t2r": {"feature_map": "t2r"},
     "elu": {"feature_map": "elu"},
     "more features than the head": {"feature_dim": 24},
@@ -200,6 +202,23 @@ def test_exp_starts_with_the_mass_that_softmax_gives_the_older_keys(pipeline: Si
     torch.testing.assert_close(linear, softmax)
     published = train_layer(source, 0, replace(PAPERS, steps=0)).figures
     assert figures["mse"] < published["mse"]
+
+
+def test_a_decay_starts_with_the_distance_at_which_softmax_looks(pipeline: SimpleNamespace) -> None:
+    source = StoredActivations(Artifact.open(pipeline.capture))
+    options = replace(OPTIONS, steps=0, hybrid=replace(HYBRID, decay=True))
+    maps = train_layer(source, 0, options).maps
+    batch, spec = next(iter(source.batches([0], "train", 1)))[0], source.layers[0].spec
+    assert not maps["decay_slope"].any()
+    for head in range(4):
+        weight = distance = 0.0
+        for n in range(batch.q.shape[2]):
+            row = (batch.q[0, head, n] @ batch.k[0, head // 2, : n + 1].T * spec.scaling).softmax(0)
+            for i in range(n - HYBRID.window + 1):
+                weight += row[i].item()
+                distance += row[i].item() * (n - HYBRID.window - i)
+        g = torch.nn.functional.softplus(maps["decay_bias"][head]).item()
+        assert 1 / g == pytest.approx(1 + distance / weight, rel=1e-3)
 
 
 @pytest.mark.parametrize("lr", [2e-2, 0.2, 5.0])
@@ -438,7 +457,7 @@ def test_a_window_over_the_whole_row_is_softmax_attention(pipeline: SimpleNamesp
 
 def test_manifest_holds_what_was_resolved(pipeline: SimpleNamespace) -> None:
     artifact = Artifact.open(pipeline.transfer)
-    assert artifact.config["hybrid"] == asdict(HYBRID)
+    assert artifact.config["hybrid"] == HYBRID.to_dict()
     assert (artifact.config["layers"], artifact.config["steps"], artifact.config["seed"]) == ([0, 1], 6, 0)
     assert artifact.parents[0]["id"] == Artifact.open(pipeline.capture).id
     for figures in artifact.summary["layers"].values():

@@ -23,6 +23,8 @@ CONFIGS = [
     HybridConfig(window=3, feature_map="elu"),
     HybridConfig(window=6, feature_dim=8, linear_factor="exp"),
     HybridConfig(window=4, feature_dim=8, layout="terraced", linear_factor="exp"),
+    HybridConfig(window=0, feature_dim=8, linear_factor="exp", decay=True),
+    HybridConfig(window=4, feature_dim=8, layout="terraced", decay=True),
 ]
 KEPT = [[0], [1]]
 

@@ -15,6 +15,7 @@ CONFIGS = [
     HybridConfig(window=6, feature_dim=8, linear_factor="exp"),
     HybridConfig(window=4, feature_dim=8, layout="terraced"),
     HybridConfig(window=0, feature_map="t2r"),
+    HybridConfig(window=6, feature_dim=8, linear_factor="exp", decay=True),
 ]
 KEPT = [[0], [1]]
 

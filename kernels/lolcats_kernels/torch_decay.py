@@ -1,0 +1,111 @@
+"""The attention of the chunked path for maps with a decay: linear time, one chunk after the other.
+
+Letters: see ../README.md; J keys of a chunk's band, l its queries. Autograd differentiates it. The band of a chunk is
+the chunk itself and, where there is a window, the chunk before: softmax sees no key before it. Keys of the band that
+are older than a query's window enter its linear term one by one, and those before the band by their sums.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .equation import bounded_exp, cap_scores, forgetting, key_masks, repeat_heads, safe_divide, window_start
+from .maps import HybridMaps
+from .rows import RowResults
+from .spec import CallSpec, HybridConfig, compute_dtype
+from .state import KeySums, KVState
+
+_CHUNK = 64
+
+
+def decaying_rows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    maps: HybridMaps,
+    spec: CallSpec,
+    *,
+    sinks: Tensor | None,
+    initial_state: KVState | None,
+    num_summed: Tensor | None,
+) -> RowResults:
+    """Rows without gaps, as `attend_in_rows` asks for."""
+    dtype, time, size = compute_dtype(q.dtype), q.shape[2], _chunk(spec.config)
+    sums = None if initial_state is None else KeySums(initial_state.sums, initial_state.norms)
+    outs, begin = [], 0  # the band's first key
+    for first in range(0, time, size):
+        end = min(first + size, time)
+        band, last = slice(begin, end), end == time
+        keys, values = k[:, :, band].to(dtype), repeat_heads(v[:, :, band], q.shape[1]).to(dtype)
+        phi, g = maps.k_features(keys), maps.decays(keys)
+        assert g is not None, "maps with a decay"
+        position = torch.arange(begin, end, device=q.device)
+        outs.append(_attend(q[:, :, first:end].to(dtype), keys, values, phi, g, position, maps, spec, sinks, sums))
+        leaving = slice(0, (end if last or not spec.config.window else first) - begin)
+        if last and num_summed is None:
+            break
+        mask = None if num_summed is None else position[leaving] < num_summed[:, None]
+        sums = _fold(phi[:, :, leaving], values[:, :, leaving], g[:, :, leaving], mask, sums)
+        begin += leaving.stop
+    return RowResults(torch.cat(outs, 2), None if num_summed is None else sums)
+
+
+def _chunk(config: HybridConfig) -> int:
+    """Tokens of a chunk, at least the window; a chunk does not end inside a terrace."""
+    window = config.window
+    return max(window, _CHUNK) if config.layout == "sliding" or not window else -(-_CHUNK // window) * window
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    phi_k: Tensor,
+    g: Tensor,
+    position: Tensor,
+    maps: HybridMaps,
+    spec: CallSpec,
+    sinks: Tensor | None,
+    sums: KeySums | None,
+) -> Tensor:
+    """Eq. 7 for the last queries of a band: q [B, H, l, D]; k [B, K, J, D]; v [B, H, J, Dv]; phi_k [B, H, J, F'];
+    g [B, H, J]; position [J]; sums before the band -> [B, H, l, Dv]."""
+    own = position[-q.shape[2] :]
+    masks = key_masks(own, position, spec.config)
+    gamma, factor = (x[:, None, None] for x in maps.term_weights(q.dtype))
+    phi_q, logits = maps.q_features(q), maps.query_logits(q)
+    weights = q.new_zeros(*q.shape[:3], len(position))
+    sink_weight: Tensor | float = 0.0
+    if spec.has_window:
+        scores = cap_scores(q @ repeat_heads(k, q.shape[1]).transpose(-1, -2) * spec.scaling, spec.softcap)
+        scores = scores.masked_fill(~masks.window, -torch.inf)
+        m = scores.amax(-1, keepdim=True)
+        if sinks is not None:
+            m = torch.maximum(m, sinks[:, None, None])
+        if logits is not None:
+            m = m.detach()  # it cancels
+            factor = bounded_exp(logits[..., None] - m)
+        weights = gamma * torch.exp(scores - m)
+        sink_weight = 0.0 if sinks is None else gamma * torch.exp(sinks[:, None, None] - m)
+    initial: tuple[Tensor | float, Tensor | float] = 0.0, 0.0
+    if spec.has_linear:
+        forgotten = forgetting(g, window_start(own, spec.config) - position[0], masks.older)
+        weights = weights + factor * (phi_q @ phi_k.transpose(-1, -2)) * torch.exp(-forgotten.of_keys)
+        if sums is not None:
+            asked = factor * phi_q * torch.exp(-forgotten.before)[..., None]
+            initial = asked @ sums.sums, asked @ sums.norms[..., None]
+    return safe_divide(weights @ v + initial[0], weights.sum(-1, keepdim=True) + initial[1] + sink_weight)
+
+
+def _fold(phi: Tensor, v: Tensor, g: Tensor, mask: Tensor | None, sums: KeySums | None) -> KeySums:
+    """The sums after more keys, in order: phi [B, H, N, F'], v [B, H, N, Dv], g [B, H, N]; those where mask [B, N]."""
+    if mask is not None:
+        phi, g = phi * mask[:, None, :, None], g * mask[:, None]
+    later = g.flip(-1).cumsum(-1).flip(-1) - g  # the sum over the keys after each
+    phi = phi * torch.exp(-later)[..., None]
+    added = KeySums(phi.transpose(-1, -2) @ v, phi.sum(2))
+    if sums is None:
+        return added
+    kept = torch.exp(-g.sum(-1))[..., None]
+    return KeySums(sums.sums * kept[..., None] + added.sums, sums.norms * kept + added.norms)
