@@ -13,6 +13,8 @@ terms       perplexity and recall with both terms of the attention, and with eac
 dropout     `best` with scheduled window dropout, through both stages: each term alone too
 joint       the recipes trained layer by layer, as here, and jointly, as in the paper (its table 3)
 kept        layers left softmax: transfer alone
+state       fewer columns and longer windows, in the memory that the state of `best` takes: through both stages
+pure        pure linear attention with and without a decay, through both stages (--windows 0)
 importance  windows by layer, and a layer left softmax, chosen by what the loss needs: through both stages
 cache       recall with a sparse exact cache beside the window (LoLA), after LoRA
 """
@@ -108,6 +110,17 @@ IMPORTANCE: dict[str, dict[str, Any]] = {
     "windows auto": {"auto_windows": True},
     "auto:1": {"keep_auto": 1},
 }
+# Name -> what differs from `best`; the window is what the columns leave of the memory that the state of `best` takes.
+STATE: dict[str, dict[str, Any]] = {
+    "64 columns": {},
+    "64 columns, windows auto": {"auto_windows": True},
+    "32 columns": {"feature_dim": 32},
+    "32 columns, windows auto": {"feature_dim": 32, "auto_windows": True},
+    "16 columns": {"feature_dim": 16},
+}
+KEYS_A_COLUMN, UNIT = 2.0625, 16  # a column of 8 heads takes 528 numbers; a key of 4 heads, and its value, 256
+# Name -> recipe, and whether there is a decay.
+PURE = {"lolcats": ("lolcats", False), "best, no decay": ("best", False), "best": ("best", True)}
 # Name -> exact keys of a layer and key head.
 CACHE = {"none": 0, "64 keys": 64}
 
@@ -211,7 +224,29 @@ def kept(lab: Lab, name: str, window: int, seed: int) -> Row:
 def importance(lab: Lab, name: str, window: int, seed: int) -> Row:
     folder = f"window {window}/" + ("best" if name == "best" else f"importance/{name}")
     maps = lab.transfer(folder, seed, window=window, **IMPORTANCE[name])
-    tuned = lab.lora(folder, seed, maps)
+    return _gaps(lab, maps, lab.lora(folder, seed, maps))
+
+
+def state(lab: Lab, name: str, window: int, seed: int) -> Row:
+    keys = window + int((64 - STATE[name].get("feature_dim", 64)) * KEYS_A_COLUMN // UNIT * UNIT)
+    known = {"64 columns": "best", "64 columns, windows auto": "importance/windows auto"}
+    folder = f"window {window}/" + known.get(name, f"state/{name}")
+    maps = lab.transfer(folder, seed, window=keys, **STATE[name])
+    return {"keys": keys, **_gaps(lab, maps, lab.lora(folder, seed, maps))}
+
+
+def pure(lab: Lab, name: str, window: int, seed: int) -> Row:
+    recipe, decay = PURE[name]
+    folder = f"window {window}/" + ("lolcats" if name == "lolcats" else f"pure/{name}")
+    maps = lab.transfer(folder, seed, recipe=recipe, window=window, decay=decay)
+    return {
+        "relative mse": errors(maps)["relative mse"],
+        **_gaps(lab, maps, lab.lora(folder, seed, maps, recipe=recipe)),
+    }
+
+
+def _gaps(lab: Lab, maps: Artifact, tuned: Artifact) -> Row:
+    """The figures behind both stages."""
     return {"gap after transfer": lab.gap(maps.path), "gap after LoRA": lab.gap(tuned.path), **lab.recall(tuned.path)}
 
 
@@ -234,6 +269,8 @@ TABLES: dict[str, tuple[list[str], Callable[[Lab, str, int, int], Row]]] = {
     "dropout": (list(DROPOUT), dropout),
     "joint": ([f"{recipe}, {how}" for recipe in ("lolcats", "best") for how in ("layer by layer", "jointly")], joint),
     "kept": (list(KEPT), kept),
+    "state": (list(STATE), state),
+    "pure": (list(PURE), pure),
     "importance": (list(IMPORTANCE), importance),
     "cache": (list(CACHE), cache),
 }

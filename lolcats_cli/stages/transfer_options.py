@@ -54,13 +54,10 @@ class TransferOptions:
         return self.hybrid if self.windows is None else replace(self.hybrid, window=self.windows[layer])
 
     def trained_hybrid(self, layer: int) -> HybridConfig:
-        """The attention that this layer's maps are trained in. With the linear factor "exp", maps hold for any window,
+        """The attention that this layer's maps are trained in. With the linear factor "exp" maps hold for any window,
         and a long one leaves them little to learn: they would recall less (docs/quality.md)."""
         hybrid = self.layer_hybrid(layer)
-        longest = max(self.hybrid.window, TRAINED_WINDOW)
-        if self.windows is None or hybrid.linear_factor != "exp" or hybrid.window <= longest:
-            return hybrid
-        return replace(hybrid, window=longest)
+        return replace(hybrid, window=min(hybrid.window, TRAINED_WINDOW)) if hybrid.linear_factor == "exp" else hybrid
 
     def to_config(self) -> dict[str, Any]:
         """As an artifact records them."""
