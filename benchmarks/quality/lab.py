@@ -23,8 +23,9 @@ from lolcats_kernels import HybridConfig  # noqa: E402
 
 from lolcats_cli.evaluation.evaluate import evaluate  # noqa: E402
 from lolcats_cli.loading.any_model import load_any  # noqa: E402
-from lolcats_cli.stages import lora as tuning  # noqa: E402
 from lolcats_cli.stages.capture import capture  # noqa: E402
+from lolcats_cli.stages.lora import lora  # noqa: E402
+from lolcats_cli.stages.lora_options import RECIPES as LORA_RECIPES  # noqa: E402
 from lolcats_cli.stages.transfer import transfer  # noqa: E402
 from lolcats_cli.stages.transfer_options import RECIPES  # noqa: E402
 from lolcats_cli.student.build import hybrid_modules  # noqa: E402
@@ -68,10 +69,10 @@ class Lab:
         self, name: str, seed: int, maps: Artifact, *, recipe: str = "best", rows: int = LORA_ROWS, **changes: Any
     ) -> Artifact:
         """LoRA of `rows` rows on `maps`; `changes` are of `LoraOptions`."""
-        options = replace(tuning.RECIPES[recipe], seed=seed, **CHANGES[recipe] | changes)
+        options = replace(LORA_RECIPES[recipe], seed=seed, **CHANGES[recipe] | changes)
         steps = rows // options.grad_accum
         options = replace(options, steps=steps, eval_steps=steps)
-        return tuning.lora(maps.path, self._folder(name, "lora", seed), options=options, load=LOAD)
+        return lora(maps.path, self._folder(name, "lora", seed), options=options, load=LOAD)
 
     def gap(self, student: Path, term: str = "both") -> float:
         """Nats per token that a student loses against the teacher on held-out text."""

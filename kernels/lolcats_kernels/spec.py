@@ -72,6 +72,8 @@ class HybridConfig:
         check_count("window", self.window, 0)
         check_choice("layout", self.layout, LAYOUTS)
         check_choice("linear_factor", self.linear_factor, LINEAR_FACTORS)
+        if not isinstance(self.decay, bool):
+            raise ValueError(f"The decay is {self.decay!r}. It must be true or false.")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields; `decay` only where it is on, as configurations were before there was one."""

@@ -98,7 +98,7 @@ def test_other_versions_of_vllm_are_refused(vllm, version, kind):
     ("changes", "named"),
     [
         ({"gates": [1]}, "gates"),
-        ({"hybrid": HYBRID | {"decay": 1}}, "decay"),
+        ({"hybrid": HYBRID | {"gate": 1}}, "gate"),
         ({"hybrid": HYBRID | {"feature_map": "newest"}}, "newest"),
     ],
 )
@@ -135,7 +135,12 @@ def options(**changes):
     cache = {"enable_prefix_caching": True, "mamba_cache_mode": "align"}
     cache |= {"mamba_cache_dtype": "auto", "mamba_ssm_cache_dtype": "auto"}
     parallel = {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1}
+    hybrid = HYBRID | {"decay": changes.get("decay", False)}
     return SimpleNamespace(
+        model_config=SimpleNamespace(
+            hf_config=SimpleNamespace(lolcats={"hybrid": hybrid}), enforce_eager=changes.get("enforce_eager", False)
+        ),
+        device_config=SimpleNamespace(device_type="cuda"),
         speculative_config=changes.pop("speculative_config", None),
         cache_config=SimpleNamespace(**{name: changes.get(name, value) for name, value in cache.items()}),
         parallel_config=SimpleNamespace(**{name: changes.get(name, value) for name, value in parallel.items()}),
@@ -149,10 +154,12 @@ def options(**changes):
         ({"mamba_cache_mode": "all"}, "align"),
         ({"mamba_ssm_cache_dtype": "bfloat16"}, "--mamba-ssm-cache-dtype"),
         ({"decode_context_parallel_size": 2}, "context"),
+        ({"decay": True}, "--enforce-eager"),
     ],
 )
 def test_options_that_cannot_work_are_refused(changes, message):
     serving.OptionChecks.verify_and_update_config(options())
+    serving.OptionChecks.verify_and_update_config(options(decay=True, enforce_eager=True))
     with pytest.raises(ValueError, match=message):
         serving.OptionChecks.verify_and_update_config(options(**changes))
 

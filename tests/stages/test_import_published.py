@@ -7,7 +7,6 @@ import pickle
 import random
 import resource
 import zipfile
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -90,7 +89,7 @@ def made(pipeline: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) ->
 def test_what_is_imported_computes_what_the_checkpoints_mean(made: SimpleNamespace, tmp_path: Path) -> None:
     maps = Artifact.open(made.maps, "transfer")
     maps.verify()
-    assert maps.config["hybrid"] == asdict(HybridConfig(feature_dim=6, window=8, layout="terraced"))
+    assert maps.config["hybrid"] == HybridConfig(feature_dim=6, window=8, layout="terraced").to_dict()
     Artifact.open(made.lora, "lora").verify()
     with torch.no_grad():
         expected = made.expected(IDS).logits
