@@ -62,7 +62,7 @@ def served(students, prompts, tmp_path_factory) -> dict[str, dict[str, Any]]:
         "kept, preempted": job(kept, every, num_gpu_blocks_override=24, enable_prefix_caching=False),
         "terraced": job(terraced, every),
         "windows by layer": job(students.make("windows", windows=(16, 0, 160, 48, 16, 32), **WINDOW), every),
-        "linear": job(students.make("linear", window=0), every),
+        "linear": job(students.make("linear", window=0, linear_factor="exp", decay=True), every),
         "elu": job(students.make("elu", feature_map="elu", window=8), every),
     }
     found = serve(tmp_path_factory.mktemp("vllm"), list(jobs.values()))
