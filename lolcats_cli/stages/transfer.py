@@ -36,6 +36,7 @@ from lolcats_cli.stages.transfer_options import TransferOptions
 from lolcats_cli.stages.writing import Making, make_artifact
 from lolcats_cli.teacher.load import LoadOptions
 
+LONGEST_WINDOW = 3  # an automatic window is at most this part of a row: maps learn from the keys before it
 CARRIED = ("entropy", "head_entropy", "esl")  # of a layer's figures in the capture: shown without it too
 T = TypeVar("T")
 
@@ -212,7 +213,8 @@ def _windows(source: Source, chosen: list[int], options: TransferOptions, import
     """Every layer's window; 0 for those that are not converted."""
     costs = {i: info.num_key_value_heads * (info.head_dim + info.v_head_dim) for i, info in enumerate(source.layers)}
     losses = {layer: importance.curve(layer) for layer in chosen}
-    found = share_out(losses, costs, options.hybrid.window, source.capture.data["seq_len"])
+    longest = max(options.hybrid.window, source.capture.data["seq_len"] // LONGEST_WINDOW)
+    found = share_out(losses, costs, options.hybrid.window, longest)
     return tuple(found.get(layer, 0) for layer in range(len(source.layers)))
 
 

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 from lolcats_cli.commands.rank import rank
 from lolcats_cli.errors import IdentityMismatch, UsageError
 from lolcats_cli.evaluation.evaluate import evaluate
+from lolcats_cli.evaluation.importance import Importance
 from lolcats_cli.loading.any_model import load_any
 from lolcats_cli.stages.capture import capture
 from lolcats_cli.stages.join import join
@@ -165,6 +166,16 @@ def test_a_continued_transfer_measures_nothing_again(
     made = transfer(deep.capture, tmp_path / "one", options=OPTIONS, auto_windows=True)
     monkeypatch.setattr("lolcats_cli.stages.transfer.measure_importance", None)
     assert transfer(deep.capture, tmp_path / "one", options=OPTIONS, auto_windows=True).id == made.id
+
+
+def test_an_automatic_window_leaves_keys_to_learn_from(
+    deep: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of rows of 48 tokens it takes a third, though the first layer alone needs any, and 20 would fit."""
+    needs = Importance((8, 16), {0: (9.0, 3.0), 1: (0.0, 0.0), 2: (0.0, 0.0)}, 40)
+    monkeypatch.setattr("lolcats_cli.stages.transfer.measure_importance", lambda *_: needs)
+    made = transfer(deep.capture, tmp_path / "one", options=OPTIONS, auto_windows=True)
+    assert made.config["hybrid"]["windows"][0] == 16
 
 
 def test_windows_by_layer_travel_through_every_stage(deep: SimpleNamespace, tmp_path: Path) -> None:
