@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from lolcats_cli import __version__
+
 ROOT = Path(__file__).parents[1]
 ROOTS = {"lolcats_cli": ROOT, "lolcats_kernels": ROOT / "kernels", "lolcats_formats": ROOT / "formats"}
 MAX_LINES = 600
@@ -83,7 +85,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "lolcats_cli.teacher": {"lolcats_kernels"},
     "lolcats_cli.student": {"lolcats_cli.teacher.load", "lolcats_cli.teacher.identity", "lolcats_kernels"},
-    "lolcats_cli.serving": {"lolcats_kernels"},
+    "lolcats_cli.serving": {"lolcats_cli.student.types", "lolcats_kernels"},
     "lolcats_cli.assets": set(),
     "lolcats_cli.errors": set(),
     "lolcats_cli.progress": set(),
@@ -261,3 +263,11 @@ def test_functions_stay_readable() -> None:
                 if (node.end_lineno or 0) - first.lineno + 1 > 60:
                     long.append(f"{file}: {node.name}")
     assert not long, "\n".join(long)
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    newest, date = re.findall(r"^## (\d\S*) - (\S+)$", changelog, re.MULTILINE)[0]
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert newest == __version__
+    assert f"\nversion: {newest}\n" in citation and f'\ndate-released: "{date}"\n' in citation

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import torch
 
 AGAIN = "Copy the artifact again, or make it again."
+GIVE = "Give the directory that a lolcats command wrote."
 NO_LINKS = "Links are not followed in an artifact. Copy it again with `cp -rL`."
 
 # Files whose SHA-256 was found right in this process: (path, device, inode, size, mtime and ctime in ns, SHA-256).
@@ -336,9 +337,9 @@ def _stamp(path: Path) -> tuple[int, ...]:
 
 def _no_manifest(path: Path) -> NotAnArtifact:
     if not path.exists():
-        return NotAnArtifact(f"{path} does not exist.")
+        return NotAnArtifact(f"{path} does not exist. {GIVE}")
     if not path.is_dir():
-        return NotAnArtifact(f"{path} is a file. An artifact is a directory with a {MANIFEST}.")
+        return NotAnArtifact(f"{path} is a file, and an artifact is a directory. {GIVE}")
     if (path / PROGRESS).exists():
         kind = ""
         with contextlib.suppress(FormatError, OSError):
@@ -346,5 +347,5 @@ def _no_manifest(path: Path) -> NotAnArtifact:
         command = f" (`{COMMANDS[kind]}`)" if kind in COMMANDS else ""
         return Unfinished(f"{path} is not finished. Run the same command{command} again to resume.")
     if (path / "config.json").exists():
-        return NotAnArtifact(f"{path} is a model folder and not an artifact: it has no {MANIFEST}.")
-    return NotAnArtifact(f"{path} is not an artifact: it has no {MANIFEST}.")
+        return NotAnArtifact(f"{path} is a model folder and not an artifact: it has no {MANIFEST}. {GIVE}")
+    return NotAnArtifact(f"{path} is not an artifact: it has no {MANIFEST}. {GIVE}")

@@ -79,7 +79,10 @@ class Command(TyperCommand):
     def format_options(self, ctx: Any, formatter: Any) -> None:
         groups: dict[str, list[tuple[str, str]]] = {name: [] for name in ("Arguments", "Options", *GROUPS)}
         headings = {option: heading for heading, options in GROUPS.items() for option in options.split()}
-        for param in self.get_params(ctx):
+        params = self.get_params(ctx)
+        if all(param.name != "epochs" for param in params):
+            headings["batch_size"] = "Model and device"  # of a command that does not train
+        for param in params:
             record = param.get_help_record(ctx)
             if record is not None:
                 argument = param.param_type_name == "argument"

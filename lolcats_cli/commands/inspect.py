@@ -68,8 +68,10 @@ def _lines(value: dict[str, Any], indent: str = "") -> list[str]:
 
 
 def _cell(item: object) -> str:
+    if isinstance(item, bool):
+        return "yes" if item else "no"
     if isinstance(item, float):
-        return f"{item:.4g}"
+        return f"{item:.0f}" if 1000 <= abs(item) < 1e9 else f"{item:.4g}"
     if isinstance(item, list):
         return printable(", ".join(map(str, item))) or "-"
-    return "-" if item is None else printable(str(item))
+    return "-" if item is None or item == {} else printable(str(item))

@@ -8,13 +8,13 @@ from typing import Any
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from lolcats_cli import __version__
+from lolcats_cli.student.types import PREFIX, student_type
 
 # The minor versions of vLLM that the tests ran with. Its internals change between minor versions.
 VLLM_VERSIONS = ((0, 32),)
 STUDENT_FIELDS = {"hybrid", "layers", "num_heads", "head_dim"}
 # The names that configurations of mixtures of experts have for the number of experts.
 EXPERT_COUNTS = ("num_experts", "moe_num_experts", "n_routed_experts", "num_local_experts")
-PREFIX = "lolcats_"
 
 
 def vllm_is_known() -> bool:
@@ -33,7 +33,7 @@ def placeholder(model_type: str) -> type[PreTrainedConfig]:
     def from_dict(cls: Any, /, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         return student_config_class(model_type).from_dict(config_dict, **kwargs)
 
-    body = {"model_type": PREFIX + model_type, "from_dict": classmethod(from_dict)}
+    body = {"model_type": student_type(model_type), "from_dict": classmethod(from_dict)}
     return type("StudentConfig", (PreTrainedConfig,), body)
 
 
@@ -74,7 +74,7 @@ class _Student:
 def student_config_class(model_type: str) -> type[PreTrainedConfig]:
     """The class of the configurations of students of a teacher's type."""
     name = f"StudentConfig_{model_type}"
-    body = {"model_type": PREFIX + model_type, "__module__": __name__, "__qualname__": name}
+    body = {"model_type": student_type(model_type), "__module__": __name__, "__qualname__": name}
     return type(name, (_Student, CONFIG_MAPPING[model_type]), body)
 
 

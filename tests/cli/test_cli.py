@@ -579,4 +579,4 @@ def test_lineage_is_shown_whole_when_nothing_of_it_is_at_hand(
     manifest = json.loads((copy / "manifest.json").read_text().replace(str(pipeline.lora.parent), "/not/here"))
     (copy / "manifest.json").write_text(json.dumps(manifest))
     result = invoke("inspect", copy, "--lineage")
-    assert (result.code, [line.split()[-1] for line in result.out.splitlines()[2:6]]) == (0, ["True"] + 3 * ["False"])
+    assert (result.code, [line.split()[-1] for line in result.out.splitlines()[2:6]]) == (0, ["yes"] + 3 * ["no"])

@@ -38,7 +38,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The kept folder and what the demo printed."""
     patch = pytest.MonkeyPatch()
     folder = tmp_path_factory.mktemp("demo")
-    for name, value in {"SAMPLES": 16, "TRANSFER_STEPS": 8, "LORA_STEPS": 6, "RECALL_ROWS": 4}.items():
+    for name, value in {"SAMPLES": 16, "TRANSFER_STEPS": 8, "LORA_STEPS": 6, "EVAL_ROWS": 16, "RECALL_ROWS": 4}.items():
         patch.setattr(demo_module, name, value)
     out = folder / "stdout.txt"
     with out.open("w") as stream:
