@@ -80,8 +80,11 @@ class Command(TyperCommand):
         groups: dict[str, list[tuple[str, str]]] = {name: [] for name in ("Arguments", "Options", *GROUPS)}
         headings = {option: heading for heading, options in GROUPS.items() for option in options.split()}
         params = self.get_params(ctx)
-        if all(param.name != "epochs" for param in params):
-            headings["batch_size"] = "Model and device"  # of a command that does not train
+        names = {param.name for param in params}
+        if "epochs" not in names:  # a command that does not train
+            headings["batch_size"] = "Model and device"
+        if "select" not in names:  # the demo's --keep is not capture's
+            del headings["keep"]
         for param in params:
             record = param.get_help_record(ctx)
             if record is not None:

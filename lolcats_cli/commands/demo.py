@@ -24,13 +24,13 @@ SAMPLES, TRANSFER_STEPS, LORA_STEPS, EVAL_ROWS, RECALL_ROWS = 96, 200, 80, 32, 3
 
 def demo(
     ctx: typer.Context,
-    folder: Annotated[
-        Path | None, typer.Option("--keep", help="Keep all artifacts here; otherwise only the merged model is kept.")
+    keep: Annotated[
+        Path | None, typer.Option(help="Keep all artifacts here; otherwise only the merged model is kept.")
     ] = None,
 ) -> None:
     """Run the four stages on the small model and text of this package, and compare teacher and student."""
     started = time.monotonic()
-    root = folder or Path(tempfile.mkdtemp(prefix="lolcats-demo-"))
+    root = keep or Path(tempfile.mkdtemp(prefix="lolcats-demo-"))
     capture, untrained, maps, lora, student = (
         str(root / name) for name in ("capture", "untrained", "transfer", "lora", "student")
     )
@@ -67,9 +67,9 @@ def demo(
     print(f"\nThe student is in {student}. In Python:\n")
     print("  from transformers import AutoModelForCausalLM, AutoTokenizer")
     print(f"  model = AutoModelForCausalLM.from_pretrained({student!r}, trust_remote_code=True)")
-    print(f"  tokenizer = AutoTokenizer.from_pretrained({student!r}, trust_remote_code=False)")
+    print(f"  tokenizer = AutoTokenizer.from_pretrained({student!r}, trust_remote_code=True)")
     print(f"\n{time.monotonic() - started:.0f} seconds in all.")
-    if folder is None:
+    if keep is None:
         for path in (capture, untrained, maps, lora):
             shutil.rmtree(path)
 

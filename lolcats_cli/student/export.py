@@ -163,11 +163,7 @@ def model_card(
         "```python",
         "from transformers import AutoModelForCausalLM" + (", AutoTokenizer" if has_tokenizer else ""),
         'model = AutoModelForCausalLM.from_pretrained("this folder", trust_remote_code=True)',
-        *(
-            ['tokenizer = AutoTokenizer.from_pretrained("this folder", trust_remote_code=False)']
-            if has_tokenizer
-            else []
-        ),
+        *['tokenizer = AutoTokenizer.from_pretrained("this folder", trust_remote_code=True)'] * has_tokenizer,
         "```",
     ]
     lines = [

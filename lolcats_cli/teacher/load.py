@@ -106,10 +106,14 @@ def auto_class(folder: Path) -> Any:
 
 def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The folder's tokenizer. Raises `BadInput` if it cannot be loaded or used."""
-    from transformers import AutoTokenizer
+    from transformers import CONFIG_MAPPING, AutoTokenizer, PreTrainedConfig
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=runs_own_code(folder, trust_remote_code))
+        own_code, given = runs_own_code(folder, trust_remote_code), {}
+        if not own_code and (config := identity.read_config(folder)).get("model_type") not in CONFIG_MAPPING:
+            # AutoTokenizer would make the same of a student's config.json, and warn that it is another model's.
+            given = {"config": PreTrainedConfig.from_dict(config)}
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=own_code, **given)
         tokenizer("a")  # settings of a wrong type show when it is used
     except Exception as error:
         raise BadInput(f"{folder} has no tokenizer that transformers can use: {first_line(error)}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shlex
 import subprocess
@@ -216,3 +217,18 @@ def test_a_tokenizer_loads_without_code_where_nobody_answers(
     assert (done.returncode, asked, done.stdout.endswith(f"{expected}\n")) == (0, not argument, True), done.stderr
     assert not list((tmp_path / "modules").rglob("*lolcats*"))
     assert isinstance(AutoTokenizer.from_pretrained(pipeline.student, trust_remote_code=False), PreTrainedTokenizerFast)
+
+
+def test_a_students_tokenizer_loads_in_silence(pipeline: SimpleNamespace, caplog: pytest.LogCaptureFixture) -> None:
+    from lolcats_cli.teacher.load import load_tokenizer
+
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        loaded = load_tokenizer(pipeline.student)
+        quiet = list(caplog.records)
+        expected = AutoTokenizer.from_pretrained(pipeline.student, trust_remote_code=False)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert (quiet, len(caplog.records)) == ([], 1)  # transformers' own way warns of the model's type
+    assert (type(loaded), loaded.get_vocab()) == (type(expected), expected.get_vocab())
