@@ -1,49 +1,65 @@
-"""Hybrid attention with LoLA's sparse cache (arXiv 2505.23666), at inference: constant memory, one token at a time.
+"""Hybrid attention with LoLA's sparse cache (arXiv 2505.23666), at inference: constant memory, prompts block by block.
 
-The keys that the sums would recall worst are kept unchanged. `tests/kernels/test_sparse.py` has the definition. The
-choice of keys depends on all earlier tokens, so a prompt is read token by token too.
+The keys that the sums would recall worst are kept unchanged. They are chosen for a whole block of keys at once, when
+all of it has left the window. Until then its keys wait, and are weighed exactly too. Blocks are counted from the first
+token, so it does not matter in which parts a row is read. `tests/kernels/test_sparse.py` has the definition.
 
-Letters: see ../README.md; N kept keys.
+Letters: see ../README.md; N kept keys, P tokens of a block, Q queries, J keys that wait or lie in the window. A *place*
+is a position counted from the first key that waits.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from .equation import bounded_exp, cap_scores, repeat_heads, safe_divide, window_start
+from .equation import bounded_exp, cap_scores, key_masks, repeat_heads, window_start
 from .maps import HybridMaps
-from .spec import CallSpec, common_dtype, compute_dtype
-from .state import BatchState, KVState
+from .spec import QUERY_BOUND, CallSpec, HybridConfig, common_dtype, compute_dtype
+from .state import BatchState
+
+BLOCK = 64
+# exp is several times slower where it underflows. e^-80 is nothing beside the window's e^0.
+_LEAST_EXPONENT = -80.0
+
+
+def block_size(config: HybridConfig) -> int:
+    """P: `BLOCK`; of terraces the least number of whole ones that has as many tokens."""
+    return -(-BLOCK // config.window) * config.window if config.layout == "terraced" else BLOCK
 
 
 @dataclass(frozen=True, eq=False)
 class SparseState(BatchState):
-    """What a layer remembers: sums, norms, the window's keys and values, and length as in `KVState`, and
+    """What a layer remembers. A value has a 1 as its last number, so that what is summed of values is also summed of
+    weights.
 
-    kept_keys [B, K, N, D], kept_values [B, K, N, Dv]: in the inputs' dtype. Those that left the window first lie there
-        in order, until all slots are full.
+    sums [B, H, F', Dv + 1]: S and z, over the keys that were not kept; fp32 (fp64 for fp64 inputs).
+    exact [B, K, N + P + w, D + Dv + 1]: keys beside their values, in the inputs' dtype. First those that are kept: all
+        that were chosen among, until there are N. From slot N on, those that wait and the window's, at their places.
+        Kept ones that are not there yet are 0.
+    length [B]: as in `KVState`.
     """
 
     sums: Tensor
-    norms: Tensor
-    keys: Tensor
-    values: Tensor
+    exact: Tensor
     length: Tensor
-    kept_keys: Tensor
-    kept_values: Tensor
 
     @classmethod
     def empty(cls, maps: HybridMaps, k: Tensor, v: Tensor, size: int) -> SparseState:
         """The state before the first token of k [B, K, T, D] and v [B, K, T, Dv]."""
-        plain = KVState.empty(maps, k.shape[0], k.shape[1], value_dim=v.shape[3], dtype=k.dtype, device=k.device)
-        kept = (x.new_zeros(*x.shape[:2], size, x.shape[3]) for x in (k, v))
-        return cls(plain.sums, plain.norms, plain.keys, plain.values, plain.length, *kept)
+        slots = size + block_size(maps.config) + maps.config.window
+        return cls(
+            k.new_zeros(k.shape[0], maps.num_heads, maps.num_features, v.shape[3] + 1, dtype=compute_dtype(k.dtype)),
+            k.new_zeros(*k.shape[:2], slots, k.shape[3] + v.shape[3] + 1),
+            torch.zeros(k.shape[0], dtype=torch.int64, device=k.device),
+        )
 
-    def tensors(self) -> list[Tensor]:
-        return [getattr(self, field.name) for field in fields(self)]
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.sums, self.exact, self.length
 
 
 def sparse_attention(
@@ -64,107 +80,169 @@ def sparse_attention(
 
     Raises ValueError for a window of 0, maps with a decay, and a state of another size.
     """
-    if not maps.config.window:
+    config, wanted = maps.config, q.dtype
+    if not config.window:
         raise ValueError("A sparse cache holds keys that left the window, and this student has no window (window=0).")
-    if maps.config.decay:
+    if config.decay:
         raise ValueError("A sparse cache is not for students whose linear term forgets (decay).")
-    spec, state = CallSpec(maps.config, scaling, softcap), initial_state
-    wanted = q.dtype
     q, k, v = (x.to(common_dtype(q, k, v)) for x in (q, k, v))
     if valid is not None and bool(valid.all()):
         valid = None
     if valid is not None:  # what lies in padding must not matter, not even NaN
         q, k, v = (torch.where(valid[:, None, :, None], x, 0) for x in (q, k, v))
-    if state is None:
-        state = SparseState.empty(maps, k, v, size)
-    elif state.kept_keys.shape[2] != size:
-        raise ValueError(f"The state keeps {state.kept_keys.shape[2]} keys, and {size} were asked for.")
-    outs = []
-    with torch.autocast(q.device.type, enabled=False):
-        for t in range(q.shape[2]):
-            now = slice(t, t + 1)
-            out, after = _step(q[:, :, now], k[:, :, now], v[:, :, now], maps, spec, sinks, state)
-            if valid is not None:
-                real = valid[:, t]
-                pairs = zip(after.tensors(), state.tensors(), strict=True)
-                after = SparseState(
-                    *(torch.where(real.view(-1, *[1] * (new.ndim - 1)), new, old) for new, old in pairs)
-                )
-                out = out * real[:, None, None, None]
-            outs.append(out)
-            state = after
-    return torch.cat(outs, 2).to(wanted), state
+    state = SparseState.empty(maps, k, v, size) if initial_state is None else initial_state
+    kept = state.exact.shape[2] - block_size(config) - config.window
+    if kept != size:
+        raise ValueError(f"The state keeps {kept} keys, and {size} were asked for.")
+    if valid is not None and not bool(valid.any()):
+        return q.new_zeros(*q.shape[:3], v.shape[3], dtype=wanted), state
+    call = _Call(maps, CallSpec(config, scaling, softcap), size, sinks)
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        out, after = call.by_blocks(q, torch.cat([k, v, torch.ones_like(v[..., :1])], -1), valid, state)
+    out = (out if valid is None else torch.where(valid[:, None, :, None], out, 0)).to(wanted)
+    return _NoGradients.apply(out, q, k, v, *maps.parameters()), after
 
 
-def _step(
-    q: Tensor, k: Tensor, v: Tensor, maps: HybridMaps, spec: CallSpec, sinks: Tensor | None, state: SparseState
-) -> tuple[Tensor, SparseState]:
-    """One token: q [B, H, 1, D], k [B, K, 1, D], v [B, K, 1, Dv]."""
-    config, dtype, num_key_value_heads = maps.config, compute_dtype(q.dtype), k.shape[1]
-    begin, end = window_start(state.length, config), window_start(state.length + 1, config)
-    slots, size = state.keys.shape[2], state.kept_keys.shape[2]
-    slot = torch.remainder(state.length, slots)[:, None, None, None]
-    keys = state.keys.scatter(2, slot.expand_as(k), k)
-    values = state.values.scatter(2, slot.expand_as(v), v)
-    position = KVState(state.sums, state.norms, keys, values, state.length + 1).slot_positions()
-    # As many have stayed as have left the window, and no more than there are slots.
-    seen = torch.cat([position >= begin[:, None], torch.arange(size, device=q.device) < begin[:, None]], 1)
+class _NoGradients(torch.autograd.Function):
+    """The first of some tensors, and an error where gradients of the others would be computed from it."""
 
-    query = q.to(dtype).unflatten(1, (num_key_value_heads, -1)).squeeze(3)  # [B, K, G, D]
-    exact_keys, exact_values = (
-        torch.cat(x, 2).to(dtype) for x in ((keys, state.kept_keys), (values, state.kept_values))
-    )
-    scores = cap_scores(query @ exact_keys.transpose(-1, -2) * spec.scaling, spec.softcap)
-    scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
-    m = scores[..., :slots].amax(-1, keepdim=True)
-    b = None if sinks is None else sinks.to(dtype).view(num_key_value_heads, -1, 1)
-    if b is not None:
-        m = torch.maximum(m, b)
-    gamma, linear_weight = (x.view(num_key_value_heads, -1, 1) for x in maps.term_weights(dtype))
-    weights = gamma * bounded_exp(scores - m)
-    total = weights.sum(-1, keepdim=True)
-    if b is not None:
-        total = total + gamma * torch.exp(b - m)
-    logits = maps.query_logits(q)
-    if logits is not None:
-        linear_weight = bounded_exp(logits.view(*m.shape) - m)
-    phi = linear_weight.flatten(-3, -2)[..., None] * maps.q_features(q)  # [B, H, 1, F']
-    numerator = (weights @ exact_values).flatten(1, 2)[:, :, None] + phi @ state.sums
-    denominator = total.flatten(1, 2)[:, :, None] + phi @ state.norms[..., None]
-    out = safe_divide(numerator, denominator).to(q.dtype)
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, *others: Tensor) -> Tensor:
+        return out.view_as(out)
 
-    after = SparseState(state.sums, state.norms, keys, values, state.length + 1, state.kept_keys, state.kept_values)
-    if config.layout == "terraced" and not bool((end > begin).any()):
-        return out, after
-    for i in range(1 if config.layout == "sliding" else config.window):
-        after = _leave(maps, after, begin + i, begin + i < end)
-    return out, after
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError("Attention with a sparse cache has no gradients. Set sparse_cache_size to 0 to train.")
 
 
-def _leave(maps: HybridMaps, state: SparseState, position: Tensor, leaves: Tensor) -> SparseState:
-    """The key at `position` [B] leaves the window where leaves [B]: it stays, and what is recalled best does not."""
-    slots, size = state.keys.shape[2], state.kept_keys.shape[2]
-    index = torch.remainder(position, slots)[:, None, None, None]
-    keys, values = (
-        torch.cat([kept, x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3]))], 2)
-        for kept, x in ((state.kept_keys, state.keys), (state.kept_values, state.values))
-    )  # [B, K, N + 1, ·]: the new one last
-    heads = maps.num_heads
-    ask = maps.q_features(repeat_heads(keys, heads))
-    recalled = safe_divide(ask @ state.sums, ask @ state.norms[..., None])
-    error = (recalled - repeat_heads(values, heads).to(recalled.dtype)).square().sum(-1)
-    recalled_best = error.unflatten(1, (keys.shape[1], -1)).sum(2).argmin(-1)  # [B, K]
-    full = (position >= size)[:, None]
-    # The new one takes the place of the one that goes, or a free one; the last place is cut off.
-    place = torch.where(leaves[:, None], torch.where(full, recalled_best, position[:, None].clamp(max=size)), size)
-    goes = recalled_best[..., None, None]
-    going, value = (x.gather(2, goes.expand(-1, -1, -1, x.shape[3])) for x in (keys, values))
-    phi = maps.k_features(going) * (leaves & full[:, 0])[:, None, None, None]  # [B, H, 1, F']
-    kept_keys, kept_values = (
-        x.scatter(2, place[..., None, None].expand(-1, -1, -1, x.shape[3]), x[:, :, size:])[:, :, :size]
-        for x in (keys, values)
-    )
-    sums = state.sums + phi.transpose(-1, -2) * repeat_heads(value, heads).to(phi.dtype)
-    return SparseState(
-        sums, state.norms + phi.squeeze(2), state.keys, state.values, state.length, kept_keys, kept_values
-    )
+class _Masks(NamedTuple):
+    """outside [B or 1, 1, Q, J]: -inf for keys outside the window, else 0; seen [B or 1, 1, Q, N + J] bool."""
+
+    outside: Tensor
+    seen: Tensor
+
+
+@dataclass(frozen=True)
+class _Call:
+    maps: HybridMaps
+    spec: CallSpec
+    size: int  # N
+    sinks: Tensor | None
+
+    def by_blocks(self, q: Tensor, kv: Tensor, valid: Tensor | None, state: SparseState) -> tuple[Tensor, SparseState]:
+        """The queries between two choices at a time: rows of any lengths choose at the same places.
+
+        kv [B, K, T, D + Dv + 1]: k beside v and 1; other arguments and results as for `sparse_attention`.
+        """
+        config, block, size, time = self.spec.config, block_size(self.spec.config), self.size, q.shape[2]
+        live = torch.ones(q.shape[0], time, dtype=torch.bool, device=q.device) if valid is None else valid
+        held = state.length - window_start(state.length, config) // block * block
+        place, end = held[:, None] + live.cumsum(1) - 1, held + live.sum(1)
+        last, slots = int(end.max()), state.exact.shape[2]
+        exact = _put(state.exact, kv, size + place, valid, max(slots, size + last))
+        first = last - 1 if time == 1 else int(held.min())
+        in_order = time == 1 or (valid is None and bool((held == first).all()))
+        queries = q if in_order else _put(q[:, :, :0], q, place - first, valid, last - first)
+
+        sums, outs, blocks, begin, masks = state.sums, [], 0, first, None
+        while begin < last:
+            origin = blocks * block
+            choice = origin + block + config.window - (config.layout == "sliding")  # its query sees none of the block
+            stop = min(choice, last)
+            query, seen = queries[:, :, begin - first : stop - first], exact[:, :, origin : size + stop]
+            if masks is None or blocks == 1 or stop < choice:  # all other groups are alike
+                position = place if time == 1 else torch.arange(begin, stop, device=q.device)[None]
+                masks = self.masks(position - origin, stop - origin)
+            outs.append(self.attend(query, masks, seen, sums))
+            if stop == choice:
+                # Those that are kept take the last of the candidates' slots: in front of the next block.
+                candidates = exact[:, :, origin : origin + size + block]
+                sums = self.choose(candidates, end >= choice, sums)
+                blocks += 1
+            begin = stop
+        out = torch.cat(outs, 2)
+        if not in_order:
+            out = _take(out, (place - first).clamp(min=0)[:, None])
+        if blocks:
+            start = window_start(end, config) // block * block
+            exact = pad(exact, (0, 0, 0, slots))
+            exact = _take(exact, (start[:, None] + torch.arange(slots, device=q.device))[:, None])
+        return out, SparseState(sums, exact, state.length + live.sum(1))
+
+    def masks(self, position: Tensor, count: int) -> _Masks:
+        """For queries at position [B or 1, Q], and keys at the positions 0 ... count - 1 after the kept ones."""
+        window, older = key_masks(position, torch.arange(count, device=position.device), self.spec.config)
+        seen = pad(window | older, (self.size, 0), value=True)
+        outside = torch.zeros_like(window, dtype=torch.float32).masked_fill_(~window, -torch.inf)
+        return _Masks(outside[:, None], seen[:, None])
+
+    def attend(self, q: Tensor, masks: _Masks, exact: Tensor, sums: Tensor) -> Tensor:
+        """q [B, H, Q, D] -> [B, H, Q, Dv]. exact [B, K, N + J, D + Dv + 1]: the kept ones, then the others."""
+        maps, dtype, key_heads = self.maps, sums.dtype, exact.shape[1]
+        keys, values = self.split(exact.to(dtype))
+        wanted, q = q.dtype, q.to(dtype)
+        query = (q * self.spec.scaling).unflatten(1, (key_heads, -1)).flatten(2, 3)  # [B, K, G Q, D]
+        scores = cap_scores(query @ keys.transpose(-1, -2), self.spec.softcap)
+        scores = scores.unflatten(2, (-1, q.shape[2])).flatten(1, 2)  # [B, H, Q, N + J]
+        m = (scores[..., self.size :] + masks.outside).amax(-1, keepdim=True)
+        b = None if self.sinks is None else self.sinks.to(dtype)[:, None, None]
+        m = m if b is None else torch.maximum(m, b)
+        weights = scores.sub_(m).clamp_(_LEAST_EXPONENT, QUERY_BOUND).exp_().mul_(masks.seen)
+        total = weights.unflatten(1, (key_heads, -1)).flatten(2, 3) @ values
+        total = total.unflatten(2, (-1, q.shape[2])).flatten(1, 2)  # [B, H, Q, Dv + 1]
+        if b is not None:
+            total[..., -1:] += torch.exp(b - m)
+        gamma, linear_weight = (x[:, None, None] for x in maps.term_weights(dtype))
+        logits = maps.query_logits(q)
+        if logits is not None:
+            linear_weight = bounded_exp(logits[..., None] - m)
+        total = total.mul_(gamma) + maps.q_features(q).mul_(linear_weight) @ sums
+        return _divided(total).to(wanted)
+
+    def choose(self, candidates: Tensor, complete: Tensor, sums: Tensor) -> Tensor:
+        """Puts what is kept after a block in the candidates' last slots, in the rows where the block is complete [B].
+        -> the sums with the others.
+
+        candidates [B, K, N + P, D + Dv + 1]: those kept so far, and the block.
+        """
+        keys, values = self.split(candidates.to(sums.dtype))
+        recalled = _divided(self.maps.q_features(repeat_heads(keys, self.maps.num_heads)) @ sums)
+        recalled = recalled.unflatten(1, (keys.shape[1], -1))  # [B, K, G, N + P, Dv]
+        error = recalled.sub_(values[:, :, None, :, :-1]).square_().sum((2, 4))
+        error.masked_fill_(values[..., -1] == 0, -1)
+        order = error.argsort(dim=-1, descending=True, stable=True)
+        ranked = _take(candidates, order)
+        keys, values = self.split(ranked[:, :, self.size :].to(sums.dtype))
+        phi = self.maps.k_features(keys).mul_(complete[:, None, None, None])
+        kept, stays = ranked[:, :, : self.size], candidates[:, :, candidates.shape[2] - self.size :]
+        stays.copy_(kept if bool(complete.all()) else torch.where(complete[:, None, None, None], kept, stays))
+        return sums + phi.transpose(-1, -2) @ repeat_heads(values, self.maps.num_heads)
+
+    def split(self, exact: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys, and values with their 1."""
+        return exact[..., : self.maps.head_dim], exact[..., self.maps.head_dim :]
+
+
+def _divided(total: Tensor) -> Tensor:
+    """[..., Dv + 1] -> [..., Dv], divided by the last number; 0 where nothing was summed."""
+    norm = total[..., -1:]
+    return total[..., :-1] * torch.where(norm > 0, norm.reciprocal(), 0)
+
+
+def _put(x: Tensor, new: Tensor, slot: Tensor, valid: Tensor | None, slots: int) -> Tensor:
+    """x [B, A, S, C] in so many slots, with new [B, A, T, C] in the slots [B, T], where valid."""
+    x = pad(x, (0, 0, 0, slots + (valid is not None) - x.shape[2])).contiguous()
+    if valid is not None:  # padding goes to one slot more, which is cut off
+        slot = torch.where(valid, slot, slots)
+    x[_places(x, slot[:, None])] = new
+    return x[:, :, :slots]
+
+
+def _take(x: Tensor, slot: Tensor) -> Tensor:
+    """x [B, A, S, C] -> [B, A, T, C], those in the slots [B, A or 1, T]."""
+    return x[_places(x, slot)]
+
+
+def _places(x: Tensor, slot: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    row, head = (torch.arange(n, device=x.device) for n in x.shape[:2])
+    return row[:, None, None], head[:, None], slot

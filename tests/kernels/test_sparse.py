@@ -1,12 +1,16 @@
 """The sparse cache is what its definition says; any split, prefix and padding give the same; its size is constant."""
 
+from dataclasses import replace
+from itertools import pairwise
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from lolcats_kernels import HybridConfig, HybridMaps, hybrid_attention
+from lolcats_kernels import LAYOUTS, HybridConfig, HybridMaps, hybrid_attention, sparse
 from lolcats_kernels.equation import bounded_exp, cap_scores, repeat_heads, safe_divide, window_start
-from lolcats_kernels.sparse import sparse_attention
+from lolcats_kernels.sparse import block_size, sparse_attention
 from lolcats_kernels.spec import compute_dtype
 from torch import Tensor
 
@@ -27,13 +31,16 @@ def sparse_reference(
 ) -> Tensor:
     """Hybrid attention with LoLA's sparse cache (arXiv 2505.23666), by the definition, one query after the other.
 
-    A key that leaves the window stays as it is. When more than `size` have stayed, the one goes into S and z that these
-    recall best when asked for the key itself: of least | phi_q(k_j).S / phi_q(k_j).z - v_j |^2, summed over the query
-    heads. A key head chooses for all its query heads. Those that stay are weighed as the window's are, with
-    gamma exp(s_nj - c_n), where c_n is the largest score in the window still, so that the linear term keeps its weight
-    beside the window; the exponent is bounded. Arguments as for `hybrid_attention`; window > 0.
+    Positions are cut in blocks from the first. A key that leaves the window waits, as it is, until its whole block has
+    left. Then those of the block and those that were kept before are candidates. The `size` that S and z recall worst
+    when asked for the key itself are kept: of largest | phi_q(k_j).S / phi_q(k_j).z - v_j |^2, summed over the query
+    heads. All others go into S and z. A key head chooses for all its query heads. Keys that are kept or wait are
+    weighed as the window's are, with gamma exp(s_nj - c_n), where c_n is the largest score in the window still, so that
+    the linear term keeps its weight beside the window; the exponent is bounded. Arguments as for `hybrid_attention`;
+    window > 0.
     """
     dtype, config, per_key_head = compute_dtype(q.dtype), maps.config, q.shape[1] // k.shape[1]
+    block = block_size(config)
     gamma, constant = maps.term_weights(dtype)
     out = torch.zeros(*q.shape[:3], v.shape[3], dtype=dtype)
     for b in range(q.shape[0]):
@@ -49,11 +56,12 @@ def sparse_reference(
             heads = slice(h * per_key_head, (h + 1) * per_key_head)
             s = torch.zeros(per_key_head, phi_k.shape[2], v.shape[3], dtype=dtype)
             z = torch.zeros(per_key_head, phi_k.shape[2], dtype=dtype)
-            stayed: list[int] = []
+            kept: list[int] = []
             for n in range(len(real)):
                 start, after = (int(window_start(torch.tensor(i), config)) for i in (n, n + 1))
-                window = list(range(start, n + 1))
-                scores = cap_scores(qs[0, heads, n] @ ks[0, h, window + stayed].T * scaling, softcap)
+                window, waiting = list(range(start, n + 1)), list(range(start // block * block, start))
+                others = waiting + kept
+                scores = cap_scores(qs[0, heads, n] @ ks[0, h, window + others].T * scaling, softcap)
                 m = scores[:, : len(window)].amax(-1, keepdim=True)
                 if sinks is not None:
                     m = torch.maximum(m, sinks[heads, None].to(dtype))
@@ -62,69 +70,117 @@ def sparse_reference(
                 if logits is not None:
                     linear_weight = bounded_exp(logits[0, heads, n, None] - m)
                 phi = linear_weight * phi_q[heads, n]
-                numerator = exact @ vs[0, h, window + stayed] + (phi[:, None] @ s)[:, 0]
+                numerator = exact @ vs[0, h, window + others] + (phi[:, None] @ s)[:, 0]
                 denominator = exact.sum(-1, keepdim=True) + (phi * z).sum(-1, keepdim=True)
                 if sinks is not None:
                     denominator += gamma[heads, None] * (sinks[heads, None].to(dtype) - m).exp()
                 out[b, heads, real[n]] = numerator / denominator
-                for j in range(start, after):
-                    stayed.append(j)
-                    if len(stayed) > size:
-                        ask = asked[0, heads][:, stayed]
-                        recalled = safe_divide(ask @ s, ask @ z[..., None])
-                        i = stayed.pop(int((recalled - vs[0, h, stayed]).square().sum((0, 2)).argmin()))
-                        s = s + phi_k[heads, i, :, None] * vs[0, h, i]
-                        z = z + phi_k[heads, i]
+                for i in range(start // block, after // block):
+                    candidates = [*kept, *range(i * block, (i + 1) * block)]
+                    ask = asked[0, heads][:, candidates]
+                    error = (safe_divide(ask @ s, ask @ z[..., None]) - vs[0, h, candidates]).square().sum((0, 2))
+                    ranked = [candidates[j] for j in error.argsort(descending=True).tolist()]
+                    kept, left = ranked[:size], ranked[size:]
+                    s = s + phi_k[heads][:, left].transpose(1, 2) @ vs[0, h, left]
+                    z = z + phi_k[heads][:, left].sum(1)
     return out.to(q.dtype)
 
 
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(sparse, "BLOCK", 5)
+
+
+def options_of(case):
+    return {"scaling": 0.4, "softcap": case.softcap, "sinks": case.sinks, "valid": case.valid}
+
+
 def run(case, size, state=None):
-    options = {"scaling": 0.4, "softcap": case.softcap, "sinks": case.sinks, "valid": case.valid}
     with torch.no_grad():
-        return sparse_attention(case.q, case.k, case.v, case.maps, size=size, initial_state=state, **options)
+        return sparse_attention(case.q, case.k, case.v, case.maps, size=size, initial_state=state, **options_of(case))
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
-@given(data=st.data(), size=st.integers(0, 6))
-def test_it_is_the_definition(cases, data, size):
+def run_in_parts(case, size, bounds):
+    outs, state = [], None
+    for begin, end in pairwise(bounds):
+        out, state = run(case.part(begin, end), size, state)
+        outs.append(out)
+    return torch.cat(outs, 2), state
+
+
+def assert_same_states(found, expected):
+    for x, y in zip(found.tensors(), expected.tensors(), strict=True):
+        torch.testing.assert_close(x, y, **EXACT)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(data=st.data(), size=st.integers(0, 12), block=st.sampled_from((1, 5, 64)))
+def test_it_is_the_definition(cases, data, size, block):
     case = data.draw(cases)
     assume(case.maps.config.window)
-    with torch.no_grad():
-        options = {"scaling": 0.4, "softcap": case.softcap, "sinks": case.sinks, "valid": case.valid}
-        expected = sparse_reference(case.q, case.k, case.v, case.maps, size=size, **options)
-    torch.testing.assert_close(run(case, size)[0], expected, **EXACT)
+    with torch.no_grad(), patch.object(sparse, "BLOCK", block):
+        expected = sparse_reference(case.q, case.k, case.v, case.maps, size=size, **options_of(case))
+        torch.testing.assert_close(run(case, size)[0], expected, **EXACT)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
-@given(data=st.data(), size=st.integers(0, 6))
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(data=st.data(), size=st.integers(0, 12))
 def test_splits_and_prefixes_give_the_whole(cases, data, size):
     case = data.draw(cases)
     assume(case.maps.config.window)
     whole, expected = run(case, size)
-    cut = data.draw(st.integers(1, case.q.shape[2]))
-    first, state = run(case.part(0, cut), size)
-    torch.testing.assert_close(first, whole[:, :, :cut], **EXACT)
-    nbytes = state.nbytes
-    if cut < case.q.shape[2]:
-        second, state = run(case.part(cut, case.q.shape[2]), size, state)
-        torch.testing.assert_close(second, whole[:, :, cut:], **EXACT)
-    assert state.nbytes == expected.nbytes == nbytes
-    for found, wanted in zip(state.tensors(), expected.tensors(), strict=True):
-        torch.testing.assert_close(found, wanted, **EXACT)
+    time = case.q.shape[2]
+    found, state = run_in_parts(case, size, sorted({0, time, *(cut % time for cut in case.cuts)}))
+    torch.testing.assert_close(found, whole, **EXACT)
+    assert state.nbytes == expected.nbytes
+    assert_same_states(state, expected)
+
+
+@pytest.mark.parametrize("padding", ["none", "left", "right", "holes", "empty"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("read", [0, 6, 22])
+def test_decoding_chooses_as_reading_does(make_case, read, layout, padding):
+    """Token by token after a prompt of `read` tokens; rows that have seen different numbers of tokens; a state that was
+    read from is as it was, and its rows can be taken in another order."""
+    case = make_case(time=40, window=3, layout=layout, padding=padding, batch=3, linear_factor="exp", sinks=1.0)
+    whole, expected = run(case, 4)
+    found, state = run_in_parts(case, 4, [*([0] if read else []), *range(read, 41)])
+    torch.testing.assert_close(found, whole, **EXACT)
+    assert_same_states(state, expected)
+
+    rows = torch.tensor([2, 0, 2])
+    _, first = run(case.part(0, 31), 4)
+    before = [x.clone() for x in first.tensors()]
+    rest = case.part(31, 40)
+    rest = replace(
+        rest, q=rest.q[rows], k=rest.k[rows], v=rest.v[rows], valid=None if case.valid is None else rest.valid[rows]
+    )
+    found, state = run(rest, 4, first.select_batch(rows))
+    torch.testing.assert_close(found, whole[rows, :, 31:], **EXACT)
+    assert_same_states(state, expected.select_batch(rows))
+    run(case.part(31, 32), 4, first)
+    assert all(map(torch.equal, first.tensors(), before))
+
+
+def test_blocks():
+    with patch.object(sparse, "BLOCK", 64):
+        found = [block_size(HybridConfig(window=w, layout=layout)) for layout in LAYOUTS for w in (1, 48, 64, 300)]
+    assert found == [64, 64, 64, 64, 64, 96, 64, 300]
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_a_cache_of_no_keys_is_plain_and_one_of_all_is_softmax_over_all(cases, data):
+def test_a_cache_of_no_keys_is_plain_where_none_waits_and_one_of_all_is_softmax_over_all(cases, data):
     case = data.draw(cases)
     assume(case.maps.config.window and case.terms == "both")
+    time, config = case.q.shape[2], vars(case.maps.config)
+    found, _ = run(case, time)
     with torch.no_grad():
+        case.maps.config = HybridConfig(**config | {"window": time})  # all keys are in the window
+        torch.testing.assert_close(found, case.run("reference"), **EXACT)
+        # The terraces are the blocks.
+        case.maps.config = HybridConfig(**config | {"layout": "terraced", "window": max(config["window"], 5)})
         torch.testing.assert_close(run(case, 0)[0], case.run("reference"), **EXACT)
-        time = case.q.shape[2]
-        found, _ = run(case, time)
-        case.maps.config = HybridConfig(**{**vars(case.maps.config), "window": time})  # all keys are in the window
-        softmax = case.run("reference")
-    torch.testing.assert_close(found, softmax, **EXACT)
 
 
 def test_what_the_sums_recall_worst_stays():
@@ -141,7 +197,7 @@ def test_what_the_sums_recall_worst_stays():
     with torch.no_grad():
         out, state = sparse_attention(q, k, v, maps, size=1, **options)
         plain = hybrid_attention(q, k, v, maps, **options)
-    assert torch.equal(state.kept_keys[0, 0, 0], odd)
+    assert torch.equal(state.exact[0, 0, 0, :8], odd)
     assert (out[0, :, -1] < -0.99).all()
     assert (plain[0, :, -1] > -0.5).all()
 
@@ -152,6 +208,8 @@ def test_what_is_refused():
     with pytest.raises(ValueError, match="window=0"):
         sparse_attention(q, k, k, maps, size=2, scaling=1.0)
     maps = HybridMaps(HybridConfig(window=2, feature_dim=8), 2, 8)
-    _, state = sparse_attention(q, k, k, maps, size=2, scaling=1.0)
+    out, state = sparse_attention(q, k, k, maps, size=2, scaling=1.0)
+    with pytest.raises(RuntimeError, match="no gradients"):
+        out.sum().backward()
     with pytest.raises(ValueError, match="keeps 2 keys, and 3 were asked for"):
         sparse_attention(q, k, k, maps, size=3, scaling=1.0, initial_state=state)
