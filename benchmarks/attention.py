@@ -2,8 +2,9 @@
 
     python benchmarks/attention.py results.csv [--lengths 1024 4096] [--device cuda]
 
-One layer, batch 1, 8 heads of 64, fp32. Before anything is timed, chunked must agree with the reference in fp64.
-The gradients are of the maps and gamma, as in transfer.
+One layer, batch 1, 8 heads of 64, fp32. Before anything is timed, chunked must agree with the reference in fp64, and
+the sparse cache (64 exact keys) must not depend on how a row is cut. The gradients are of the maps and gamma, as in
+transfer.
 On a GPU: `attention_gpu`.
 """
 
@@ -18,6 +19,7 @@ from collections.abc import Callable
 
 import torch
 from lolcats_kernels import HybridConfig, HybridMaps, hybrid_attention
+from lolcats_kernels.sparse import sparse_attention
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -27,7 +29,8 @@ KINDS = {
     "terraced": HybridConfig(window=64, layout="terraced"),
     "linear": HybridConfig(window=0),
 }
-PATHS = ("chunked", "reference", "sdpa")
+PATHS = ("chunked", "sparse", "reference", "sdpa")
+KEPT = 64  # exact keys of the sparse cache
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 QUADRATIC = 4096  # tokens up to which the peers are run
 
@@ -47,6 +50,9 @@ def step(kind: str, path: str, length: int, backward: bool) -> Callable[[], None
             if path == "sdpa":
                 scaled_dot_product_attention(q, k, v, is_causal=True)
                 return
+            if path == "sparse":
+                sparse_attention(q, k, v, maps, size=KEPT, scaling=DIM**-0.5)
+                return
             out = hybrid_attention(q, k, v, maps, scaling=DIM**-0.5, backend=path)
             if backward:
                 maps.zero_grad()
@@ -64,8 +70,23 @@ def gate(kind: str) -> None:
         out = hybrid_attention(q, k, v, maps, scaling=DIM**-0.5, backend=backend)
         out.square().sum().backward()
         got.append([out.detach(), *(p.grad.clone() for p in maps.parameters() if p.grad is not None)])
+    if maps.config.window:
+        outs, state = [], None
+        for part in zip(*(x.split([140, 1, 159], 2) for x in (q, k, v)), strict=True):
+            out, state = sparse_attention(*part, maps, size=KEPT, scaling=DIM**-0.5, initial_state=state)
+            outs.append(out)
+        got[0].append(sparse_attention(q, k, v, maps, size=KEPT, scaling=DIM**-0.5)[0])
+        got[1].append(torch.cat(outs, 2))
     for expected, actual in zip(*got, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+def paths(kind: str, length: int, backward: bool) -> list[str]:
+    """What is measured: no gradients of the sparse cache, which needs a window; no quadratic peers of long rows."""
+    left_out = {"sdpa", "sparse"} if backward else {"reference"}
+    left_out |= {"sparse"} if kind == "linear" else set()
+    left_out |= {"sdpa", "reference"} if length > QUADRATIC else set()
+    return [path for path in PATHS if path not in left_out]
 
 
 def paired(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
@@ -137,9 +158,8 @@ def main() -> None:
         for kind in KINDS:
             for length in args.lengths or LENGTHS:
                 for backward in (False, True):
-                    paths = [p for p in PATHS if p != ("sdpa" if backward else "reference")]
-                    paths = paths if length <= QUADRATIC else ["chunked"]
-                    spent = paired({p: step(kind, p, length, backward) for p in paths}, args.rounds)
+                    chosen = paths(kind, length, backward)
+                    spent = paired({path: step(kind, path, length, backward) for path in chosen}, args.rounds)
                     for path, ms in spent.items():
                         figures = (statistics.median(ms), min(ms), max(ms), peak_mib(kind, path, length, backward))
                         name = "forward+backward" if backward else "forward"

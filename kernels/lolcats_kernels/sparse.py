@@ -11,7 +11,7 @@ is a position counted from the first key that waits.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -100,7 +100,7 @@ def sparse_attention(
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         out, after = call.by_blocks(q, torch.cat([k, v, torch.ones_like(v[..., :1])], -1), valid, state)
     out = (out if valid is None else torch.where(valid[:, None, :, None], out, 0)).to(wanted)
-    return _NoGradients.apply(out, q, k, v, *maps.parameters()), after
+    return cast(Tensor, _NoGradients.apply(out, q, k, v, *maps.parameters())), after  # type: ignore[no-untyped-call]
 
 
 class _NoGradients(torch.autograd.Function):
