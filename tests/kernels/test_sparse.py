@@ -95,6 +95,14 @@ def options_of(case):
     return {"scaling": 0.4, "softcap": case.softcap, "sinks": case.sinks, "valid": case.valid}
 
 
+def drawn(data, cases):
+    """A case that a sparse cache is for."""
+    case = data.draw(cases)
+    assume(case.maps.config.window)
+    case.maps.config = replace(case.maps.config, decay=False)
+    return case
+
+
 def run(case, size, state=None):
     with torch.no_grad():
         return sparse_attention(case.q, case.k, case.v, case.maps, size=size, initial_state=state, **options_of(case))
@@ -116,8 +124,7 @@ def assert_same_states(found, expected):
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(data=st.data(), size=st.integers(0, 12), block=st.sampled_from((1, 5, 64)))
 def test_it_is_the_definition(cases, data, size, block):
-    case = data.draw(cases)
-    assume(case.maps.config.window)
+    case = drawn(data, cases)
     with torch.no_grad(), patch.object(sparse, "BLOCK", block):
         expected = sparse_reference(case.q, case.k, case.v, case.maps, size=size, **options_of(case))
         torch.testing.assert_close(run(case, size)[0], expected, **EXACT)
@@ -126,8 +133,7 @@ def test_it_is_the_definition(cases, data, size, block):
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(data=st.data(), size=st.integers(0, 12))
 def test_splits_and_prefixes_give_the_whole(cases, data, size):
-    case = data.draw(cases)
-    assume(case.maps.config.window)
+    case = drawn(data, cases)
     whole, expected = run(case, size)
     time = case.q.shape[2]
     found, state = run_in_parts(case, size, sorted({0, time, *(cut % time for cut in case.cuts)}))
@@ -171,8 +177,8 @@ def test_blocks():
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_a_cache_of_no_keys_is_plain_where_none_waits_and_one_of_all_is_softmax_over_all(cases, data):
-    case = data.draw(cases)
-    assume(case.maps.config.window and case.terms == "both")
+    case = drawn(data, cases)
+    case.terms = "both"
     time, config = case.q.shape[2], vars(case.maps.config)
     found, _ = run(case, time)
     with torch.no_grad():
@@ -206,6 +212,9 @@ def test_what_is_refused():
     maps = HybridMaps(HybridConfig(window=0, feature_dim=8), 2, 8)
     q, k = torch.randn(1, 2, 3, 8), torch.randn(1, 1, 3, 8)
     with pytest.raises(ValueError, match="window=0"):
+        sparse_attention(q, k, k, maps, size=2, scaling=1.0)
+    maps = HybridMaps(HybridConfig(window=2, feature_dim=8, decay=True), 2, 8)
+    with pytest.raises(ValueError, match="forgets"):
         sparse_attention(q, k, k, maps, size=2, scaling=1.0)
     maps = HybridMaps(HybridConfig(window=2, feature_dim=8), 2, 8)
     out, state = sparse_attention(q, k, k, maps, size=2, scaling=1.0)
