@@ -135,13 +135,16 @@ def _quote(text: str, kind: str = "") -> str:
 
 
 def _lineage(artifact: Artifact, steps: Sequence[Step]) -> list[str]:
-    teacher, data = artifact.teacher, artifact.data
+    teacher, trained_on = artifact.teacher, artifact.data
+    data = next((step.artifact.data for step in reversed(steps) if step.artifact), trained_on)
     rows = [
         ["teacher", f"{_text(teacher.get('architecture'))}, {len(teacher.get('layers', []))} layers<br>"
          f"<code>{_text(teacher.get('path'))}</code>",
          f"weights <code>{_text(str(teacher.get('weights_sha256'))[:12])}</code>", ""],
         ["data", f"<code>{_text(data.get('path'))}</code>", _data(data), ""],
     ]  # fmt: skip
+    if trained_on.get("tokens_sha256") != data.get("tokens_sha256"):
+        rows.append(["data of the LoRA", f"<code>{_text(trained_on.get('path'))}</code>", _data(trained_on), ""])
     for step in reversed(steps):
         said = "<br>".join(f"{_text(figure.name)}: <b>{_text(figure.value)}</b>" for figure in figures([step]))
         settings = _settings(step.artifact.config, SETTINGS[step.kind]) if step.artifact else ""
@@ -170,8 +173,12 @@ def _settings(values: dict[str, Any], names: Sequence[str]) -> str:
         value = values.get(name)
         if isinstance(value, dict):
             pairs += value.items()
+        elif isinstance(value, bool):
+            pairs.append((name, "yes" if value else "no"))
+        elif isinstance(value, list):
+            pairs.append((name, ("-" if name == "samples" else ", ").join(map(str, value))))  # samples: first and last
         elif value is not None:
-            pairs.append((name, ", ".join(map(str, value)) if isinstance(value, list) else value))
+            pairs.append((name, value))
     return ", ".join(f"{_text(name)}&nbsp;<b>{_text(value)}</b>" for name, value in pairs)
 
 
@@ -296,7 +303,10 @@ def _quality(measured: Measured | None) -> list[str]:
         parts.append(f'<p class="note">The teacher could not be run: {_text(measured.without_teacher)}</p>')
     parts += _section("Samples", "The prompt is the beginning of the data:", _quote(measured.prompt, "soft"))
     for name in sorted(measured.samples, key=lambda name: name != "teacher"):
-        parts += [f'<p class="soft">{name}, the likeliest token every time:</p>', _quote(measured.samples[name])]
+        parts += [
+            f'<p class="soft">{name}, the likeliest token every time:</p>',
+            _quote(measured.samples[name].strip("\n")),
+        ]
     words = (
         f"On {measured.rows:,} rows, {measured.tokens:,} tokens, of <code>{_text(', '.join(measured.data))}</code>. "
         "recall@N is how often a fact that was stated N tokens ago is named."
