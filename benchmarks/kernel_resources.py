@@ -1,6 +1,6 @@
 """Compiles every Triton kernel as it would be launched, without a GPU, and prints what the compiler made of it.
 
-    python benchmarks/kernel_resources.py [--capabilities 80 90] [--heads 64 128 256] [--dtypes bfloat16]
+    python benchmarks/kernel_resources.py [--capabilities 80 89 90 100] [--heads 64 128 256] [--dtypes bfloat16]
 
 Columns: registers of a thread, bytes a thread spills, shared memory of a program (the most that the GPU has beside it).
 Exits with 1 if a kernel does not compile or does not fit.
@@ -29,8 +29,8 @@ from lolcats_kernels import (  # noqa: E402
     HybridMaps,
     KVState,
     hybrid_attention,
-    triton_attention,
     triton_decoding,
+    triton_launches,
 )
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
@@ -74,7 +74,7 @@ def compiled(kernel: Any, given: dict[str, Any], warps: int, capability: int) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--capabilities", type=int, nargs="+", default=[80, 90])
+    parser.add_argument("--capabilities", type=int, nargs="+", default=[80, 89, 90, 100])
     parser.add_argument("--heads", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"])
     parser.add_argument("--linear-factors", nargs="+", default=["exp"])
@@ -102,21 +102,21 @@ def launched(capability: int, head: int, dtype: torch.dtype, factor: str) -> lis
 
     def compile_it(kernel: Any, grid: object, warps: int, given: dict[str, Any]) -> None:
         made = compiled(kernel, given, warps, capability)
-        rows.append((kernel.__name__, given["L"], warps, *made.values()))
+        rows.append((kernel.__name__, given.get("L", "-"), warps, *made.values()))
 
     maps = HybridMaps(HybridConfig(linear_factor=factor), 32, head)
     q, k, v = (torch.zeros(1, heads, 256, head, dtype=dtype, requires_grad=True) for heads in (32, 8, 8))
     options: Any = {"scaling": head**-0.5, "backend": "triton"}
     with (
-        patch.object(triton_attention, "capability", lambda device: capability),
-        patch.object(triton_attention, "launch", compile_it),
+        patch.object(triton_launches, "capability", lambda device: capability),
+        patch.object(triton_launches, "launch", compile_it),
         patch.object(triton_decoding, "launch", compile_it),
     ):
         hybrid_attention(q, k, v, maps, **options).sum().backward()
         with torch.no_grad():
             state = KVState.empty(maps, 1, 8, dtype=dtype)
             hybrid_attention(*(x[:, :, :1] for x in (q, k, v)), maps, initial_state=state, return_state=True, **options)
-    return rows
+    return list(dict.fromkeys(rows))
 
 
 if __name__ == "__main__":

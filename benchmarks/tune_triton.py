@@ -1,4 +1,4 @@
-"""Finds the Triton kernels' chunks and warps for the GPU at hand, and prints its entry of `triton_attention.TILES`.
+"""Finds the Triton kernels' chunks and warps for the GPU at hand, and prints its entry of `triton_launches.BF16_TILES`.
 
     python benchmarks/tune_triton.py [--heads 64 128 256] [--length 4096] [--rounds 20]
 
@@ -24,8 +24,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "kernels")]
 
 import triton  # noqa: E402
-from lolcats_kernels import HybridConfig, HybridMaps, hybrid_attention, triton_attention  # noqa: E402
+from lolcats_kernels import HybridConfig, HybridMaps, hybrid_attention, triton_launches  # noqa: E402
 from lolcats_kernels.spec import NoRoom  # noqa: E402
+from lolcats_kernels.triton_launches import Tile  # noqa: E402
 from lolcats_kernels.triton_parts import INTERPRETED  # noqa: E402
 from torch import Tensor  # noqa: E402
 
@@ -60,7 +61,7 @@ def tune(head: int, length: int, rounds: int) -> tuple[tuple[int, int], tuple[in
         for heads in (HEADS, KEY_HEADS, KEY_HEADS)
     ]
     call = partial(hybrid_attention, *leaves, maps, scaling=head**-0.5, backend="triton")
-    capability = triton_attention.capability(DEVICE)
+    capability = triton_launches.capability(DEVICE)
 
     def gradients(out: Tensor) -> tuple[Tensor, ...]:
         wanted = [*leaves, *(p for p in maps.parameters() if p.requires_grad)]
@@ -73,11 +74,11 @@ def tune(head: int, length: int, rounds: int) -> tuple[tuple[int, int], tuple[in
         found: dict[tuple[int, int], float] = {}
         for choice in itertools.product(CHUNKS, WARPS):
             # The other direction takes the smallest chunk: it only has to run.
-            tiles = ((16, 4), choice) if backward else (choice, (16, 4))
+            tiles = (Tile(16, 4), Tile(*choice)) if backward else (Tile(*choice), Tile(16, 4))
             try:
                 with (
-                    patch.dict(triton_attention.TILES, {capability: {256: tiles}}, clear=True),
-                    patch.object(triton_attention, "LEAST", max(CHUNKS)),  # what does not fit is not cut smaller
+                    patch.dict(triton_launches.BF16_TILES, {capability: {256: tiles}}, clear=True),
+                    patch.object(triton_launches, "LEAST", max(CHUNKS)),  # what does not fit is not cut smaller
                 ):
                     out = call()
                     for value, wanted in zip((out, *gradients(out)), expected, strict=True):
@@ -100,7 +101,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     args = parser.parse_args()
     entry = {head: tune(head, args.length, args.rounds) for head in args.heads}
-    print(f"{triton_attention.capability(DEVICE)}: {entry},")
+    print(f"{triton_launches.capability(DEVICE)}: {entry},")
 
 
 if __name__ == "__main__":

@@ -209,7 +209,6 @@ def decode(
         ACTIVATION,
         HAS_WEIGHT,
         HAS_BIAS,
-        L,
         BLOCK_D,
         BLOCK_F,
         PRECISION,
@@ -234,9 +233,7 @@ def decode(
                 held = take[:, None] & (position < n)[:, None]
                 y += tl.load(keys + slot * D + d[None, :], mask=held & (d[None, :] < D), other=0)
                 z += tl.load(values + slot * Dv + dv[None, :], mask=held & (dv[None, :] < Dv), other=0)
-            phi = features(
-                y, k_weight, k_bias, h, D, F, ACTIVATION, HAS_WEIGHT, HAS_BIAS, L, BLOCK_D, BLOCK_F, PRECISION
-            )
+            phi = features(y, k_weight, k_bias, h, D, F, ACTIVATION, HAS_WEIGHT, HAS_BIAS, BLOCK_D, BLOCK_F, PRECISION)
             if EXP:
                 slope = tl.load(k_slope + h * D + d, mask=d < D, other=0)
                 logits = tl.sum(y.to(tl.float32) * slope[None, :], 1)

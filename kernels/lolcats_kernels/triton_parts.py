@@ -1,14 +1,13 @@
 """What the Triton kernels of hybrid attention are made of. `triton_forward` and `triton_backward` hold those of whole
-rows, `triton_decoding` that of one token; `triton_attention` launches the former.
+rows, `triton_sums` what both take, `triton_decoding` that of one token; `triton_launches` launches those of rows.
 
 Letters: see ../README.md. Sizes that matrix units take are padded to powers of two, 16 at least: BLOCK_D, BLOCK_DV,
-BLOCK_F, and N, the features. PART_DV is the part of Dv that a program takes where it does not need all.
+BLOCK_F, and N, the features. PART_DV is the part of Dv that a program takes, or takes at a time.
 
 A program takes one chunk of one row (a query head of one sequence). Keys that some of the chunk's queries see by
 softmax lie in the chunks from `first_chunk` on; these are weighed one by one. Earlier keys enter by their sums, which
-`sum_keys` leaves at every chunk. Backward, `sum_queries` comes from the end with the gradients of those sums.
-Features are computed where they are needed; only backward writes the queries', which it needs twice. The kernels' order
-of features: of a map that gives more than one for each number of y = x W + b, those of one y are neighbours.
+lie in memory for every chunk, see `triton_sums`. The kernels' order of features: of a map that gives more than one for
+each number of y = x W + b, those of one y are neighbours.
 """
 
 from contextlib import nullcontext
@@ -33,18 +32,19 @@ except ImportError as error:  # transformers asks for every module that it finds
 
 QUERY_BOUND, KEY_BOUND = tl.constexpr(_QUERY_BOUND), tl.constexpr(_KEY_BOUND)
 
-# Of products of fp32, by the inputs' dtype: TF32 is as good as bf16 needs; beside fp16 its error would show.
-PRECISIONS = {torch.float32: "ieee", torch.bfloat16: "tf32", torch.float16: "tf32x3"}
+# What products take, by the inputs' dtype: bf16, or fp32 in one of Triton's precisions. fp16 has too few exponents for
+# features, and beside its own error one product of TF32 would show.
+PRECISIONS = {torch.float32: "ieee", torch.bfloat16: "bf16", torch.float16: "tf32x3"}
 INTERPRETED = triton.knobs.runtime.interpret
 
 
 def launch(kernel: Any, grid: tuple[int, ...], warps: int, arguments: dict[str, Any]) -> None:
-    """Runs the kernel with its arguments, all of them, by name. A tensor that is None is one that it does not read.
+    """Runs the kernel with those of the arguments that it has. A tensor that is None is one that it does not read.
 
     Raises NoRoom, before anything runs, if the GPU lacks shared memory or registers for it.
     """
     unread = next(x for x in arguments.values() if isinstance(x, Tensor))
-    arguments = {name: unread if value is None else value for name, value in arguments.items()}
+    arguments = {name: unread if arguments[name] is None else arguments[name] for name in kernel.arg_names}
     device = unread.device
     if device.type != "cuda" and not INTERPRETED:
         raise ValueError(f"The backend triton needs tensors on a CUDA device; got {device}.")
@@ -52,10 +52,28 @@ def launch(kernel: Any, grid: tuple[int, ...], warps: int, arguments: dict[str, 
         try:
             kernel[grid](**arguments, num_warps=warps, num_stages=1)
         except triton.runtime.errors.OutOfResources as error:
-            raise NoRoom(
-                f"The Triton kernels need {error.required:,} of {error.name} for heads and features of these sizes, "
-                f"and the GPU has {error.limit:,}. Use the backend chunked."
-            ) from error
+            raise no_room(error.required, error.name, error.limit) from error
+
+
+def no_room(required: int, name: str, limit: int) -> NoRoom:
+    return NoRoom(
+        f"The Triton kernels need {required:,} of {name} for heads and features of these sizes, and the GPU has "
+        f"{limit:,}. Use the backend chunked."
+    )
+
+
+def shared_memory(device: torch.device) -> int | None:
+    """Bytes that a program can have; None where there is no such limit, as under the interpreter."""
+    if device.type != "cuda":
+        return None
+    index = torch.cuda.current_device() if device.index is None else device.index
+    limit: int = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
+    return limit
+
+
+def operand_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of what products take, and of what lies in memory between kernels."""
+    return dtype if dtype == torch.bfloat16 else torch.float32
 
 
 def strides(**tensors: Tensor) -> dict[str, int]:
@@ -175,19 +193,21 @@ def end_chunk(j, M, L: tl.constexpr, WINDOW: tl.constexpr, TERRACED: tl.constexp
 
 
 @triton.jit
-def _rounded(x):
-    """fp32 to the nearest TF32; other dtypes as they are."""
-    if x.dtype == tl.float32:
-        x = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+def operand(x, PRECISION: tl.constexpr):
+    """x as products take it, and as it lies in memory between kernels."""
+    if PRECISION == "bf16":
+        x = x.to(tl.bfloat16)
+    else:
+        x = x.to(tl.float32)
     return x
 
 
 @triton.jit
 def dot(a, b, PRECISION: tl.constexpr):
-    """a b, summed in fp32. Of TF32 the matrix units do not read the lower bits, which would make all sums too small."""
-    if PRECISION == "tf32":
-        a, b = _rounded(a), _rounded(b)
-    return tl.dot(a, b, input_precision=PRECISION)
+    """a b, summed in fp32."""
+    if PRECISION == "bf16" or a.dtype != b.dtype:
+        a, b = operand(a, PRECISION), operand(b, PRECISION)
+    return tl.dot(a, b, input_precision="ieee" if PRECISION == "bf16" else PRECISION)
 
 
 @triton.jit
@@ -208,19 +228,21 @@ def features(
     ACTIVATION: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    L: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_F: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """phi of x [L, BLOCK_D]: [L, N] fp32, zero in the padding."""
+    """phi of x [tokens, BLOCK_D]: [tokens, N] fp32, zero in the padding."""
     y = x.to(tl.float32)
     if HAS_WEIGHT:
-        y = dot(y, map_weight(weight, h, D, F, BLOCK_D, BLOCK_F), PRECISION)
+        w = map_weight(weight, h, D, F, BLOCK_D, BLOCK_F)
+        y = dot(x, w, PRECISION)
+        if PRECISION == "bf16":  # features are exponentials of y: W takes two products
+            y += dot(x, w - w.to(tl.bfloat16).to(tl.float32), PRECISION)
     if HAS_BIAS:
         f = tl.arange(0, BLOCK_F)
         y += tl.load(bias + h * F + f, mask=f < F, other=0)[None, :]
-    return ACTIVATION(y, F, L, BLOCK_F)
+    return ACTIVATION(y, F, x.shape[0], BLOCK_F)
 
 
 @triton.jit
@@ -233,13 +255,12 @@ def features_backward(
     F,
     GRADIENT: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
-    L: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_F: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """(dx [L, BLOCK_D], the gradient of y = x W + b [L, BLOCK_F])."""
-    dy = GRADIENT(phi, dphi, L, BLOCK_F)
+    """(dx [tokens, BLOCK_D], the gradient of y = x W + b [tokens, BLOCK_F])."""
+    dy = GRADIENT(phi, dphi, phi.shape[0], BLOCK_F)
     dx = dy
     if HAS_WEIGHT:
         dx = dot(dy, tl.trans(map_weight(weight, h, D, F, BLOCK_D, BLOCK_F)), PRECISION)
@@ -255,8 +276,7 @@ def capped(scores, softcap):
 
 @triton.jit
 def window_scores(
-    q,
-    k,
+    products,
     n,
     i,
     scaling,
@@ -264,23 +284,42 @@ def window_scores(
     SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr,
     TERRACED: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
-    """([L, L] scores of queries n and keys i, -inf for what softmax does not see; the soft cap's slope)."""
-    scores = dot(q, tl.trans(k), PRECISION) * scaling
-    slope = tl.full([q.shape[0], k.shape[0]], 1.0, tl.float32)
+    """(scores of queries n and keys i, -inf for what softmax does not see; the soft cap's slope).
+
+    products: q . k of these, and either way round: n and i are a row and a column.
+    """
+    scores = products * scaling
+    slope = tl.full(products.shape, 1.0, tl.float32)
     if SOFTCAP:
         scores, slope = capped(scores, softcap)
-    start = window_start(n, WINDOW, TERRACED)
-    seen = (i[None, :] <= n[:, None]) & (i[None, :] >= start[:, None])
+    seen = (i <= n) & (i >= window_start(n, WINDOW, TERRACED))
     return tl.where(seen, scores, float("-inf")), slope
 
 
 @triton.jit
 def is_older(n, i, WINDOW: tl.constexpr, TERRACED: tl.constexpr):
-    """[L, L] bool: whether key i is older than the window of query n."""
-    start = window_start(n, WINDOW, TERRACED)
-    return (i[None, :] <= n[:, None]) & (i[None, :] < start[:, None])
+    """Whether key i is older than the window of query n, where n and i are a row and a column."""
+    return (i <= n) & (i < window_start(n, WINDOW, TERRACED))
+
+
+@triton.jit
+def has_older(c, j, L: tl.constexpr, WINDOW: tl.constexpr, TERRACED: tl.constexpr):
+    """Whether chunk j has a key that is older than the window of some query of chunk c."""
+    return j * L < window_start(c * L + L - 1, WINDOW, TERRACED)
+
+
+@triton.jit
+def slope_logits(x, slope, h, D, BLOCK_D: tl.constexpr):
+    """x [tokens, BLOCK_D] . slope of head h: [tokens] fp32."""
+    return tl.sum(x.to(tl.float32) * head_slope(slope, h, D, BLOCK_D), 1)
+
+
+@triton.jit
+def head_slope(slope, h, D, BLOCK_D: tl.constexpr):
+    """[1, BLOCK_D]."""
+    d = tl.arange(0, BLOCK_D)
+    return tl.load(slope + h * D + d, mask=d < D, other=0)[None, :]
 
 
 @triton.jit
@@ -296,10 +335,23 @@ def lambda_beside(logits, m):
 
 
 @triton.jit
-def lambda_of(query_logits, linear_weight, m, first, T, EXP: tl.constexpr, HAS_WINDOW: tl.constexpr, L: tl.constexpr):
-    """λ of each query: [L]. linear_weight: the head's constant; query_logits: the row's, read with "exp"."""
+def lambda_of(
+    x,
+    m,
+    linear_weight,
+    linear_logit,
+    q_slope,
+    h,
+    D,
+    EXP: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """λ of each query, and whether its gradient reaches l + u . q (with EXP): [tokens] twice."""
+    constant = tl.load(linear_weight + h)
     if EXP and HAS_WINDOW:
-        weight = linear_weight * lambda_beside(vector(query_logits, first, T, L), m)
+        logits = tl.load(linear_logit + h) + slope_logits(x, q_slope, h, D, BLOCK_D)
+        weight, inside = constant * lambda_beside(logits, m), logits - m < QUERY_BOUND
     else:
-        weight = tl.full([L], 1.0, tl.float32) * linear_weight
-    return weight
+        weight, inside = constant + tl.zeros_like(m), m != m
+    return weight, inside
