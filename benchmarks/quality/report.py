@@ -35,8 +35,9 @@ def write(path: Path, rows: Rows) -> None:
 
 
 def values(rows: Rows, window: Any, name: str, column: str) -> list[float]:
-    """A column's values in the rows of that window and name, one per seed."""
-    return [float(row[column]) for row in rows if (str(row["window"]), row["row"]) == (str(window), name)]
+    """A column's values in the rows of that window and name, one per seed; none of a seed that lacks it."""
+    found = (row[column] for row in rows if (str(row["window"]), row["row"]) == (str(window), name))
+    return [float(value) for value in found if value != ""]
 
 
 def windows(rows: Rows) -> list[Any]:
@@ -50,7 +51,7 @@ def markdown(rows: Rows) -> str:
     for window in windows(rows):
         for name in names_of([row for row in rows if row["window"] == window]):
             found = [values(rows, window, name, column) for column in columns]
-            lines.append(f"| {window} | {name} | {len(found[0])} | {' | '.join(map(_mean, found))} |")
+            lines.append(f"| {window} | {name} | {max(map(len, found))} | {' | '.join(map(_mean, found))} |")
     return "\n".join(lines)
 
 
@@ -134,6 +135,8 @@ def plot_pieces(rows: Rows, target: Path) -> None:
 
 
 def _mean(found: list[float]) -> str:
+    if not found:
+        return ""
     mean = f"{statistics.mean(found):.3g}"
     return f"{mean} ± {statistics.stdev(found):.1g}" if len(found) > 1 else mean
 

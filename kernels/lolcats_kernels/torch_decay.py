@@ -7,6 +7,8 @@ are older than a query's window enter its linear term one by one, and those befo
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,15 @@ from .spec import CallSpec, HybridConfig, compute_dtype
 from .state import KeySums, KVState
 
 _CHUNK = 64
+
+
+class Band(NamedTuple):
+    """The keys that a chunk's queries see one by one."""
+
+    k: Tensor  # [B, K, J, D]
+    v: Tensor  # [B, H, J, Dv]
+    phi_k: Tensor  # [B, H, J, F']
+    g: Tensor  # [B, H, J]
 
 
 def decaying_rows(
@@ -33,21 +44,23 @@ def decaying_rows(
     """Rows without gaps, as `attend_in_rows` asks for."""
     dtype, time, size = compute_dtype(q.dtype), q.shape[2], _chunk(spec.config)
     sums = None if initial_state is None else KeySums(initial_state.sums, initial_state.norms)
-    outs, begin = [], 0  # the band's first key
-    for first in range(0, time, size):
-        end = min(first + size, time)
-        band, last = slice(begin, end), end == time
-        keys, values = k[:, :, band].to(dtype), repeat_heads(v[:, :, band], q.shape[1]).to(dtype)
-        phi, g = maps.k_features(keys), maps.decays(keys)
+    before: Band | None = None
+    outs = []
+    # Each is cut once: the gradient of a slice is as long as the row.
+    for number, (queries, keys, values) in enumerate(zip(*(x.split(size, 2) for x in (q, k, v)), strict=True)):
+        g = maps.decays(keys)
         assert g is not None, "maps with a decay"
-        position = torch.arange(begin, end, device=q.device)
-        outs.append(_attend(q[:, :, first:end].to(dtype), keys, values, phi, g, position, maps, spec, sinks, sums))
-        leaving = slice(0, (end if last or not spec.config.window else first) - begin)
-        if last and num_summed is None:
-            break
-        mask = None if num_summed is None else position[leaving] < num_summed[:, None]
-        sums = _fold(phi[:, :, leaving], values[:, :, leaving], g[:, :, leaving], mask, sums)
-        begin += leaving.stop
+        own = Band(keys.to(dtype), repeat_heads(values, q.shape[1]).to(dtype), maps.k_features(keys), g)
+        band = own if before is None else Band(*(torch.cat(pair, 2) for pair in zip(before, own, strict=True)))
+        end = number * size + queries.shape[2]
+        position = torch.arange(end - band.k.shape[2], end, device=q.device)
+        outs.append(_attend(queries.to(dtype), band, position, maps, spec, sinks, sums))
+        # What the next chunk's queries do not see one by one; and at the end of the row, all.
+        leaving = band if end == time or not spec.config.window else before
+        if leaving is not None and (end < time or num_summed is not None):
+            summed = None if num_summed is None else position[: leaving.k.shape[2]] < num_summed[:, None]
+            sums = _fold(leaving, summed, sums)
+        before = own if spec.config.window else None
     return RowResults(torch.cat(outs, 2), None if num_summed is None else sums)
 
 
@@ -59,18 +72,15 @@ def _chunk(config: HybridConfig) -> int:
 
 def _attend(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    phi_k: Tensor,
-    g: Tensor,
+    band: Band,
     position: Tensor,
     maps: HybridMaps,
     spec: CallSpec,
     sinks: Tensor | None,
     sums: KeySums | None,
 ) -> Tensor:
-    """Eq. 7 for the last queries of a band: q [B, H, l, D]; k [B, K, J, D]; v [B, H, J, Dv]; phi_k [B, H, J, F'];
-    g [B, H, J]; position [J]; sums before the band -> [B, H, l, Dv]."""
+    """Eq. 7 for the last queries of a band: q [B, H, l, D], position [J], sums before the band -> [B, H, l, Dv]."""
+    k, v, phi_k, g = band
     own = position[-q.shape[2] :]
     masks = key_masks(own, position, spec.config)
     gamma, factor = (x[:, None, None] for x in maps.term_weights(q.dtype))
@@ -98,13 +108,14 @@ def _attend(
     return safe_divide(weights @ v + initial[0], weights.sum(-1, keepdim=True) + initial[1] + sink_weight)
 
 
-def _fold(phi: Tensor, v: Tensor, g: Tensor, mask: Tensor | None, sums: KeySums | None) -> KeySums:
-    """The sums after more keys, in order: phi [B, H, N, F'], v [B, H, N, Dv], g [B, H, N]; those where mask [B, N]."""
+def _fold(band: Band, mask: Tensor | None, sums: KeySums | None) -> KeySums:
+    """The sums after more keys, in order; of those where mask [B, J], if there is one."""
+    phi, g = band.phi_k, band.g
     if mask is not None:
         phi, g = phi * mask[:, None, :, None], g * mask[:, None]
     later = g.flip(-1).cumsum(-1).flip(-1) - g  # the sum over the keys after each
     phi = phi * torch.exp(-later)[..., None]
-    added = KeySums(phi.transpose(-1, -2) @ v, phi.sum(2))
+    added = KeySums(phi.transpose(-1, -2) @ band.v, phi.sum(2))
     if sums is None:
         return added
     kept = torch.exp(-g.sum(-1))[..., None]

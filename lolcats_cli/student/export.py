@@ -186,7 +186,8 @@ def model_card(
         "",
         f"- teacher: {teacher.get('architecture')}, weights SHA-256 `{teacher.get('weights_sha256')}`",
         f"- feature map: {hybrid['feature_map']}, size {hybrid['feature_dim']}",
-        f"- softmax window: {window}; linear factor: {hybrid['linear_factor']}",
+        f"- softmax window: {window}; linear factor: {hybrid['linear_factor']}"
+        + ("; with a decay" if hybrid.get("decay") else ""),
         *([f"- layers that stay softmax: {', '.join(map(str, kept))}"] if kept else []),
         f"- memory of one sequence of 32,768 tokens: {memory[0]}; the teacher's KV cache takes {memory[1]}",
         "- cached generation equals recomputation; padding is honoured; the cache cannot be rolled back, so assisted",
