@@ -42,14 +42,10 @@ test-gpu: export PYTHONPATH := .:kernels:formats
 test-gpu:
 	LOLCATS_TEST_DEVICE=cuda $(PYTHON) -m pytest -q -m gpu tests/kernels tests/student/test_static_cache.py
 
-# On a GPU, with a Python that has torch for it, triton, transformers, matplotlib: make benchmarks-gpu PYTHON=python
-RESULTS := benchmarks/results
-benchmarks-gpu: export PYTHONPATH := .:kernels:formats
+# On a GPU, with a Python that has torch for it, triton, transformers, peft, matplotlib, and the other packages of
+# pyproject.toml: make benchmarks-gpu PYTHON=python. At most 8 minutes.
 benchmarks-gpu:
-	$(PYTHON) benchmarks/attention.py $(RESULTS)/attention-gpu.csv --device cuda
-	$(PYTHON) benchmarks/attention_plot.py $(RESULTS)/attention-gpu.csv docs/attention-gpu.svg
-	$(PYTHON) benchmarks/decode.py $(RESULTS)/decode-gpu.csv --shape 8b --batches 1 8 64
-	$(PYTHON) benchmarks/tune_triton.py
+	$(PYTHON) benchmarks/gpu.py
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

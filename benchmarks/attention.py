@@ -1,11 +1,11 @@
 """Hybrid attention on one CPU thread: chunked beside its quadratic definition and causal softmax, in one run.
 
-    python benchmarks/attention.py results.csv [--lengths 1024 4096] [--device cuda]
+    python benchmarks/attention.py results.csv [--lengths 1024 4096]
 
 One layer, batch 1, 8 heads of 64, fp32. Before anything is timed, chunked must agree with the reference in fp64, and
 the sparse cache (64 exact keys) must not depend on how a row is cut. The gradients are of the maps and gamma, as in
 transfer.
-On a GPU: `attention_gpu`.
+On a GPU: `gpu`.
 """
 
 import argparse
@@ -132,8 +132,7 @@ def print_peak(kind: str, path: str, length: str, backward: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("csv", nargs="?")
-    parser.add_argument("--lengths", type=int, nargs="+")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peak", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -143,11 +142,6 @@ def main() -> None:
         return
     if not args.csv:
         parser.error("name the CSV file to write.")
-    if args.device == "cuda":
-        import attention_gpu
-
-        attention_gpu.main(args.csv, args.lengths or [1024, 2048, 4096, 8192, 16384, 32768], args.rounds)
-        return
     for kind in KINDS:
         gate(kind)
     with open(args.csv, "w", newline="", encoding="utf-8") as file:
@@ -156,7 +150,7 @@ def main() -> None:
             ["machine", "torch", "kind", "pass", "length", "path", "median_ms", "min_ms", "max_ms", "peak_mib"]
         )
         for kind in KINDS:
-            for length in args.lengths or LENGTHS:
+            for length in args.lengths:
                 for backward in (False, True):
                     chosen = paths(kind, length, backward)
                     spent = paired({path: step(kind, path, length, backward) for path in chosen}, args.rounds)
