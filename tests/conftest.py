@@ -72,6 +72,8 @@ def gpu() -> torch.device:
     """What a test marked `gpu` runs on; skips it where there is nothing."""
     if not TEST_DEVICE:
         pytest.skip("needs a GPU: make test-gpu")
+    if TEST_DEVICE == "cuda" and not torch.cuda.is_available():
+        pytest.fail("There is no GPU here that torch can use.")
     return torch.device(TEST_DEVICE)
 
 

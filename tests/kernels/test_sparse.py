@@ -168,6 +168,17 @@ def test_decoding_chooses_as_reading_does(make_case, read, layout, padding):
     assert all(map(torch.equal, first.tensors(), before))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_on_a_gpu(gpu, make_case, layout):
+    case = make_case(time=60, window=3, layout=layout, padding="holes", batch=3, linear_factor="exp", sinks=1.0)
+    exact, expected = run(case, 4)
+    found, state = run_in_parts(case.on(gpu, torch.float32), 4, [0, 31, *range(32, 61)])
+    torch.testing.assert_close(found.double().cpu(), exact, rtol=1e-3, atol=1e-4)
+    for x, y in zip(state.tensors(), expected.tensors(), strict=True):
+        torch.testing.assert_close(x.double().cpu(), y.double(), rtol=1e-3, atol=1e-4)
+
+
 def test_blocks():
     with patch.object(sparse, "BLOCK", 64):
         found = [block_size(HybridConfig(window=w, layout=layout)) for layout in LAYOUTS for w in (1, 48, 64, 300)]
