@@ -72,9 +72,9 @@ class Artifact:
         manifest = read_manifest(path)
         expected = (kind,) if isinstance(kind, str) else kind
         if expected is not None and manifest["kind"] not in expected:
-            made_by = " or ".join(f"`{COMMANDS[k]}`" for k in expected)
+            made_by = _either([f"`{COMMANDS[k]}`" for k in expected])
             raise WrongKind(
-                f"{path} is a {manifest['kind']} artifact, but a {' or '.join(expected)} artifact is "
+                f"{path} is a {manifest['kind']} artifact, but a {_either(expected)} artifact is "
                 f"needed here. {made_by} makes one."
             )
         checked: set[Path] = set()
@@ -257,6 +257,14 @@ def read_small(file: Path) -> bytes:
     return file.read_bytes()
 
 
+def recorded_kind(path: Path) -> str | None:
+    """The kind of the artifact in `path`, finished or not. None if there is none, or its file cannot be read."""
+    for name in (MANIFEST, PROGRESS):
+        with contextlib.suppress(FormatError, OSError):
+            return str(parse(read_small(path / name), name).get("kind"))
+    return None
+
+
 def unlisted(path: Path, listed: Iterable[str]) -> list[str]:
     """What lies in the directory and is neither listed nor tolerated (SPEC.md, "Other files"), sorted."""
     known = {*listed, MANIFEST}
@@ -319,6 +327,11 @@ def _regular_size(root: Path, name: str, checked: set[Path]) -> int:
     return status.st_size
 
 
+def _either(names: Sequence[str]) -> str:
+    """The names as words: "a", "a or b", "a, b or c"."""
+    return " or ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
+
+
 def _raise(problems: list[str]) -> None:
     if problems:
         more = [f"There are {len(problems) - 3} more problems."] if len(problems) > 3 else []
@@ -341,10 +354,8 @@ def _no_manifest(path: Path) -> NotAnArtifact:
     if not path.is_dir():
         return NotAnArtifact(f"{path} is a file, and an artifact is a directory. {GIVE}")
     if (path / PROGRESS).exists():
-        kind = ""
-        with contextlib.suppress(FormatError, OSError):
-            kind = str(parse(read_small(path / PROGRESS), PROGRESS).get("kind"))
-        command = f" (`{COMMANDS[kind]}`)" if kind in COMMANDS else ""
+        command = COMMANDS.get(recorded_kind(path) or "")
+        command = f" (`{command}`)" if command else ""
         return Unfinished(f"{path} is not finished. Run the same command{command} again to resume.")
     if (path / "config.json").exists():
         return NotAnArtifact(f"{path} is a model folder and not an artifact: it has no {MANIFEST}. {GIVE}")

@@ -7,7 +7,8 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from .errors import FormatError, NotAnArtifact
+from .artifact import recorded_kind
+from .errors import ConfigMismatch, FormatError, NotAnArtifact
 from .limits import MANIFEST, PROGRESS
 
 Resume = Literal["auto", "required", "never"]
@@ -18,13 +19,27 @@ def holds_artifact(path: str | os.PathLike[str]) -> bool:
     return any((Path(path) / name).is_file() for name in (MANIFEST, PROGRESS))
 
 
-def check_place(path: Path, resume: Resume, force: bool) -> None:
+def check_kind(path: Path, found: str, kind: str) -> None:
+    """Raises ConfigMismatch if the artifact in `path` is of another kind than the one that is to be written there."""
+    if found != kind:
+        raise ConfigMismatch(
+            f"{path} holds a {found} artifact, and a {kind} would be written there. Choose another output "
+            "directory, or replace it with --force.",
+            ["kind"],
+        )
+
+
+def check_place(path: Path, kind: str, resume: Resume, force: bool) -> None:
     """Raises the errors of `ArtifactWriter.create` that depend on the directory and not on the settings.
 
-    Raises NotAnArtifact or FormatError for what lies there, and PermissionError where nothing can be written.
+    Raises NotAnArtifact, ConfigMismatch or FormatError for what lies there, and PermissionError where nothing can be
+    written.
     """
     if path.exists() and not path.is_dir():
         raise NotAnArtifact(f"{path} is a file. Give a directory to write the artifact into.")
+    there = None if force else recorded_kind(path)
+    if there is not None:
+        check_kind(path, there, kind)
     if os.path.lexists(path / MANIFEST):
         return  # `create` looks into it
     unfinished = (path / PROGRESS).exists()

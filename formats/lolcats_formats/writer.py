@@ -37,7 +37,7 @@ from .limits import (
     check_name,
 )
 from .lock import DirectoryLock
-from .place import Resume, check_place
+from .place import Resume, check_kind, check_place
 from .tensors import CHUNK, serialize
 
 if TYPE_CHECKING:
@@ -336,7 +336,7 @@ class ArtifactWriter:
         if self._replaces is None and self._find_finished():
             return
         path = self.path
-        check_place(path, resume, force)
+        check_place(path, self._record["kind"], resume, force)
         unfinished = (path / PROGRESS).exists()
         atomic.make_directory(path)
         self._lock = DirectoryLock(path)
@@ -480,6 +480,7 @@ class ArtifactWriter:
             os.truncate(path, length)
 
     def _compare(self, found: Mapping[str, Any], state: str) -> None:
+        check_kind(self.path, found["kind"], self._record["kind"])
         fields = differences({k: found[k] for k in _IDENTITY}, {k: self._record[k] for k in _IDENTITY})
         if fields:
             shown = "; ".join(

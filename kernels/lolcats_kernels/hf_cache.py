@@ -39,8 +39,8 @@ class SoftmaxState(BatchState):
 class LolcatsCacheLayer(CacheLayerMixin):
     """One layer's state. `update` passes new keys and values through; the attention function advances the state.
 
-    transformers' LinearAttentionCacheLayerMixin would not do. It has no `update` for keys and values, and does not count
-    tokens, so that a cache of such layers alone has no length.
+    transformers' LinearAttentionCacheLayerMixin would not do. It has no `update` for keys and values and does not
+    count tokens, so a cache of such layers alone has no length.
 
     fixed: the state's tensors, and the number of tokens seen, keep their addresses, so that a compiled decoding step
         can be one CUDA graph.

@@ -56,13 +56,17 @@ def data(sources: Iterable[str] | None, captures: bool = False) -> None:
 
 
 def output(
-    path: Path, resume: Literal["auto", "required", "never"], force: bool, inputs: Iterable[str | None] = ()
+    path: Path,
+    kind: str,
+    resume: Literal["auto", "required", "never"],
+    force: bool,
+    inputs: Iterable[str | None] = (),
 ) -> None:
-    """Raises if nothing can be written there, or if it is one of the command's `inputs`."""
+    """Raises if no artifact of this kind can be written there, or if it is one of the command's `inputs`."""
     for given in inputs:
         if given is not None and realpath(given) == realpath(path):
             raise UsageError(f"--output {path} is the directory that the command reads. Name another one.")
-    check_place(path, resume, force)
+    check_place(path, kind, resume, force)
 
 
 def tracker(log_to: str | None) -> None:

@@ -81,9 +81,10 @@ def _read_config(path: Path, commands: dict[str, list[Any]]) -> dict[str, dict[s
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise typer.BadParameter(f"--config {path} cannot be read: {error}") from error
+        why = error.strerror if isinstance(error, OSError) else error
+        raise typer.BadParameter(f"{path} cannot be read: {why}") from error
     if not isinstance(content, dict) or not all(isinstance(values, dict) for values in content.values()):
-        raise typer.BadParameter(f"--config {path} must hold options by command, such as `transfer: {{window: 32}}`.")
+        raise typer.BadParameter(f"{path} must hold options by command, such as `transfer: {{window: 32}}`.")
     common = inspect.signature(common_options).parameters
     for command, values in content.items():
         known = {param.name: param for param in commands.get(command, []) if param.param_type_name == "option"}
@@ -92,7 +93,7 @@ def _read_config(path: Path, commands: dict[str, list[Any]]) -> dict[str, dict[s
             [command] if command not in commands else [f"{command}.{key}" for key in values if _key(key) not in known]
         )
         if unknown:
-            raise typer.BadParameter(f"--config {path}: {unknown[0]} is not a command's option.")
+            raise typer.BadParameter(f"{path}: {unknown[0]} is not a command's option.")
         for key, value in values.items():
             if isinstance(value, str) and getattr(known[_key(key)], "multiple", False):
                 values[key] = [value]

@@ -137,7 +137,10 @@ def parse_layers(text: str | None, option: str = "--layers") -> list[int] | None
             first, _, last = part.partition("-")
             if int(last or first) >= MAX_LAYERS:
                 raise ValueError(f"No model has layer {last or first}.")
-            layers.update(range(int(first), int(last or first) + 1))
+            found = range(int(first), int(last or first) + 1)
+            if not found:
+                raise ValueError(f"{part} ends before it begins.")
+            layers.update(found)
     except ValueError as error:
         raise UsageError(f"{option} {text} is not a list like 0-3,7.") from error
     return sorted(layers)

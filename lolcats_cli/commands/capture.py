@@ -80,7 +80,7 @@ def capture(
         raise UsageError(f"--store-dtype {store_dtype} needs --store attention. Give it, or leave out --store-dtype.")
     checks.folder(teacher)
     checks.data(data)
-    checks.output(output, resume, force)
+    checks.output(output, "capture", resume, force)
     o.launch_on(devices)
 
     from lolcats_cli.stages.capture import capture as run

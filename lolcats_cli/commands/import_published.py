@@ -43,7 +43,7 @@ def import_published(
         checks.artifact(transfer, "transfer", teacher)
     elif teacher is not None:
         checks.folder(teacher)
-    checks.output(output, resume, force, (teacher, transfer))
+    checks.output(output, "transfer" if transfer is None else "lora", resume, force, (teacher, transfer))
 
     from lolcats_kernels import HybridConfig
 

@@ -18,9 +18,8 @@ def join(
     force: o.Force = False,
 ) -> Artifact:
     """Join the parts that several machines made into one artifact: captures by rows, transfers by layers."""
-    for part in parts:
-        Artifact.open(part, ("capture", "transfer"))
-    checks.output(output, resume, force, parts)
+    kinds = [Artifact.open(part, ("capture", "transfer")).kind for part in parts]
+    checks.output(output, kinds[0], resume, force, parts)
 
     from lolcats_cli.stages.join import join as run
 

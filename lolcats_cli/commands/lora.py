@@ -104,7 +104,7 @@ def lora(
     given = o.artifact_path(transfer, data)
     checks.artifact(given, "transfer", teacher)
     checks.data(data, captures=True)
-    checks.output(output, resume, force, (given, *(data or ())))
+    checks.output(output, "lora", resume, force, (given, *(data or ())))
     checks.tracker(log_to)
     o.launch_on(devices, given)
 

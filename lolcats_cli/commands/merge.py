@@ -22,7 +22,7 @@ def merge(
     """Fold a LoRA (or a bare transfer) into the weights: a Hugging Face model folder that loads anywhere."""
     given = o.artifact_path(source)
     checks.artifact(given, ("lora", "transfer"), teacher)
-    checks.output(output, resume, force, (given, teacher))
+    checks.output(output, "student", resume, force, (given, teacher))
 
     from lolcats_cli.stages.merge import merge as run
 

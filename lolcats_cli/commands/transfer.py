@@ -130,7 +130,7 @@ def transfer(
     opened = checks.artifact(given, "capture", teacher, needs_teacher=bool(keep_auto) or auto_windows)
     checks.layers("--layers", parts, opened)
     checks.layers("--keep-softmax", kept, opened)
-    checks.output(output, resume, force, (given,))
+    checks.output(output, "transfer", resume, force, (given,))
     checks.tracker(log_to)
     o.launch_on(devices, given)
 

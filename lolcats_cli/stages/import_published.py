@@ -181,12 +181,14 @@ def _read(checkpoint: Path) -> tuple[dict[str, Tensor], str]:
         with checkpoint.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             file.seek(0)
-            _check_stored(file)
+            _check_stored(checkpoint, file)
             file.seek(0)
             content: Any = torch.load(file, map_location="cpu", weights_only=True)
             size = file.seek(0, os.SEEK_END)
-    except Exception as error:  # unpickling a file may raise anything
-        raise BadInput(f"{checkpoint} is not a checkpoint of tensors alone: {first_line(error)}") from error
+    except BadInput:
+        raise
+    except Exception as error:  # unpickling a file may raise anything, and its words are for programmers
+        raise BadInput(f"{checkpoint} is not a checkpoint of tensors alone. {EXPECTED}") from error
     weights = content.get("model_state_dict", content) if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not weights or not all(isinstance(x, Tensor) for x in weights.values()):
         raise BadInput(f"{checkpoint} holds no model_state_dict of tensors. {EXPECTED}")
@@ -195,12 +197,15 @@ def _read(checkpoint: Path) -> tuple[dict[str, Tensor], str]:
     return weights, digest
 
 
-def _check_stored(file: BinaryIO) -> None:
-    """Raises ValueError for a zip file with compressed records, which could grow without limit. torch has none."""
+def _check_stored(checkpoint: Path, file: BinaryIO) -> None:
+    """Raises BadInput for a zip file with compressed records, which could grow without limit. torch has none."""
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as records:
             if any(record.compress_type != zipfile.ZIP_STORED for record in records.infolist()):
-                raise ValueError("Its records are compressed, and torch.save never compresses them.")
+                raise BadInput(
+                    f"{checkpoint} is not a checkpoint of tensors alone: its records are compressed, and torch.save "
+                    f"never compresses them. {EXPECTED}"
+                )
 
 
 def _name(checkpoint: Path, name: object) -> str:

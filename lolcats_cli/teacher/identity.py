@@ -102,7 +102,7 @@ def find_folder(teacher: str) -> Path | None:
     if folder.is_dir():
         return folder.resolve()
     if folder.exists() or not (_HUB_ID.fullmatch(teacher) or teacher in OLD_HUB_IDS):
-        raise BadInput(f"The teacher {teacher} is not a folder. Pass a model folder, or a hub id such as org/name.")
+        raise BadInput(f"{teacher} is not a folder. Pass a model folder, or a hub id such as org/name.")
     return None
 
 

@@ -177,7 +177,7 @@ BAD: dict[str, tuple[Case, int, str]] = {
     "missing artifact": (lambda m, t: ("transfer", t / "no", "-o", t / "OUT"), 3, "does not exist"),
     "no artifact": (lambda m, t: ("transfer", t, "-o", t / "OUT"), 3, "is not an artifact: it has no manifest.json"),
     "model folder": (lambda m, t: ("transfer", m.teacher, "-o", t / "OUT"), 3, "is a model folder and not an artifact"),
-    "file": (lambda m, t: ("transfer", m.text, "-o", t / "OUT"), 3, "An artifact is a directory"),
+    "file": (lambda m, t: ("transfer", m.text, "-o", t / "OUT"), 3, "and an artifact is a directory"),
     "wrong kind for transfer": (lambda m, t: ("transfer", m.lora, "-o", t / "OUT"), 3, "`lolcats capture` makes one"),
     "wrong kind for lora": (lambda m, t: ("lora", m.capture, "-o", t / "OUT"), 3, "`lolcats transfer` makes one"),
     "wrong kind for merge": (lambda m, t: ("merge", m.capture, "-o", t / "OUT"), 3, "is a capture artifact"),
