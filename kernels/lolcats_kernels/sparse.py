@@ -138,7 +138,7 @@ class _Call:
         live = torch.ones(q.shape[0], time, dtype=torch.bool, device=q.device) if valid is None else valid
         held = state.length - window_start(state.length, config) // block * block
         place, end = held[:, None] + live.cumsum(1) - 1, held + live.sum(1)
-        last, slots = int(end.max()), state.exact.shape[2]
+        (least, last), slots = torch.stack([end.min(), end.max()]).tolist(), state.exact.shape[2]
         exact = _put(state.exact, kv, size + place, valid, max(slots, size + last))
         first = last - 1 if time == 1 else int(held.min())
         in_order = time == 1 or (valid is None and bool((held == first).all()))
@@ -157,7 +157,7 @@ class _Call:
             if stop == choice:
                 # Those that are kept take the last of the candidates' slots: in front of the next block.
                 candidates = exact[:, :, origin : origin + size + block]
-                sums = self.choose(candidates, end >= choice, sums)
+                sums = self.choose(candidates, None if least >= choice else end >= choice, sums)
                 blocks += 1
             begin = stop
         out = torch.cat(outs, 2)
@@ -199,9 +199,9 @@ class _Call:
         total = total.mul_(gamma) + maps.q_features(q).mul_(linear_weight) @ sums
         return _divided(total).to(wanted)
 
-    def choose(self, candidates: Tensor, complete: Tensor, sums: Tensor) -> Tensor:
-        """Puts what is kept after a block in the candidates' last slots, in the rows where the block is complete [B].
-        -> the sums with the others.
+    def choose(self, candidates: Tensor, complete: Tensor | None, sums: Tensor) -> Tensor:
+        """Puts what is kept after a block in the candidates' last slots, in the rows where the block is complete [B];
+        None: in all. -> the sums with the others.
 
         candidates [B, K, N + P, D + Dv + 1]: those kept so far, and the block.
         """
@@ -213,9 +213,12 @@ class _Call:
         order = error.argsort(dim=-1, descending=True, stable=True)
         ranked = _take(candidates, order)
         keys, values = self.split(ranked[:, :, self.size :].to(sums.dtype))
-        phi = self.maps.k_features(keys).mul_(complete[:, None, None, None])
-        kept, stays = ranked[:, :, : self.size], candidates[:, :, candidates.shape[2] - self.size :]
-        stays.copy_(kept if bool(complete.all()) else torch.where(complete[:, None, None, None], kept, stays))
+        phi, kept = self.maps.k_features(keys), ranked[:, :, : self.size]
+        stays = candidates[:, :, candidates.shape[2] - self.size :]
+        if complete is not None:
+            phi = phi * complete[:, None, None, None]
+            kept = torch.where(complete[:, None, None, None], kept, stays)
+        stays.copy_(kept)
         return sums + phi.transpose(-1, -2) @ repeat_heads(values, self.maps.num_heads)
 
     def split(self, exact: Tensor) -> tuple[Tensor, Tensor]:
