@@ -37,14 +37,10 @@ class Tile(NamedTuple):
 
 
 # By compute capability, then by the largest head: forward, and backward. Products of bf16, and of fp32.
-BF16_TILES = {
-    80: {64: (Tile(64, 4), Tile(64, 4)), 128: (Tile(64, 4), Tile(64, 8)), 256: (Tile(32, 8), Tile(16, 8))},
-    90: {64: (Tile(64, 4), Tile(64, 4)), 128: (Tile(64, 4), Tile(64, 8)), 256: (Tile(32, 8), Tile(32, 8))},
-}
-FP32_TILES = {
-    80: {64: (Tile(32, 8), Tile(32, 8)), 128: (Tile(32, 8), Tile(32, 8)), 256: (Tile(16, 8), Tile(16, 8))},
-    90: {64: (Tile(64, 8), Tile(32, 8)), 128: (Tile(64, 8), Tile(32, 8)), 256: (Tile(16, 8), Tile(16, 8))},
-}
+_LARGE = {64: (Tile(64, 4), Tile(64, 4)), 128: (Tile(64, 4), Tile(64, 8)), 256: (Tile(32, 8), Tile(32, 8))}
+_SMALL = {64: (Tile(32, 8), Tile(32, 8)), 128: (Tile(32, 8), Tile(32, 8)), 256: (Tile(16, 8), Tile(16, 8))}
+BF16_TILES = {80: _SMALL, 89: _SMALL, 90: _LARGE, 100: _LARGE}
+FP32_TILES = {80: _SMALL}
 LEAST = 16  # tokens of a chunk: matrix units take no fewer
 SUMS_BYTES = 65536  # of the part of S that a program holds at a time
 PROGRAMS = 256  # that sums are cut into: about two for each multiprocessor of the largest GPUs

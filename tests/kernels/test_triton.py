@@ -111,6 +111,21 @@ def test_as_exact_as_the_reference_in_the_same_dtype(make_case, dtype, factor):
     assert error["triton"] < (2 if dtype == torch.bfloat16 else 1.5) * error["reference"]
 
 
+@pytest.mark.parametrize("factor", ["one", "exp"])
+def test_gradients_of_bf16(make_case, factor):
+    """Near the reference's in bf16, which computes all but the inputs and the output in fp32."""
+    sizes = {"batch": 1, "key_heads": 1, "time": 60, "head_dim": 24, "feature_dim": 20, "window": 16}
+    case = make_case(dtype=torch.bfloat16, linear_factor=factor, **sizes)
+    double = make_case(linear_factor=factor, **sizes)
+    with torch.no_grad():
+        for a, b in zip(double.leaves, case.leaves, strict=True):
+            a.copy_(b)
+    gradients = (case.gradients("triton"), case.gradients("reference"), double.gradients("reference"))
+    for number, (found, plain, exact) in enumerate(zip(*gradients, strict=True)):
+        allowed = 2 * (plain - exact).norm() + (1e-2 if number < 3 else 5e-2) * exact.norm()
+        assert (found - exact).norm() < allowed, number
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -227,7 +242,7 @@ def test_where_nothing_fits(make_case, small_gpu, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [80, 89, 90, 100])
 def test_kernels_compile_for_gpus(capability):
     """No GPU is needed to compile: every kernel must, within the shared memory that there is."""
     script = [sys.executable, ROOT / "benchmarks" / "kernel_resources.py", "--heads", "128"]
