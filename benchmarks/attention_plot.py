@@ -9,7 +9,7 @@ import csv
 from matplotlib import rcParams
 from matplotlib.figure import Figure
 
-OURS = ("chunked", "triton")
+OURS = ("chunked", "sparse")
 PASSES = ("forward", "forward+backward")
 
 
