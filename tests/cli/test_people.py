@@ -230,5 +230,6 @@ def test_a_students_tokenizer_loads_in_silence(pipeline: SimpleNamespace, caplog
         expected = AutoTokenizer.from_pretrained(pipeline.student, trust_remote_code=False)
     finally:
         logger.removeHandler(caplog.handler)
-    assert (quiet, len(caplog.records)) == ([], 1)  # transformers' own way warns of the model's type
+    # transformers' own way warns of the model's type; where its logger propagates, the record is seen twice
+    assert (quiet, len({record.getMessage() for record in caplog.records})) == ([], 1)
     assert (type(loaded), loaded.get_vocab()) == (type(expected), expected.get_vocab())
