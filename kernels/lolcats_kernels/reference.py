@@ -93,17 +93,16 @@ def _weights(
     position = valid.cumsum(1) - 1
     masks = _masks(position, position, valid, valid, spec)
     phi_q, phi_k = maps.q_features(q), maps.k_features(k)
-    later = _later_decays(k, maps, position)
-    forgotten = None if later is None else masks.older.to(dtype) @ later
+    g = maps.decays(k)
+    forgotten = None if g is None else masks.older.to(dtype) @ _later_decays(g, position)
     k = repeat_heads(k, maps.num_heads)
     weights, denominator, _ = _unnormalised(q, k, phi_q, phi_k, maps, spec, masks, sinks, forgotten)
     return safe_divide(weights, denominator)
 
 
-def _later_decays(k: Tensor, maps: HybridMaps, position: Tensor) -> Tensor | None:
-    """g of each key for every key before it, else 0: [B, H, keys, keys before]; None without `decay`."""
-    g = maps.decays(k)
-    return None if g is None else g[..., None] * (position[:, :, None] > position[:, None, :])[:, None]
+def _later_decays(g: Tensor, position: Tensor) -> Tensor:
+    """g [B, H, keys] of each key for every key before it, else 0: [B, H, keys, keys before]."""
+    return g[..., None] * (position[:, :, None] > position[:, None, :])[:, None]
 
 
 def _masks(query: Tensor, key: Tensor, query_valid: Tensor, key_valid: Tensor, spec: CallSpec) -> KeyMasks:
@@ -149,7 +148,8 @@ def reference_attention(
     masks = _masks(position, key_position, valid, live, spec)
     qs, ks, vs = q.to(dtype), repeat_heads(k, heads).to(dtype), repeat_heads(v, heads).to(dtype)
     phi_q, phi_k = maps.q_features(q), maps.k_features(k)
-    later, g = _later_decays(k, maps, key_position), maps.decays(k)
+    g = maps.decays(k)
+    later = None if g is None else _later_decays(g, key_position)
     older = masks.older.to(dtype)
     forgotten = None if later is None else older @ later
     weights, denominator, linear_weight = _unnormalised(qs, ks, phi_q, phi_k, maps, spec, masks, sinks, forgotten)

@@ -15,10 +15,9 @@ from torch import Tensor
 from .equation import bounded_exp, cap_scores, forgetting, key_masks, repeat_heads, safe_divide, window_start
 from .maps import HybridMaps
 from .rows import RowResults
-from .spec import CallSpec, HybridConfig, compute_dtype
+from .spec import CallSpec, compute_dtype
 from .state import KeySums, KVState
-
-_CHUNK = 64
+from .torch_tiles import chunk_size
 
 
 class Band(NamedTuple):
@@ -42,7 +41,7 @@ def decaying_rows(
     num_summed: Tensor | None,
 ) -> RowResults:
     """Rows without gaps, as `attend_in_rows` asks for."""
-    dtype, time, size = compute_dtype(q.dtype), q.shape[2], _chunk(spec.config)
+    dtype, time, size = compute_dtype(q.dtype), q.shape[2], chunk_size(spec.config)
     sums = None if initial_state is None else KeySums(initial_state.sums, initial_state.norms)
     before: Band | None = None
     outs = []
@@ -62,12 +61,6 @@ def decaying_rows(
             sums = _fold(leaving, summed, sums)
         before = own if spec.config.window else None
     return RowResults(torch.cat(outs, 2), None if num_summed is None else sums)
-
-
-def _chunk(config: HybridConfig) -> int:
-    """Tokens of a chunk, at least the window; a chunk does not end inside a terrace."""
-    window = config.window
-    return max(window, _CHUNK) if config.layout == "sliding" or not window else -(-_CHUNK // window) * window
 
 
 def _attend(

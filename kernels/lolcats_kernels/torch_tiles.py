@@ -19,12 +19,18 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .equation import KeyMasks, key_masks
-from .spec import CallSpec
+from .spec import CallSpec, HybridConfig
 
 _MIN_CHUNK = 64  # smaller chunks mean more sums, larger ones more masked work
 # exp is several times slower where it underflows, and always on -inf. e^-80 is nothing beside the window's e^0.
 _LEAST_EXPONENT = -80.0
 _TILE_SCORES = 2**18  # scores held at a time on CPU: 1 MB in fp32
+
+
+def chunk_size(config: HybridConfig) -> int:
+    """Tokens of a chunk of a long row: at least the window, and a chunk does not end inside a terrace."""
+    size = max(config.window, _MIN_CHUNK)
+    return -(-size // config.window) * config.window if config.layout == "terraced" and config.window else size
 
 
 @dataclass(frozen=True)
@@ -43,11 +49,7 @@ class Plan:
     @cached_property
     def chunk(self) -> int:
         """L."""
-        window = self.spec.config.window
-        chunk = max(window, _MIN_CHUNK)
-        if self.spec.config.layout == "terraced" and window:
-            chunk = -(-chunk // window) * window  # a chunk must not end inside a terrace
-        return min(chunk, self.time)
+        return min(chunk_size(self.spec.config), self.time)
 
     @cached_property
     def chunks(self) -> int:

@@ -27,7 +27,7 @@ def artifact(
     """
     opened = Artifact.open(path, kind)
     if teacher is not None:
-        folder(teacher)
+        local_folder(teacher)
     elif needs_teacher or opened.kind in ("transfer", "lora") or opened.config.get("store", "attention") != "attention":
         recorded_folder(opened.teacher, opened.path)
     return opened
@@ -38,12 +38,7 @@ def model(path: str, teacher: str | None = None) -> None:
     if holds_artifact(path):
         artifact(path, ("transfer", "lora", "student"), teacher)
     else:
-        folder(path)
-
-
-def folder(teacher: str) -> None:
-    """Raises if `teacher` is neither a model folder nor a hub model's id."""
-    local_folder(teacher)
+        local_folder(path)
 
 
 def data(sources: Iterable[str] | None, captures: bool = False) -> None:

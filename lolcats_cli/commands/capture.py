@@ -10,6 +10,7 @@ from lolcats_formats import Artifact
 from lolcats_cli.commands import _checks as checks
 from lolcats_cli.commands import _options as o
 from lolcats_cli.errors import UsageError
+from lolcats_cli.teacher.identity import local_folder
 
 
 def capture(
@@ -78,7 +79,7 @@ def capture(
         raise UsageError("--select and --keep need each other. Give both, as in --select top-esl --keep 1000.")
     if store_dtype != "teacher" and store != "attention":
         raise UsageError(f"--store-dtype {store_dtype} needs --store attention. Give it, or leave out --store-dtype.")
-    checks.folder(teacher)
+    local_folder(teacher)
     checks.data(data)
     checks.output(output, "capture", resume, force)
     o.launch_on(devices)

@@ -11,6 +11,7 @@ from lolcats_formats import Artifact
 from lolcats_cli.commands import _checks as checks
 from lolcats_cli.commands import _options as o
 from lolcats_cli.errors import BadInput, UsageError
+from lolcats_cli.teacher.identity import local_folder
 
 
 def import_published(
@@ -42,7 +43,7 @@ def import_published(
     if transfer is not None:
         checks.artifact(transfer, "transfer", teacher)
     elif teacher is not None:
-        checks.folder(teacher)
+        local_folder(teacher)
     checks.output(output, "transfer" if transfer is None else "lora", resume, force, (teacher, transfer))
 
     from lolcats_kernels import HybridConfig
