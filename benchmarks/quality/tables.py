@@ -15,7 +15,7 @@ joint       the recipes trained layer by layer, as here, and jointly, as in the 
 kept        layers left softmax: transfer alone
 state       fewer columns and longer windows, in the memory that the state of `best` takes: through both stages
 pure        pure linear attention with and without a decay, through both stages (--windows 0)
-importance  windows by layer, and a layer left softmax, chosen by what the loss needs: through both stages
+importance  windows by layer, a layer and key heads left softmax, chosen by what the loss needs: through both stages
 cache       recall with a sparse exact cache beside the window (LoLA), after LoRA
 """
 
@@ -109,6 +109,9 @@ IMPORTANCE: dict[str, dict[str, Any]] = {
     "best": {},
     "windows auto": {"auto_windows": True},
     "auto:1": {"keep_auto": 1},
+    "heads:1": {"keep_heads": 1},
+    "heads:2": {"keep_heads": 2},
+    "heads:4": {"keep_heads": 4},
 }
 # Name -> what differs from `best`; the window is what the columns leave of the memory that the state of `best` takes.
 STATE: dict[str, dict[str, Any]] = {

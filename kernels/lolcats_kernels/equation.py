@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -73,3 +74,9 @@ def repeat_heads(x: Tensor, num_heads: int) -> Tensor:
         return x
     expanded = x[:, :, None].expand(batch, key_heads, num_heads // key_heads, time, size)
     return expanded.reshape(batch, num_heads, time, size)
+
+
+def take_heads(x: Tensor, chosen: Sequence[int], key_heads: int) -> Tensor:
+    """[B, H, ...] -> those of the heads that belong to the chosen ones of `key_heads`, in that order; H may be K."""
+    by_key_head = x.unflatten(1, (key_heads, -1))
+    return torch.cat([by_key_head[:, head] for head in chosen], 1)

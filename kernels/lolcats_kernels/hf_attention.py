@@ -5,12 +5,14 @@ Letters: see ../README.md; T new tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from .equation import take_heads
 from .hf_adapters import has_indexer, key_mask
 from .hf_cache import LolcatsCacheLayer, SoftmaxCacheLayer
 from .hybrid import hybrid_attention
@@ -25,6 +27,9 @@ NAME = "lolcats"
 
 class HybridAttention(HybridMaps):
     """The maps of one attention layer, with what its calls need: lives at `self_attn.hybrid`.
+
+    num_heads is the number of query heads that have maps. Those of the configuration's kept heads have softmax
+    attention, whatever the terms.
 
     terms: which terms of eq. 7 (arXiv 2410.10254) are summed: both, window or linear; the last two are ablations.
     sparse_cache_size: keys that stay exact after they have left the window (see `sparse`), if both
@@ -48,10 +53,46 @@ class HybridAttention(HybridMaps):
         scaling: float,
         softcap: float | None,
         sinks: Tensor | None = None,
+        sliding_window: int | None = None,
     ) -> Tensor:
         """query [B, H, T, D], key [B, K, T, D] and value [B, K, T, Dv] (new tokens only), valid [B, T] bool or None,
-        sinks [H] or None -> [B, T, H, Dv]. Continues from, and advances, the cache layer when there is one."""
+        sinks [H] or None -> [B, T, H, Dv]. Continues from, and advances, the cache layer when there is one.
+
+        sliding_window: of the teacher's attention; for heads that keep it."""
+        kept, count = self.config.kept_heads, key.shape[1]
+        if not kept:
+            out = self._hybrid(query, key, value, valid, scaling, softcap, sinks)
+            return out.transpose(1, 2).contiguous()
+        others = [head for head in range(count) if head not in kept]
+
+        def of(heads: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+            q, k, v = (take_heads(x, heads, count) for x in (query, key, value))
+            return q, k, v
+
+        def sinks_of(heads: Sequence[int]) -> Tensor | None:
+            return None if sinks is None else take_heads(sinks[None], heads, count)[0]
+
+        hybrid = self._hybrid(*of(others), valid, scaling, softcap, sinks_of(others))
+        spec = AttentionSpec(scaling, sliding_window, softcap, sinks_of(kept))
+        layer = None if self.cache_layer is None else self.cache_layer.kept
+        softmax = _kept_softmax(*of(kept), spec, valid, layer)
+        order = [*others, *kept]
+        out = take_heads(torch.cat([hybrid, softmax], 1), [order.index(head) for head in range(count)], count)
+        return out.transpose(1, 2).contiguous()
+
+    def _hybrid(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        valid: Tensor | None,
+        scaling: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """[B, H, T, Dv] of the heads that have maps."""
         options: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sinks": sinks, "valid": valid}
+        out: Tensor
         if self.sparse_cache_size and self.terms == "both":
             out, sparse = sparse_attention(
                 query,
@@ -64,22 +105,23 @@ class HybridAttention(HybridMaps):
             )
             if self.cache_layer is not None:
                 self.cache_layer.advance(sparse, query.shape[2])
-        elif self.cache_layer is None:
+            return out
+        if self.cache_layer is None:
             out = hybrid_attention(query, key, value, self, **options, terms=self.terms)
-        else:
-            out, state = hybrid_attention(
-                query,
-                key,
-                value,
-                self,
-                **options,
-                initial_state=cast(KVState | None, self.cache_layer.state),
-                return_state=True,
-                terms=self.terms,
-                consume_state=True,
-            )
-            self.cache_layer.advance(state, query.shape[2])
-        return out.transpose(1, 2).contiguous()
+            return out
+        out, state = hybrid_attention(
+            query,
+            key,
+            value,
+            self,
+            **options,
+            initial_state=cast(KVState | None, self.cache_layer.state),
+            return_state=True,
+            terms=self.terms,
+            consume_state=True,
+        )
+        self.cache_layer.advance(state, query.shape[2])
+        return out
 
 
 def lolcats_attention(
@@ -96,8 +138,8 @@ def lolcats_attention(
     """The function behind the attention implementation "lolcats" -> ([B, T, H, D], None).
 
     The work is done by `module.hybrid`, so that students of different versions live in one process; a layer that was
-    kept says so (`keeps_softmax`). A sliding window of the teacher is applied in kept layers alone: the maps were
-    trained to imitate it. s_aux [H] are the model's sinks. Attention dropout is not applied.
+    kept says so (`keeps_softmax`). A sliding window of the teacher is applied in kept layers and heads alone: the maps
+    were trained to imitate it. s_aux [H] are the model's sinks. Attention dropout is not applied.
     Raises ValueError for what would silently give something else: a layer without maps, a custom 4-D mask.
     """
     hybrid = getattr(module, "hybrid", None)
@@ -113,13 +155,14 @@ def lolcats_attention(
         )
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
+    sliding_window = cast(int | None, kwargs.get("sliding_window"))
     if kept:
-        spec = AttentionSpec(scaling, cast(int | None, kwargs.get("sliding_window")), softcap, s_aux)
+        spec = AttentionSpec(scaling, sliding_window, softcap, s_aux)
         out = _kept_softmax(query, key, value, spec, attention_mask, getattr(module, "cache_layer", None))
         return out.transpose(1, 2).contiguous(), None
     assert hybrid is not None
     valid = None if attention_mask is None else attention_mask[:, -query.shape[2] :]
-    return hybrid(query, key, value, valid, scaling, softcap, s_aux), None
+    return hybrid(query, key, value, valid, scaling, softcap, s_aux, sliding_window), None
 
 
 def _kept_softmax(

@@ -1,10 +1,10 @@
 """The student's cache. Each converted layer has a recurrent state, whose size does not grow with the context. Layers
-that keep softmax have keys and values, as in the teacher.
+that keep softmax have keys and values, as in the teacher; so have heads that keep it, beside the state of the others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from .state import BatchState
 
 @dataclass(frozen=True, eq=False)
 class SoftmaxState(BatchState):
-    """Keys [B, K, C, D] and values [B, K, C, Dv] of a layer that was kept softmax: position p lies in slot p mod C.
+    """Keys [B, K, C, D] and values [B, K, C, Dv] of heads that were kept softmax: position p lies in slot p mod C.
     valid [B, C] bool: slots that hold a real token."""
 
     keys: Tensor
@@ -44,6 +44,7 @@ class LolcatsCacheLayer(CacheLayerMixin):
 
     fixed: the state's tensors, and the number of tokens seen, keep their addresses, so that a compiled decoding step
         can be one CUDA graph.
+    kept: the keys and values of the layer's heads that keep softmax, if it has some.
     """
 
     is_compileable = False
@@ -51,9 +52,10 @@ class LolcatsCacheLayer(CacheLayerMixin):
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, fixed: bool = False) -> None:
+    def __init__(self, fixed: bool = False, kept: SoftmaxCacheLayer | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.is_compileable = self.fixed = fixed
+        self.kept = kept
         self._held: Any = None  # what has been allocated, if the layer is fixed
         self.tokens: Any = torch.zeros((), dtype=torch.int64) if fixed else 0
         self.reset()
@@ -63,6 +65,8 @@ class LolcatsCacheLayer(CacheLayerMixin):
         self.tokens *= 0  # a tensor in place
         self.keys = self.values = torch.empty(0)  # Mllama looks whether there are some
         self.is_initialized = False
+        if self.kept is not None:
+            self.kept.reset()
 
     def advance(self, state: BatchState, tokens: int) -> None:
         """Replace the state by one that has seen `tokens` more tokens, padding included."""
@@ -112,12 +116,15 @@ class LolcatsCacheLayer(CacheLayerMixin):
 
     @property
     def nbytes(self) -> int:
-        return 0 if self.state is None else self.state.nbytes
+        kept = 0 if self.kept is None else self.kept.nbytes
+        return kept if self.state is None else kept + self.state.nbytes
 
     def _select(self, index: Tensor) -> None:
         if self.state is not None:
             state = self.state.select_batch(index)
             self.state = self._hold(state) if self.fixed else state
+        if self.kept is not None:
+            self.kept._select(index)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._select(beam_idx)
@@ -146,39 +153,55 @@ class LolcatsCacheLayer(CacheLayerMixin):
 
 
 class SoftmaxCacheLayer(LolcatsCacheLayer):
-    """Keys and values of a layer that was kept softmax, at fixed addresses.
+    """Keys and values of a layer that was kept softmax, at fixed addresses, or of some heads of a layer.
 
-    slots: C of `SoftmaxState`: as many tokens as there will be, or the window of a layer whose attention slides.
+    slots: C of `SoftmaxState`: as many tokens as there will be, or the window of a layer whose attention slides. None:
+        as many as there are tokens, and nothing has a fixed address.
     """
 
-    def __init__(self, slots: int, *, slides: bool) -> None:
+    def __init__(self, slots: int | None, *, slides: bool) -> None:
         self.slots, self.slides = slots, slides
-        super().__init__(fixed=True)
+        super().__init__(fixed=slots is not None)
 
     def extend(self, k: Tensor, v: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Adds new tokens, k [B, K, T, D], v [B, K, T, Dv], valid [B, T] bool, None if all are real. -> keys, values
         and valid of those that may be seen: by one token in all slots, by more in their order."""
-        count = k.shape[2]
-        seen: tuple[Tensor, Tensor, Tensor | None] = k, v, valid
-        new = k, v, k.new_ones(k.shape[0], count, dtype=torch.bool) if valid is None else valid
-        if self.is_initialized and count > 1:
+        new = k, v, k.new_ones(k.shape[0], k.shape[2], dtype=torch.bool) if valid is None else valid
+        seen: tuple[Tensor, Tensor, Tensor | None] = (k, v, valid) if k.shape[2] > 1 else new
+        if self.slots is None:
+            if self.is_initialized:
+                seen = new = self._behind(self.state.tensors(), new)
+            self.advance(SoftmaxState(*new), k.shape[2])
+            return seen
+        if self.is_initialized and k.shape[2] > 1:
             end = int(self.tokens)
             place = torch.arange(max(end - self.slots, 0), end, device=k.device).remainder(self.slots)
             held = (x.index_select(axis, place) for axis, x in zip(_TIME, self.state.tensors(), strict=True))
-            keys, values, real = (torch.cat(pair, axis) for axis, *pair in zip(_TIME, held, new, strict=True))
-            seen = keys, values, real
+            seen = self._behind(held, new)
+        self._put(new, self.slots)
+        return self.state.tensors() if k.shape[2] == 1 else seen
+
+    def _put(self, new: tuple[Tensor, Tensor, Tensor], slots: int) -> None:
+        """Writes new tokens to their slots."""
+        k, v, valid = new
+        count = k.shape[2]
         if not self.is_initialized:
-            shape = k.shape[0], k.shape[1], self.slots
+            shape = *k.shape[:2], slots
             zeros = k.new_zeros(1).expand(*shape, k.shape[3]), v.new_zeros(1).expand(*shape, v.shape[3])
-            self.state = self._hold(SoftmaxState(*zeros, new[2].new_zeros(1).expand(k.shape[0], self.slots)))
+            self.state = self._hold(SoftmaxState(*zeros, valid.new_zeros(1).expand(k.shape[0], slots)))
             self.is_initialized = True
-        begin = max(count - self.slots, 0)
+        begin = max(count - slots, 0)
         place = torch.arange(begin, count, device=k.device) + self.tokens
-        place = place.remainder(self.slots) if self.slides else place  # so that too many tokens are an error
-        for axis, slots, x in zip(_TIME, self.state.tensors(), new, strict=True):
-            slots.index_copy_(axis, place, x.narrow(axis, begin, count - begin))
+        place = place.remainder(slots) if self.slides else place  # so that too many tokens are an error
+        for axis, held, x in zip(_TIME, self.state.tensors(), new, strict=True):
+            held.index_copy_(axis, place, x.narrow(axis, begin, count - begin))
         self.tokens += count
-        return self.state.tensors() if count == 1 else seen
+
+    @staticmethod
+    def _behind(held: Iterable[Tensor], new: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys, values and valid of the tokens that are held and of new ones."""
+        keys, values, valid = (torch.cat(pair, axis) for axis, *pair in zip(_TIME, held, new, strict=True))
+        return keys, values, valid
 
 
 _TIME = 2, 2, 1  # the axes of keys, values and valid
@@ -187,9 +210,9 @@ _TIME = 2, 2, 1  # the axes of keys, values and valid
 class MixedCacheLayer(LinearAttentionLayer, LolcatsCacheLayer):  # type: ignore[override]
     """The state of an attention, and the states of a recurrence or convolution in the same layer."""
 
-    def __init__(self, number_of_states: int = 1, fixed: bool = False) -> None:
+    def __init__(self, number_of_states: int = 1, fixed: bool = False, kept: SoftmaxCacheLayer | None = None) -> None:
         LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
-        LolcatsCacheLayer.__init__(self, fixed)
+        LolcatsCacheLayer.__init__(self, fixed, kept)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         LinearAttentionLayer.lazy_initialization(self, *args, **kwargs)
@@ -212,7 +235,7 @@ class MixedCacheLayer(LinearAttentionLayer, LolcatsCacheLayer):  # type: ignore[
 
 
 class LolcatsCache(Cache):
-    """The cache of a whole student. If all layers are converted, `nbytes` depends on the batch, not on the tokens seen.
+    """The cache of a whole student. If all heads are converted, `nbytes` depends on the batch, not on the tokens seen.
 
     Layers that are not converted have what transformers gives them: keys and values, or the state of a recurrence.
     """
@@ -223,12 +246,14 @@ class LolcatsCache(Cache):
         converted: Collection[int],
         kept: Collection[int] = (),
         max_length: int | None = None,
+        partly: Collection[int] = (),
     ) -> None:
-        """converted: the layers that have maps; kept: those whose softmax attention stayed. max_length: with it, the
-        cache is for so many tokens, and its tensors keep their addresses if all layers can; see `is_compileable`."""
+        """converted: the layers that have maps; kept: those whose softmax attention stayed; partly: those of the
+        converted where it stayed in some heads. max_length: with it, the cache is for so many tokens, and its tensors
+        keep their addresses if all layers can; see `is_compileable`."""
         config = config.get_text_config(decoder=True)
         count, kinds = config.num_hidden_layers, getattr(config, "layer_types", None) or ()
-        if len(converted) == count and not any(str(kind).startswith("hybrid") for kind in kinds):
+        if len(converted) == count and not partly and not any(str(kind).startswith("hybrid") for kind in kinds):
             layers: list[Any] = [None] * count
         else:
             layers = DynamicCache(config=config).layers
@@ -237,14 +262,20 @@ class LolcatsCache(Cache):
             for i, x in enumerate(layers)
         )
         fixed = fixed and "chunked_attention" not in kinds
+        most = max_length if fixed else None
+
+        def softmax(like: Any) -> SoftmaxCacheLayer:
+            window = getattr(like, "sliding_window", None) if "chunked_attention" not in kinds else None
+            slots = most if window is None else min(window, most or window)
+            return SoftmaxCacheLayer(slots, slides=window is not None)
+
         for i, x in enumerate(layers):
             if i in converted:
+                own = softmax(x) if i in partly else None
                 mixed = isinstance(x, LinearAttentionLayer)
-                layers[i] = MixedCacheLayer(x.number_of_states, fixed) if mixed else LolcatsCacheLayer(fixed)
-            elif fixed and max_length is not None and type(x) in _FIXABLE:
-                window = getattr(x, "sliding_window", None)
-                slots = max_length if window is None else min(window, max_length)
-                layers[i] = SoftmaxCacheLayer(slots, slides=window is not None)
+                layers[i] = MixedCacheLayer(x.number_of_states, fixed, own) if mixed else LolcatsCacheLayer(fixed, own)
+            elif fixed and type(x) in _FIXABLE:
+                layers[i] = softmax(x)
         super().__init__(layers=layers)
 
     @property

@@ -102,8 +102,8 @@ class LolcatsMixin:
 
 class MergedStudent(LolcatsMixin):
     """A student that is loaded as such, from a folder whose configuration has a `lolcats` entry:
-    {"hybrid": what `layer_config` takes, "layers": indices, "num_heads", "head_dim"}. The last two are numbers, or
-    lists of as many as there are layers, where these differ."""
+    {"hybrid": what `layer_config` takes, "layers": indices, "num_heads": query heads with maps, "head_dim"}. The last
+    two are numbers, or lists of as many as there are layers, where these differ."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
@@ -199,7 +199,7 @@ def attach(
     """Give layers of a model untrained maps and hybrid attention, in place; -> the new modules, in order.
 
     configs: by layer its hybrid attention.
-    heads: by layer the number of query heads, and the size of their queries.
+    heads: by layer the number of query heads that get maps, and the size of their queries.
     The other layers keep their softmax attention, and a cache that grows or slides as it did.
     """
     modules = attention_modules(model)
@@ -355,7 +355,9 @@ def _new_cache(base: nn.Module, max_length: int | None = None) -> LolcatsCache:
     ):
         max_length = None
     kept = [layer_index(module) for module in base.modules() if hasattr(module, "keeps_softmax")]
-    cache = LolcatsCache(cast(PreTrainedModel, base).config, {module.layer_idx for module in hybrids}, kept, max_length)
+    converted = {module.layer_idx: bool(module.config.kept_heads) for module in hybrids}
+    partly = [layer for layer, has_kept in converted.items() if has_kept]
+    cache = LolcatsCache(cast(PreTrainedModel, base).config, converted, kept, max_length, partly)
     own = next((x for x in map(_own_cache, base.modules()) if x is not None), None)
     if own is not None:
         cache.__class__ = type(f"Lolcats{own.__name__}", (LolcatsCache, own), {})

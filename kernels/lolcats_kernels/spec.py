@@ -20,6 +20,7 @@ FEATURE_MAPS = tuple(MAPS)
 LAYOUTS = ("sliding", "terraced")
 LINEAR_FACTORS = ("one", "affine", "exp")
 TERMS = ("both", "window", "linear")
+BY_LAYER = ("windows", "kept_heads")  # what `layer_config`'s mapping has besides the fields of `HybridConfig`
 
 # Bounds of the exponents of "exp". A key's: sums over any context stay finite in fp32. The linear weight's, beside the
 # window's largest, e^0: it stays finite. Kept keys of the sparse cache have the second bound too.
@@ -55,6 +56,8 @@ class HybridConfig:
         own scale, exp(l + u . q_n - c_n) for the query and exp(w . k_j) for each key. gamma is then 1.
     decay: whether the linear term forgets: each key that enters the sums shrinks what is in them, by a factor that is
         learned from the key.
+    kept_heads: the key heads of the layer that keep softmax attention, in order, with their query heads. They have no
+        maps: `hybrid_attention` is for the other heads, and `HybridAttention` (hf_attention.py) for all of them.
 
     Raises ValueError naming the field when a value is not possible.
     """
@@ -65,6 +68,7 @@ class HybridConfig:
     layout: str = "sliding"
     linear_factor: str = "one"
     decay: bool = False
+    kept_heads: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         check_choice("feature_map", self.feature_map, tuple(MAPS))
@@ -74,10 +78,24 @@ class HybridConfig:
         check_choice("linear_factor", self.linear_factor, LINEAR_FACTORS)
         if not isinstance(self.decay, bool):
             raise ValueError(f"The decay is {self.decay!r}. It must be true or false.")
+        for head in self.kept_heads:
+            check_count("A kept head", head, 0)
+        if list(self.kept_heads) != sorted(set(self.kept_heads)):
+            raise ValueError(f"The kept heads are {list(self.kept_heads)}. They must be in order, each once.")
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields; `decay` only where it is on, as configurations were before there was one."""
-        return {name: value for name, value in asdict(self).items() if name != "decay" or value}
+        """The fields; `decay` and `kept_heads` only where there are some, as configurations were before."""
+        return {name: value for name, value in asdict(self).items() if name not in ("decay", "kept_heads") or value}
+
+    def mapped_heads(self, num_heads: int, num_key_value_heads: int) -> int:
+        """The number of a layer's query heads that have maps, of so many query and key heads.
+
+        Raises ValueError if a kept head is not there, or no other head is."""
+        if not self.kept_heads:
+            return num_heads
+        if not max(self.kept_heads) < num_key_value_heads > len(self.kept_heads):
+            raise ValueError(f"The kept heads {list(self.kept_heads)} must be some of {num_key_value_heads} key heads.")
+        return num_heads - len(self.kept_heads) * (num_heads // num_key_value_heads)
 
     @property
     def map(self) -> FeatureMap:
@@ -91,14 +109,15 @@ class HybridConfig:
 
 
 def layer_config(hybrid: Mapping[str, Any], layer: int) -> HybridConfig:
-    """A layer's configuration from a model's: the fields of `HybridConfig`, and `windows`, the window of every layer of
-    the model, where they differ.
+    """A layer's configuration from a model's: the fields of `HybridConfig`; `windows`, the window of every layer of the
+    model, where they differ; and `kept_heads`, by the number of a layer as text its key heads that keep softmax.
 
     Raises TypeError or ValueError for what they cannot be.
     """
-    fields = {name: value for name, value in hybrid.items() if name != "windows"}
-    windows = hybrid.get("windows")
-    return HybridConfig(**fields if windows is None else fields | {"window": windows[layer]})
+    fields = {name: value for name, value in hybrid.items() if name not in BY_LAYER}
+    if (windows := hybrid.get("windows")) is not None:
+        fields["window"] = windows[layer]
+    return HybridConfig(**fields, kept_heads=tuple(hybrid.get("kept_heads", {}).get(str(layer), ())))
 
 
 @dataclass(frozen=True)
@@ -126,7 +145,7 @@ class CallSpec:
 
     def encode(self) -> tuple[Any, ...]:
         """The values of SCHEMA."""
-        return *astuple(self.config), self.scaling, self.softcap, self.terms
+        return *astuple(self.config)[:-1], self.scaling, self.softcap, self.terms  # of a layer's other heads
 
     @classmethod
     def decode(

@@ -80,7 +80,8 @@ def describe_layer(artifact: Artifact, layer: int) -> dict[str, Any]:
 
 def _layer(artifact: Artifact, index: int, layer: dict[str, Any]) -> dict[str, Any]:
     figures = artifact.summary.get("layers", {}).get(str(index), {})
-    windows = artifact.config.get("hybrid", {}).get("windows")
+    hybrid = artifact.config.get("hybrid", {})
+    windows, kept_heads = hybrid.get("windows"), hybrid.get("kept_heads")
     return {
         "layer": index,
         "heads": layer["num_heads"],
@@ -97,6 +98,7 @@ def _layer(artifact: Artifact, index: int, layer: dict[str, Any]) -> dict[str, A
         },
         **({"gamma": figures["gamma"]["mean"]} if "gamma" in figures else {}),
         **({"window": windows[index]} if windows else {}),
+        **({"kept_heads": kept_heads.get(str(index), [])} if kept_heads else {}),
         **_narrow_losses(artifact, index),
     }
 

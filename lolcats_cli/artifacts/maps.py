@@ -6,7 +6,7 @@ from collections.abc import Collection
 from typing import Any
 
 from lolcats_formats import Artifact
-from lolcats_kernels.spec import HybridConfig, layer_config
+from lolcats_kernels.spec import BY_LAYER, HybridConfig, layer_config
 
 from lolcats_cli.errors import IdentityMismatch
 
@@ -36,20 +36,26 @@ def hybrid_configs(artifact: Artifact, layers: Collection[int]) -> dict[int, Hyb
 def hybrid_entry(artifact: Artifact) -> dict[str, Any]:
     """What a student's configuration says of its hybrid attention: `layer_config` takes it."""
     hybrid = artifact.config["hybrid"]
-    fields = {name: value for name, value in hybrid.items() if name != "windows"}
-    return HybridConfig(**fields).to_dict() | ({"windows": hybrid["windows"]} if "windows" in hybrid else {})
+    by_layer = {name: hybrid[name] for name in BY_LAYER if name in hybrid}
+    return HybridConfig(**{name: hybrid[name] for name in hybrid if name not in by_layer}).to_dict() | by_layer
 
 
 def recorded_heads(artifact: Artifact, layers: Collection[int]) -> dict[int, tuple[int, int]]:
-    """For every layer, the number of query heads and the size of their queries that the capture recorded.
+    """For every layer, the number of query heads that have maps, and the size of their queries, of those recorded.
 
     Raises `IdentityMismatch` for a layer that the capture did not record.
     """
     seen = artifact.teacher["layers"]
-    heads = {layer: (seen[layer]["num_heads"], seen[layer]["head_dim"]) for layer in layers if layer < len(seen)}
-    missing = sorted(set(layers) - {layer for layer, (count, _) in heads.items() if count})
+    missing = sorted(layer for layer in layers if layer >= len(seen) or not seen[layer]["num_heads"])
     if missing:
         raise IdentityMismatch(
             f"{artifact.path} was made from a teacher that has no softmax attention in layer {missing[0]}."
         )
+    heads = {}
+    for layer, config in hybrid_configs(artifact, layers).items():
+        try:
+            count = config.mapped_heads(seen[layer]["num_heads"], seen[layer]["num_key_value_heads"])
+        except ValueError as error:
+            raise IdentityMismatch(f"{artifact.path}, layer {layer}: {error}") from error
+        heads[layer] = count, seen[layer]["head_dim"]
     return heads

@@ -75,9 +75,9 @@ def tracker(log_to: str | None) -> None:
         raise UsageError(f"--log-to {log_to} needs {log_to}. Install it with: pip install {wanted}.") from error
 
 
-def layers(option: str, chosen: Iterable[int | str] | None, opened: Artifact) -> None:
-    """Raises UsageError for a layer that the artifact's teacher does not have."""
+def layers(option: str, chosen: Iterable[int | str | tuple[int, int]] | None, opened: Artifact) -> None:
+    """Raises UsageError for a layer that the artifact's teacher does not have. Heads stand behind their layers."""
     count = len(opened.teacher["layers"])
-    for layer in chosen or ():
+    for layer in [one[0] if isinstance(one, tuple) else one for one in chosen or ()]:
         if isinstance(layer, int) and not 0 <= layer < count:
             raise UsageError(f"{option} {layer}: The layers are 0 to {count - 1}.")

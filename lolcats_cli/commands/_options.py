@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
 
 import typer
 
@@ -160,15 +160,35 @@ def launch_on(devices: str | None, artifact: str | None = None) -> None:
     raise typer.Exit(launch.launch(numbers, command))
 
 
-def parse_kept(text: str | None) -> tuple[list[int | str], int]:
-    """ "0,sliding,auto:2" as ([0, "sliding"], 2). Raises `UsageError` on anything but layers and these words."""
+class KeptOption(NamedTuple):
+    """What --keep-softmax asks for: layers, "sliding" and pairs of a layer and a key head; and how many other layers
+    and key heads are chosen."""
+
+    named: list[int | str | tuple[int, int]]
+    auto: int
+    heads: int
+
+
+def parse_kept(text: str | None) -> KeptOption:
+    """ "0,2.1,sliding,auto:2,heads:3" as ([0, (2, 1), "sliding"], 2, 3). Raises `UsageError` on anything but layers,
+    layers with a key head behind a dot, and these words."""
     parts = [] if text is None else text.split(",")
-    automatic = [part for part in parts if re.fullmatch(r"auto:[1-9]\d{0,5}", part)]
-    if len(automatic) > 1:
-        raise UsageError(f"--keep-softmax {text} has auto more than once. Give it once.")
-    numbers = ",".join(part for part in parts if part not in ("sliding", *automatic))
-    layers = parse_layers(numbers or None, "--keep-softmax") or []
-    return [*layers, *(["sliding"] if "sliding" in parts else [])], int(automatic[0][5:]) if automatic else 0
+    counts = {"auto": 0, "heads": 0}
+    named: list[int | str | tuple[int, int]] = []
+    layers = []
+    for part in parts:
+        if chosen := re.fullmatch(r"(auto|heads):([1-9]\d{0,5})", part):
+            if counts[chosen[1]]:
+                raise UsageError(f"--keep-softmax {text} has {chosen[1]} more than once. Give it once.")
+            counts[chosen[1]] = int(chosen[2])
+        elif head := re.fullmatch(r"(\d{1,5})\.(\d{1,5})", part):
+            named.append((int(head[1]), int(head[2])))
+        elif part == "sliding":
+            named.append(part)
+        else:
+            layers.append(part)
+    found = parse_layers(",".join(layers), "--keep-softmax") if layers else None
+    return KeptOption([*(found or []), *named], **counts)
 
 
 def parse_windows(text: str | None) -> tuple[tuple[int, ...] | None, bool]:

@@ -21,7 +21,7 @@ def rank(
 ) -> dict[str, Any]:
     """Show which layers the teacher's predictions need to see far back: what is lost if one sees a window alone.
 
-    `transfer --windows auto` and `--keep-softmax auto:N` measure the same.
+    `transfer --windows auto`, `--keep-softmax auto:N` and `heads:N` measure the same.
     """
     asked = locals()
     given = o.artifact_path(capture)

@@ -67,8 +67,9 @@ def transfer(
     keep_softmax: Annotated[
         str | None,
         typer.Option(
-            help="Leave these layers softmax, such as 0,31; sliding: those with a sliding window; auto:2: the two "
-            "that cost the teacher's predictions most if they see the window alone. auto needs the teacher."
+            help="Leave these layers softmax, such as 0,31; 2.0: key head 0 of layer 2; sliding: the layers with a "
+            "sliding window; auto:2: the two layers that cost the teacher's predictions most if they see the window "
+            "alone; heads:2: the two such key heads. auto and heads need the teacher."
         ),
     ] = None,
     block_size: Annotated[
@@ -116,10 +117,10 @@ def transfer(
 ) -> Artifact:
     """Train feature maps and mixing factors, layer by layer, from a capture.
 
-    The teacher is needed if the capture holds hidden states or tokens, and for `auto`.
+    The teacher is needed if the capture holds hidden states or tokens, and for `auto` and `heads`.
     """
     asked = locals()
-    given, parts, (kept, keep_auto) = o.artifact_path(capture), o.parse_layers(layers), o.parse_kept(keep_softmax)
+    given, parts, kept = o.artifact_path(capture), o.parse_layers(layers), o.parse_kept(keep_softmax)
     by_layer, auto_windows = o.parse_windows(windows)
     if gamma is not None and not 0 < gamma < 1:
         raise UsageError(f"--gamma {gamma} must lie between 0 and 1.")
@@ -127,9 +128,10 @@ def transfer(
         raise UsageError(
             "--mse-factor and --xent-factor are both 0, so there is nothing to train on. Raise one of them."
         )
-    opened = checks.artifact(given, "capture", teacher, needs_teacher=bool(keep_auto) or auto_windows)
+    measures = bool(kept.auto or kept.heads) or auto_windows
+    opened = checks.artifact(given, "capture", teacher, needs_teacher=measures)
     checks.layers("--layers", parts, opened)
-    checks.layers("--keep-softmax", kept, opened)
+    checks.layers("--keep-softmax", kept.named, opened)
     checks.output(output, "transfer", resume, force, (given,))
     checks.tracker(log_to)
     o.launch_on(devices, given)
@@ -144,8 +146,9 @@ def transfer(
         output,
         options=o.chosen(replace(base, hybrid=o.chosen(base.hybrid, asked)), asked | {"windows": by_layer}),
         layers=parts,
-        keep_softmax=kept,
-        keep_auto=keep_auto,
+        keep_softmax=kept.named,
+        keep_auto=kept.auto,
+        keep_heads=kept.heads,
         auto_windows=auto_windows,
         block_size=block_size,
         teacher=teacher,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,7 @@ WINDOWS = (16, 64, 256, 1024, 4096, 16384)  # those below the length of the rows
 BLOCK = 8  # layers that are on the device at a time
 DIGITS = 3  # that are kept of a measured loss
 UNITS = 4  # a window grows by the mean window's part of this
+HEADS_WINDOW = 64  # with which `rank` measures single heads
 
 
 def measured_windows(seq_len: int) -> list[int]:
@@ -53,11 +54,15 @@ class Importance:
         windows: that were measured.
         losses: by layer the loss with each of them.
         tokens: that were looked at.
+        heads_window: with which single key heads were measured, if they were.
+        heads: by layer the loss of every key head alone.
     """
 
     windows: tuple[int, ...]
     losses: dict[int, tuple[float, ...]]
     tokens: int
+    heads_window: int | None = None
+    heads: dict[int, tuple[float, ...]] = field(default_factory=dict)
 
     def curve(self, layer: int) -> dict[int, float]:
         """By window the loss of this layer."""
@@ -67,62 +72,68 @@ class Importance:
         """The layers, those first that lose most with this window."""
         return sorted(layers, key=lambda layer: -loss_at(self.curve(layer), window))
 
+    def heads_by_loss(self, layers: Collection[int]) -> list[tuple[int, int]]:
+        """Layer and key head of these layers' heads, those first that lose most."""
+        losses = {(layer, head): loss for layer in layers for head, loss in enumerate(self.heads[layer])}
+        return sorted(losses, key=lambda one: -losses[one])
+
     def to_json(self) -> dict[str, Any]:
         """As `importance.json` holds it."""
-        return {
+        found: dict[str, Any] = {
             "tokens": self.tokens,
             "windows": list(self.windows),
             "layers": {str(k): list(v) for k, v in self.losses.items()},
         }
+        if self.heads_window is not None:
+            found |= {"heads_window": self.heads_window, "heads": {str(k): list(v) for k, v in self.heads.items()}}
+        return found
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> Importance:
         """What `to_json` was called on."""
-        losses = {int(layer): tuple(values) for layer, values in found["layers"].items()}
-        return cls(tuple(found["windows"]), losses, found["tokens"])
+        losses, heads = (
+            {int(layer): tuple(values) for layer, values in found.get(name, {}).items()} for name in ("layers", "heads")
+        )
+        return cls(tuple(found["windows"]), losses, found["tokens"], found.get("heads_window"), heads)
 
 
 def measure_importance(
-    model: PreTrainedModel, rows: Rows, layers: Sequence[LayerInfo], device: torch.device, progress: Progress
+    model: PreTrainedModel,
+    rows: Rows,
+    layers: Sequence[LayerInfo],
+    device: torch.device,
+    progress: Progress,
+    heads_window: int | None = None,
 ) -> Importance:
-    """That of every layer with softmax attention, on the first of the rows."""
+    """That of every layer with softmax attention, on the first of the rows.
+
+    heads_window: measure single key heads too, with the longest measured window that is no longer than this.
+    """
     rows, windows = _first(rows), measured_windows(rows.input_ids.shape[1])
-    changes = {
-        number: [Narrowing(number, window) for window in windows]
-        for number, info in enumerate(layers)
-        if info.has_attention
-    }
+    numbers = [number for number, info in enumerate(layers) if info.has_attention]
+    changes = {number: [Narrowing(number, window) for window in windows] for number in numbers}
     progress.note(f"measuring what {len(changes)} layers lose with windows of {', '.join(map(str, windows))}")
-    return Importance(tuple(windows), _by_layer(model, rows, changes, device, progress), rows.tokens)
+    found = Importance(tuple(windows), _by_layer(model, rows, changes, device, progress), rows.tokens)
+    if heads_window is None:
+        return found
+    window = max((w for w in windows if w <= heads_window), default=windows[0])
+    changes = {n: [Narrowing(n, window, head) for head in range(layers[n].num_key_value_heads)] for n in numbers}
+    progress.note(f"measuring what {sum(map(len, changes.values()))} key heads lose with a window of {window}")
+    return replace(found, heads_window=window, heads=_by_layer(model, rows, changes, device, progress))
 
 
 def rank_capture(
     capture: Artifact, heads: bool, teacher: str | None, load: LoadOptions, progress: Progress
 ) -> dict[str, Any]:
     """Measure the layers of a captured teacher, and with `heads` every key head, on the capture's validation rows;
-    -> what `Importance.to_json` gives, and of heads "heads_window" and by layer "heads".
+    -> what `Importance.to_json` gives.
 
     teacher: its folder, if it has moved. load: the device, and whether to trust the teacher's code.
     """
     layers = [LayerInfo.from_dict(layer) for layer in capture.teacher["layers"]]
     rows, device = Rows.from_tensors(capture.load(tokens_name("validation"))), load.resolved_device()
     model = load_captured(capture, teacher, load, progress)
-    found = measure_importance(model, rows, layers, device, progress).to_json()
-    return found | (_measure_heads(model, rows, layers, device, progress) if heads else {})
-
-
-def _measure_heads(
-    model: PreTrainedModel, rows: Rows, layers: Sequence[LayerInfo], device: torch.device, progress: Progress
-) -> dict[str, Any]:
-    """{"heads_window": the window, "heads": by layer the loss of every key head alone}, on the first of the rows."""
-    window = max(w for w in measured_windows(rows.input_ids.shape[1]) if w <= 64)
-    changes = {
-        number: [Narrowing(number, window, head) for head in range(info.num_key_value_heads)]
-        for number, info in enumerate(layers)
-        if info.has_attention
-    }
-    heads = _by_layer(model, _first(rows), changes, device, progress)
-    return {"heads_window": window, "heads": {str(number): list(losses) for number, losses in heads.items()}}
+    return measure_importance(model, rows, layers, device, progress, HEADS_WINDOW if heads else None).to_json()
 
 
 def _first(rows: Rows) -> Rows:

@@ -98,6 +98,11 @@ class OptionChecks:
                 f"vLLM does not serve the sparse cache (sparse_cache_size={config.sparse_cache_size}). Set it to 0, or "
                 "generate with transformers."
             )
+        if config.lolcats["hybrid"].get("kept_heads"):
+            raise ValueError(
+                "vLLM does not serve students in which single heads keep softmax attention (--keep-softmax heads:N). "
+                "Keep whole layers, or use transformers."
+            )
         if isinstance(config.lolcats["num_heads"], list) or isinstance(config.lolcats["head_dim"], list):
             raise ValueError("vLLM does not serve students whose layers differ in their heads. Use transformers.")
         if config.get_text_config() is not config:

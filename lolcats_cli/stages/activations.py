@@ -1,7 +1,8 @@
 """The sources of the layers' q, k and v while their feature maps are trained.
 
 Every source gives the same batches. One reads q, k and v (`StoredActivations`), and one lets the teacher compute them
-from hidden states or tokens (`ComputedActivations`). Layers that are computed together are trained side by side.
+from hidden states or tokens (`ComputedActivations`). Layers that are computed together are trained side by side. Heads
+that keep softmax attention are left out by `MappedHeads`.
 
 Shapes: N rows, B batch, H query heads, K key heads, T time, D head, E hidden size.
 """
@@ -9,13 +10,14 @@ Shapes: N rows, B batch, H query heads, K key heads, T time, D head, E hidden si
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from lolcats_formats import Artifact
+from lolcats_kernels.equation import take_heads
 from lolcats_kernels.softmax import AttentionSpec
 from torch import Tensor
 
@@ -228,3 +230,43 @@ class ComputedActivations(Source):
             return None
         unit = next(unit for unit in self._units[number - 1] if unit.split == split and int(rows[0]) in unit.rows)
         return self._stored.load(hidden_name(number, split, unit.number))["hidden"][rows - unit.rows.start]
+
+
+class MappedHeads(Source):
+    """Another source's activations, of the heads alone that get feature maps."""
+
+    def __init__(self, source: Source, kept: Sequence[tuple[int, int]]) -> None:
+        """kept: layer and key head of those that keep softmax attention."""
+        self._source, self._heads = source, {layer: list[int]() for layer, _ in kept}
+        for layer, chosen in self._heads.items():
+            chosen += [head for head in range(source.layers[layer].num_key_value_heads) if (layer, head) not in kept]
+        self.capture, self.together, self.tokens, self.rows = (
+            source.capture,
+            source.together,
+            source.tokens,
+            source.rows,
+        )
+        self.layers = [
+            info.take(self._heads[layer]) if layer in self._heads else info for layer, info in enumerate(source.layers)
+        ]
+
+    @property
+    def teacher(self) -> PreTrainedModel | None:
+        return self._source.teacher
+
+    @contextmanager
+    def running(self, layers: list[int]) -> Iterator[None]:
+        with self._source.running(layers):
+            yield
+
+    def groups(self, layers: list[int], split: str) -> list[range]:
+        return self._source.groups(layers, split)
+
+    def read(self, layers: list[int], split: str, number: int) -> Activations:
+        return {layer: self._mapped(layer, *found) for layer, found in self._source.read(layers, split, number).items()}
+
+    def _mapped(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if layer not in self._heads:
+            return q, k, v
+        heads, count = self._heads[layer], k.shape[1]
+        return take_heads(q, heads, count), take_heads(k, heads, count), take_heads(v, heads, count)

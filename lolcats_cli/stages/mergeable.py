@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +195,7 @@ def _write_student(files: TeacherFiles, folder: Path) -> None:
     folder.mkdir()
     config = export.student_config(
         files.config,
-        asdict(TRIED),
+        TRIED.to_dict(),
         attentions=files.modules,
         heads={min(files.modules): files.first_heads},
         dtype=files.dtype(),

@@ -27,14 +27,16 @@ from lolcats_cli.errors import UsageError
 from lolcats_cli.evaluation.importance import Importance, measure_importance, share_out
 from lolcats_cli.loading.student import load_captured
 from lolcats_cli.progress import Progress
-from lolcats_cli.stages.activations import ComputedActivations, Source, StoredActivations
+from lolcats_cli.stages.activations import ComputedActivations, MappedHeads, Source, StoredActivations
 from lolcats_cli.stages.checkpoints import Checkpoints
 from lolcats_cli.stages.curves import LayerCurves, tensorboard_folder
+from lolcats_cli.stages.kept import Kept
 from lolcats_cli.stages.layer_training import Trained, train_layers
 from lolcats_cli.stages.rolling import RollingActivations
 from lolcats_cli.stages.transfer_options import TransferOptions
 from lolcats_cli.stages.writing import Making, make_artifact
 from lolcats_cli.teacher.load import LoadOptions
+from lolcats_cli.teacher.record import LayerInfo
 
 LONGEST_WINDOW = 3  # an automatic window is at most this part of a row: maps learn from the keys before it
 CARRIED = ("entropy", "head_entropy", "esl")  # of a layer's figures in the capture: shown without it too
@@ -47,8 +49,9 @@ def transfer(
     *,
     options: TransferOptions = TransferOptions(),
     layers: list[int] | None = None,
-    keep_softmax: Collection[int | str] = (),
+    keep_softmax: Collection[int | str | tuple[int, int]] = (),
     keep_auto: int = 0,
+    keep_heads: int = 0,
     auto_windows: bool = False,
     block_size: int | None = None,
     teacher: str | None = None,
@@ -63,9 +66,11 @@ def transfer(
     Args:
         layers: train these layers only; `join` puts the parts together.
         keep_softmax: layers that keep softmax attention in the student, by index. "sliding" stands for the layers whose
-            teacher has a sliding window.
+            teacher has a sliding window. A pair of a layer and a key head keeps that head and its query heads.
         keep_auto: keep softmax attention in this number of other layers: those whose window alone costs the teacher's
             predictions most (`evaluation/importance.py`).
+        keep_heads: keep softmax attention in this number of key heads of all other layers, chosen in the same way. A
+            layer whose key heads are all kept is a kept layer.
         auto_windows: give each layer a window of its own. Together they take no more memory than
             `options.hybrid.window` in every layer; layers that the predictions need get longer ones.
         block_size: train this number of layers at a time from a capture of tokens. Only their weights are in memory,
@@ -84,19 +89,24 @@ def transfer(
     with ranks.joined(device.type):
         rolling = Path(output) / f".hidden-{ranks.rank()}"
         source = _source(parent, teacher, load, device, block_size, rolling, progress)
-        given = _kept(source, keep_softmax, keep_auto)
-        chosen, kept = _choose(source, options, layers, given, keep_auto, auto_windows)
-        importance = None
-        if keep_auto or auto_windows:
-            importance = ranks.share(lambda: _importance(source, output, force, teacher, load, device, progress))
-            worst = importance.by_loss(chosen, options.hybrid.window)
-            kept |= set(worst[:keep_auto])
-            chosen = sorted(worst[keep_auto:])
+        kept = Kept.named(source.layers, keep_softmax)
+        kept.check_rest(source.layers, keep_auto)
+        chosen, importance = _choose(source, options, layers, kept, keep_auto, keep_heads, auto_windows), None
+        if keep_auto or keep_heads or auto_windows:
+            window = options.hybrid.window if keep_heads else None
+            importance = ranks.share(
+                lambda: _importance(source, window, output, force, teacher, load, device, progress)
+            )
+            kept = _keep_most_needed(source, chosen, kept, keep_auto, keep_heads, options.hybrid.window, importance)
+            chosen = [layer for layer in chosen if layer not in kept.layers]
             if auto_windows:
                 options = replace(options, windows=_windows(source, chosen, options, importance))
+        options = replace(options, kept_heads=tuple(sorted(kept.heads)))
+        if importance is not None:
             _tell(chosen, kept, options, progress)
+        layers_kept = {"keep_softmax": sorted(kept.layers)} if kept.layers else {}
         fields: dict[str, Any] = {
-            "config": {**options.to_config(), "layers": chosen, **({"keep_softmax": sorted(kept)} if kept else {})},
+            "config": {**options.to_config(), "layers": chosen, **layers_kept},
             "teacher": parent.teacher,
             "data": parent.data,
             "parents": [parent],
@@ -127,6 +137,7 @@ def _train(
     curves: LayerCurves | None,
 ) -> None:
     """Trains this rank's share of the layers."""
+    mapped = MappedHeads(source, options.kept_heads) if options.kept_heads else source
     written = making.completed_files()
     steps, mine = options.total_steps(source.rows["train"]), _share(_together(source, chosen))
     with (
@@ -141,9 +152,9 @@ def _train(
                 advance(len(together) * steps)
                 continue
             stopping.check()
-            with source.running(together):
+            with mapped.running(together):
                 trained = train_layers(
-                    source,
+                    mapped,
                     together,
                     options,
                     device=device,
@@ -152,6 +163,9 @@ def _train(
                     log=None if curves is None else curves.log,
                 )
             for layer in missing:
+                figures, heads = trained[layer].figures, options.layer_hybrid(layer).kept_heads
+                errors = _of_all_heads(figures["head_relative_mse"], source.layers[layer], heads)
+                figures["head_relative_mse"] = errors
                 _save(writer, layer, trained[layer], progress)
 
 
@@ -159,15 +173,24 @@ def _choose(
     source: Source,
     options: TransferOptions,
     layers: list[int] | None,
-    kept: set[int],
+    kept: Kept,
     keep_auto: int,
+    keep_heads: int,
     auto_windows: bool,
-) -> tuple[list[int], set[int]]:
-    """The layers to train and those that keep softmax. Raises UsageError for options that do not fit this capture."""
-    if keep_auto and layers is not None:
-        raise UsageError("--keep-softmax auto:N looks at all layers. With --layers, name the layers to keep.")
-    if keep_auto and not options.hybrid.window:
-        raise UsageError("--keep-softmax auto:N measures what the window misses, and --window is 0. Name the layers.")
+) -> list[int]:
+    """The layers to train, before more are kept. Raises UsageError for options that do not fit this capture."""
+    for word, what, wanted in (("auto:N", "layers", keep_auto), ("heads:N", "heads", keep_heads)):
+        if wanted and layers is not None:
+            raise UsageError(f"--keep-softmax {word} looks at all layers. With --layers, name the {what} to keep.")
+        if wanted and not options.hybrid.window:
+            raise UsageError(
+                f"--keep-softmax {word} measures what the window misses, and --window is 0. Name the {what}."
+            )
+    if auto_windows and (keep_heads or kept.heads):
+        raise UsageError(
+            "--windows auto goes by what whole layers lose, and --keep-softmax keeps some of their heads. Leave one of "
+            "them out."
+        )
     if auto_windows and layers is not None:
         raise UsageError("--windows auto looks at all layers. With --layers, give every layer's window.")
     if auto_windows and not options.hybrid.window:
@@ -180,20 +203,38 @@ def _choose(
             "--window-dropout trains on the keys before the window. It needs a --window above 0, and rows that are "
             f"longer than the {options.hybrid.slots} tokens that the window can see. These rows have {seq_len} tokens."
         )
-    chosen = sorted(set(range(len(source.layers))) - kept if layers is None else set(layers))
+    chosen = sorted(set(range(len(source.layers))) - kept.layers if layers is None else set(layers))
     if not chosen or chosen[0] < 0 or chosen[-1] >= len(source.layers):
         raise UsageError(
             f"--layers must be between 0 and {len(source.layers) - 1}, the layers of {source.capture.path}."
         )
     if other := sorted(set(chosen) - {i for i, info in enumerate(source.layers) if info.has_attention}):
         raise UsageError(f"Layer {other[0]} has no softmax attention to convert. Leave it out of --layers.")
-    if kept.intersection(chosen):
-        raise UsageError(f"Layer {min(kept.intersection(chosen))} is in --layers and in --keep-softmax. Choose one.")
-    return chosen, kept
+    if both := kept.layers.intersection(chosen):
+        raise UsageError(f"Layer {min(both)} is in --layers and in --keep-softmax. Choose one.")
+    return chosen
+
+
+def _keep_most_needed(
+    source: Source,
+    chosen: list[int],
+    kept: Kept,
+    keep_auto: int,
+    keep_heads: int,
+    window: int,
+    importance: Importance,
+) -> Kept:
+    """With so many more layers, and then key heads, of those that the loss needs most. Raises UsageError if no layer is
+    left to be converted."""
+    worst = importance.by_loss(chosen, window)
+    heads = importance.heads_by_loss(worst[keep_auto:]) if keep_heads else []
+    heads = [one for one in heads if one not in kept.heads][:keep_heads]
+    return Kept.of(source.layers, {*kept.layers, *worst[:keep_auto]}, {*kept.heads, *heads})
 
 
 def _importance(
     source: Source,
+    heads_window: int | None,
     output: Path | str,
     force: bool,
     teacher: str | None,
@@ -204,9 +245,11 @@ def _importance(
     """What every layer's loss needs of the keys before a window. A transfer that is continued has it already."""
     begun = Path(output) / IMPORTANCE_FILE
     if begun.is_file() and begun_config(output, force) is not None and not force:
-        return Importance.from_json(json.loads(begun.read_text(encoding="utf-8")))
+        found = Importance.from_json(json.loads(begun.read_text(encoding="utf-8")))
+        if heads_window is None or found.heads:
+            return found
     model = source.teacher or load_captured(source.capture, teacher, load, progress)
-    return measure_importance(model, source.tokens["validation"], source.layers, device, progress)
+    return measure_importance(model, source.tokens["validation"], source.layers, device, progress, heads_window)
 
 
 def _windows(source: Source, chosen: list[int], options: TransferOptions, importance: Importance) -> tuple[int, ...]:
@@ -218,10 +261,10 @@ def _windows(source: Source, chosen: list[int], options: TransferOptions, import
     return tuple(found.get(layer, 0) for layer in range(len(source.layers)))
 
 
-def _tell(chosen: list[int], kept: set[int], options: TransferOptions, progress: Progress) -> None:
+def _tell(chosen: list[int], kept: Kept, options: TransferOptions, progress: Progress) -> None:
     """Say what was chosen by importance."""
-    if kept:
-        progress.note(f"layers {', '.join(map(str, sorted(kept)))} stay softmax")
+    for words in kept.words():
+        progress.note(words)
     if options.windows is not None:
         progress.note(f"windows: {', '.join(f'{options.windows[layer]} in layer {layer}' for layer in chosen)}")
 
@@ -282,21 +325,10 @@ def _save(writer: ArtifactWriter, layer: int, trained: Trained, progress: Progre
     )
 
 
-def _kept(source: Source, given: Collection[int | str], others: int) -> set[int]:
-    """The layers that keep softmax attention by name.
-
-    Raises UsageError for a layer that does not exist, or if no layer is left to be trained when `others` are kept too.
-    """
-    kept = {layer for layer in given if isinstance(layer, int)}
-    if "sliding" in given:
-        kept |= {layer for layer, info in enumerate(source.layers) if info.spec.sliding_window is not None}
-    unknown = kept - set(range(len(source.layers)))
-    if unknown:
-        raise UsageError(f"--keep-softmax {min(unknown)}: The layers are 0 to {len(source.layers) - 1}.")
-    kept |= {layer for layer, info in enumerate(source.layers) if not info.has_attention}
-    if len(kept) + others >= len(source.layers):
-        raise UsageError("--keep-softmax leaves no layer to convert. Keep fewer layers.")
-    return kept
+def _of_all_heads(values: list[float], info: LayerInfo, kept: Collection[int]) -> list[float]:
+    """Errors of the query heads that have maps -> of all query heads; those of kept key heads have none."""
+    found, group = iter(values), info.num_heads // info.num_key_value_heads
+    return [0.0 if head // group in kept else next(found) for head in range(info.num_heads)]
 
 
 def _figures(writer: ArtifactWriter, parent: Artifact, layer: int) -> dict[str, Any]:

@@ -17,8 +17,9 @@ class TransferOptions:
 
     Attributes:
         hybrid: the attention that is trained. `windows`: the window of every layer of the teacher, if they differ; its
-            own is then their mean. With the linear factor "exp" the linear term starts with the mass that
-            the softmax gives the keys before the window, and a head that is better without it ends without it.
+            own is then their mean. `kept_heads`: layer and key head of those that keep softmax attention, in order.
+            With the linear factor "exp" the linear term starts with the mass that the softmax gives the keys before the
+            window, and a head that is better without it ends without it.
         gamma: initial γ of every head.
         mse_factor, xent_factor: weights of the output MSE and of the attention weights' cross-entropy. The latter
             takes memory quadratic in the sequence.
@@ -35,6 +36,7 @@ class TransferOptions:
 
     hybrid: HybridConfig = field(default_factory=lambda: HybridConfig(linear_factor="exp"))
     windows: tuple[int, ...] | None = None
+    kept_heads: tuple[tuple[int, int], ...] = ()
     gamma: float = 0.5
     mse_factor: float = 1000.0
     xent_factor: float = 0.0
@@ -51,7 +53,8 @@ class TransferOptions:
 
     def layer_hybrid(self, layer: int) -> HybridConfig:
         """The attention that this layer gets."""
-        return self.hybrid if self.windows is None else replace(self.hybrid, window=self.windows[layer])
+        window = self.hybrid.window if self.windows is None else self.windows[layer]
+        return replace(self.hybrid, window=window, kept_heads=tuple(head for i, head in self.kept_heads if i == layer))
 
     def trained_hybrid(self, layer: int) -> HybridConfig:
         """The attention that this layer's maps are trained in. With the linear factor "exp" maps hold for any window,
@@ -67,6 +70,9 @@ class TransferOptions:
             del config["window_dropout"]  # as in transfers that were begun before there was such an option
         if self.windows is not None:
             config["hybrid"]["windows"] = list(config.pop("windows"))
+        kept = config.pop("kept_heads")
+        if kept:
+            config["hybrid"]["kept_heads"] = {str(i): [head for j, head in kept if j == i] for i, _ in kept}
         return config
 
     def total_steps(self, rows: int) -> int:

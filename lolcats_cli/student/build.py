@@ -49,7 +49,8 @@ def linearize(
     config: the hybrid attention of all layers, or by layer.
     maps: by layer, a `HybridMaps` or its state dict. The values are copied to the layer's device in fp32.
     keep_softmax: the layers that keep their attention, and have no maps.
-    heads: by layer, the number of query heads and the size of their queries. With None, the model's own are taken.
+    heads: by layer, the number of query heads that have maps, and the size of their queries. With None, the model's own
+        are taken.
     The new parameters do not require gradients. Cached generation works; `save_pretrained` is refused.
 
     Raises IdentityMismatch if layers or shapes do not fit the model, BadInput if its attention cannot be replaced.
@@ -70,8 +71,11 @@ def linearize(
     states = {
         index: layer.state_dict() if isinstance(layer, nn.Module) else dict(layer) for index, layer in maps.items()
     }
-    heads = {layer_index(module): stated_heads(model, module) for module in modules} if heads is None else heads
     configs = dict.fromkeys(indices, config) if isinstance(config, HybridConfig) else config
+    if heads is None:
+        stated = {layer_index(module): stated_heads(model, module) for module in modules}
+        keys = getattr(model.config.get_text_config(), "num_key_value_heads", None)
+        heads = {i: (configs[i].mapped_heads(stated[i][0], keys or stated[i][0]), stated[i][1]) for i in indices}
     for index, state in states.items():
         _check_shapes(index, state, HybridMaps(configs[index], *heads[index]).state_dict())
     for hybrid in attach(model, configs, {index: heads[index] for index in indices}):

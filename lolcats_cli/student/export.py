@@ -93,7 +93,8 @@ def student_config(
     """config.json of the student.
 
     attentions: the layers of the teacher that have softmax attention.
-    heads: by layer with maps, the number of query heads and the size of their queries; the others keep softmax.
+    heads: by layer with maps, the number of query heads that have some, and the size of their queries; the others keep
+        softmax.
     dtype: of the weights, for teachers whose configuration does not say.
     """
     config = {key: value for key, value in teacher.items() if key not in ("_name_or_path", "torch_dtype")}
@@ -156,6 +157,8 @@ def model_card(
     base = teacher.get("name") or teacher.get("architecture", "the teacher")
     by_layer = hybrid.get("windows")
     windows = [hybrid["window"]] if by_layer is None else [x for i, x in enumerate(by_layer) if i not in kept]
+    heads = [f"{layer}.{head}" for layer, kept_heads in hybrid.get("kept_heads", {}).items() for head in kept_heads]
+    most, where = "most of " if kept or heads else "", "in those " if heads else "in those layers " if kept else ""
     shown = f"{windows[0]}" if min(windows) == max(windows) else f"{min(windows)} to {max(windows)}, by layer"
     window = f"{shown} ({hybrid['layout']})" if any(windows) else "none (pure linear attention)"
     steps = [f"- {kind}: `{artifact_id}`" for kind, artifact_id in lineage]
@@ -174,8 +177,8 @@ def model_card(
         "---",
         f"# {base}, linearized with LoLCATs",
         "",
-        f"A causal language model with {'most of ' if kept else ''}its softmax attentions replaced by hybrid linear",
-        f"attention: its memory {'in those layers ' if kept else ''}does not grow with the context while",
+        f"A causal language model with {most}its softmax attentions replaced by hybrid linear",
+        f"attention: its memory {where}does not grow with the context while",
         "generating. Made with `lolcats`.",
         "",
         "## Load",
@@ -189,6 +192,7 @@ def model_card(
         f"- softmax window: {window}; linear factor: {hybrid['linear_factor']}"
         + ("; with a decay" if hybrid.get("decay") else ""),
         *([f"- layers that stay softmax: {', '.join(map(str, kept))}"] if kept else []),
+        *([f"- key heads that stay softmax, as layer.head: {', '.join(heads)}"] if heads else []),
         f"- memory of one sequence of 32,768 tokens: {memory[0]}; the teacher's KV cache takes {memory[1]}",
         "- cached generation equals recomputation; padding is honoured; the cache cannot be rolled back, so assisted",
         "  generation is not possible",

@@ -30,7 +30,8 @@ def value_dim(layer: Mapping[str, Any]) -> int:
 def student_bytes(
     layers: Sequence[Mapping[str, Any]], hybrid: Mapping[str, Any], kept: Collection[int], tokens: int, itemsize: int
 ) -> int:
-    """The bytes of a student's state after `tokens` tokens. They grow with the tokens in the `kept` layers alone.
+    """The bytes of a student's state after `tokens` tokens. They grow with the tokens in the `kept` layers, and in the
+    kept heads of others, alone.
 
     hybrid: as `layer_config` takes it.
     """
@@ -41,10 +42,14 @@ def student_bytes(
     total = cache_bytes([layers[number] for number in kept if number < len(layers)], tokens, itemsize)
     for number, layer in enumerate(layers):
         if number not in kept and layer["num_heads"]:
+            config = layer_config(hybrid, number)
+            count = config.mapped_heads(layer["num_heads"], layer["num_key_value_heads"])
             with torch.device("meta"):  # shapes alone
-                maps = HybridMaps(layer_config(hybrid, number), layer["num_heads"], layer["head_dim"])
-            heads = layer["num_key_value_heads"], layer["head_dim"], value_dim(layer)
-            total += state_bytes(layer["num_heads"], maps.num_features, *heads, maps.config.slots, itemsize)
+                maps = HybridMaps(config, count, layer["head_dim"])
+            keys = len(config.kept_heads)
+            heads = layer["num_key_value_heads"] - keys, layer["head_dim"], value_dim(layer)
+            total += state_bytes(count, maps.num_features, *heads, config.slots, itemsize)
+            total += cache_bytes([{**layer, "num_key_value_heads": keys}], tokens, itemsize)
     return total
 
 

@@ -6,14 +6,14 @@ Shapes: B batch, H query heads, K key heads, T time, D head.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from lolcats_kernels.equation import repeat_heads
+from lolcats_kernels.equation import repeat_heads, take_heads
 from lolcats_kernels.hf_adapters import adapt, adapter, key_mask
 from lolcats_kernels.hf_attention import lolcats_mask
 from lolcats_kernels.hf_student import layer_index
@@ -65,6 +65,15 @@ class LayerInfo:
     @property
     def has_attention(self) -> bool:
         return self.num_heads > 0
+
+    def take(self, key_heads: Sequence[int]) -> LayerInfo:
+        """The layer with these key heads alone, and their query heads."""
+        sinks = self.spec.sinks
+        if sinks is not None:
+            sinks = take_heads(sinks[None], key_heads, self.num_key_value_heads)[0]
+        count = self.num_heads // self.num_key_value_heads * len(key_heads)
+        spec = replace(self.spec, sinks=sinks)
+        return replace(self, num_heads=count, num_key_value_heads=len(key_heads), spec=spec)
 
     def to_dict(self) -> dict[str, Any]:
         return {

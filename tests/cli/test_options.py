@@ -56,6 +56,13 @@ def test_recipes_of_lora(pipeline: SimpleNamespace, invoke, tmp_path: Path, opti
         ("auto:2", 2, "no layer"),
         ("auto:0", 2, "--keep-softmax auto:0"),
         ("auto:1,auto:1", 2, "auto more than once"),
+        ("1.0,1.1", 0, [1]),
+        ("heads:4", 2, "no layer"),
+        ("heads:1,heads:1", 2, "heads more than once"),
+        ("heads:0", 2, "--keep-softmax heads:0"),
+        ("0.2", 2, "--keep-softmax 0.2: Layer 0 has 2 key heads"),
+        ("7.0", 2, "--keep-softmax 7: The layers are 0 to 1"),
+        ("0.0-1", 2, "--keep-softmax 0.0-1"),
     ],
 )
 def test_keep_softmax(pipeline: SimpleNamespace, invoke, tmp_path: Path, given: str, code: int, expected) -> None:
@@ -104,3 +111,10 @@ def test_select_and_keep_go_together(pipeline: SimpleNamespace, invoke, tmp_path
     result = invoke(*command, "--samples", "10-19", "--select", "top-esl", "--keep", "3")
     assert result.code == 0
     assert Artifact.open(tmp_path / "c").config["samples"] == [10, 19]
+
+
+def test_heads_that_keep_softmax(pipeline: SimpleNamespace, invoke, tmp_path: Path) -> None:
+    result = invoke("transfer", pipeline.capture, "-o", tmp_path / "t", "--steps", "0", "--keep-softmax", "1.1")
+    assert result.code == 0
+    assert Artifact.open(tmp_path / "t").config["hybrid"]["kept_heads"] == {"1": [1]}
+    assert "kept_heads" in invoke("inspect", tmp_path / "t").out

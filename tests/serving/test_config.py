@@ -119,7 +119,8 @@ def test_what_is_no_student_is_refused():
     [
         ({"sparse_cache_size": 8}, "sparse cache"),
         ({"kv_lora_rank": 8}, "latent attention"),
-        ({"lolcats": {"num_heads": [4, 8], "head_dim": 16}}, "differ in their heads"),
+        ({"lolcats": {"hybrid": HYBRID, "num_heads": [4, 8], "head_dim": 16}}, "differ in their heads"),
+        ({"lolcats": {"hybrid": HYBRID | {"kept_heads": {"0": [1]}}}}, "single heads keep softmax"),
     ],
 )
 def test_students_that_vllm_cannot_serve_are_refused(changes, message):

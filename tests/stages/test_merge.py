@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -87,7 +86,7 @@ def save_artifact(folder: Path, teacher: Path, adapter: Path | None = None, laye
     with ArtifactWriter.create(
         folder,
         "lora" if adapter else "transfer",
-        config={"hybrid": asdict(CONFIG)},
+        config={"hybrid": CONFIG.to_dict()},
         teacher={"path": str(teacher), "architecture": "LlamaForCausalLM", "layers": [LAYER] * 2, **identify(teacher)},
         data={"tokens": 0},
         tool="test",

@@ -55,7 +55,8 @@ def tiny_student(
     config: HybridConfig | None = None, keep_softmax: Collection[int] = (), **changes: object
 ) -> PreTrainedModel:
     config = config or HybridConfig(window=6, feature_dim=8)
-    maps = {layer: value for layer, value in tiny_maps(config).items() if layer not in keep_softmax}
+    heads = config.mapped_heads(HEADS, 2)
+    maps = {layer: value for layer, value in tiny_maps(config, heads=heads).items() if layer not in keep_softmax}
     return linearize(tiny_teacher(**changes), config, maps, keep_softmax)
 
 

@@ -27,11 +27,12 @@ CONFIGS = [
     HybridConfig(window=4, feature_dim=8, layout="terraced", decay=True),
 ]
 KEPT = [[0], [1]]
+KEPT_HEADS = [HybridConfig(window=6, feature_dim=8, linear_factor="exp", kept_heads=(0,))]
 
 
-@pytest.fixture(params=[*CONFIGS, *KEPT], ids=str, scope="module")
+@pytest.fixture(params=[*CONFIGS, *KEPT, *KEPT_HEADS], ids=str, scope="module")
 def any_student(request, make_student):
-    """Of every kind; and with one of its two layers kept softmax."""
+    """Of every kind; and with one of its two layers, or one of two key heads in each, kept softmax."""
     if isinstance(request.param, list):
         return make_student(keep_softmax=request.param)
     return make_student(request.param)

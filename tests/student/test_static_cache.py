@@ -16,6 +16,7 @@ CONFIGS = [
     HybridConfig(window=4, feature_dim=8, layout="terraced"),
     HybridConfig(window=0, feature_map="t2r"),
     HybridConfig(window=6, feature_dim=8, linear_factor="exp", decay=True),
+    HybridConfig(window=6, feature_dim=8, linear_factor="exp", kept_heads=(0,)),
 ]
 KEPT = [[0], [1]]
 
@@ -46,9 +47,15 @@ def padded(tokens: torch.Tensor, *left: int) -> tuple[torch.Tensor, torch.Tensor
     return rows * mask, mask
 
 
-def addresses(cache) -> list[int]:
+def held(cache) -> list[torch.Tensor]:
+    """What the layers hold, and their kept heads."""
     layers = [layer for layer in cache.layers if isinstance(layer, LolcatsCacheLayer)]
-    return [x.data_ptr() for layer in layers for x in (layer.tokens, *layer.state.tensors())]
+    layers += [layer.kept for layer in layers if layer.kept is not None]
+    return [x for layer in layers for x in (layer.tokens, *layer.state.tensors())]
+
+
+def addresses(cache) -> list[int]:
+    return [x.data_ptr() for x in held(cache)]
 
 
 @pytest.mark.parametrize("left", [(0,), (5, 0, 12), (0, 0, 0)], ids=str)
@@ -135,10 +142,6 @@ def test_generation_compiles_one_step(any_student, tokens, left):
         assert torch.equal(found, expected)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
     assert not torch._dynamo.utils.counters["graph_break"]
-
-
-def held(cache) -> list[torch.Tensor]:
-    return [x for layer in cache.layers for x in (layer.tokens, *layer.state.tensors())]
 
 
 @pytest.fixture

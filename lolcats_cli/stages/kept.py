@@ -1,0 +1,64 @@
+"""What of a teacher keeps softmax attention: whole layers, and key heads of other layers with their query heads."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator
+from typing import NamedTuple
+
+from lolcats_cli.errors import UsageError
+from lolcats_cli.teacher.record import LayerInfo
+
+
+class Kept(NamedTuple):
+    """Layers, and pairs of a layer and a key head in other layers."""
+
+    layers: frozenset[int]
+    heads: frozenset[tuple[int, int]]
+
+    @classmethod
+    def of(cls, infos: list[LayerInfo], layers: Collection[int], heads: Collection[tuple[int, int]]) -> Kept:
+        """A layer whose key heads are all among `heads` is a kept layer.
+
+        Raises UsageError if no layer is left to be converted.
+        """
+        count = Counter(layer for layer, _ in set(heads))
+        whole = {layer for layer, kept in count.items() if kept == infos[layer].num_key_value_heads}
+        kept = cls(frozenset(whole.union(layers)), frozenset(one for one in heads if one[0] not in whole.union(layers)))
+        kept.check_rest(infos)
+        return kept
+
+    @classmethod
+    def named(cls, infos: list[LayerInfo], given: Collection[int | str | tuple[int, int]]) -> Kept:
+        """What `given` names: layers, pairs of a layer and a key head, and "sliding". Layers without softmax attention
+        are kept too.
+
+        Raises UsageError for a layer or head that does not exist, or if no layer is left to be converted.
+        """
+        layers = {layer for layer in given if isinstance(layer, int)}
+        heads = {one for one in given if isinstance(one, tuple)}
+        if "sliding" in given:
+            layers |= {layer for layer, info in enumerate(infos) if info.spec.sliding_window is not None}
+        unknown = layers.union(layer for layer, _ in heads) - set(range(len(infos)))
+        if unknown:
+            raise UsageError(f"--keep-softmax {min(unknown)}: The layers are 0 to {len(infos) - 1}.")
+        for layer, head in sorted(heads):
+            if head >= infos[layer].num_key_value_heads:
+                raise UsageError(
+                    f"--keep-softmax {layer}.{head}: Layer {layer} has {infos[layer].num_key_value_heads} key heads, "
+                    "counted from 0."
+                )
+        return cls.of(infos, layers.union(i for i, info in enumerate(infos) if not info.has_attention), heads)
+
+    def check_rest(self, infos: list[LayerInfo], others: int = 0) -> None:
+        """Raises UsageError if no layer is left to be converted when so many others are kept too."""
+        if len(self.layers) + others >= len(infos):
+            raise UsageError("--keep-softmax leaves no layer to convert. Keep fewer layers.")
+
+    def words(self) -> Iterator[str]:
+        """Sentences that say what is kept."""
+        if self.layers:
+            yield f"layers {', '.join(map(str, sorted(self.layers)))} stay softmax"
+        if self.heads:
+            heads = ", ".join(f"{layer}.{head}" for layer, head in sorted(self.heads))
+            yield f"key heads {heads} (layer.head) stay softmax"
