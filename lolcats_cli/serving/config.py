@@ -58,6 +58,12 @@ class _Student:
         config.layer_types = ["linear_attention" if i in converted else kind for i, kind in enumerate(kinds)]
         return made
 
+    def teacher_window(self, layer: int) -> int | None:
+        """The sliding window of the teacher's attention in a layer."""
+        config: Any = self
+        kinds, window = config.teacher_layer_types, getattr(config, "sliding_window", None)
+        return window if kinds is None or kinds[layer] == "sliding_attention" else None
+
     def teacher_config(self) -> PreTrainedConfig:
         """The teacher's own configuration, with the changes that vLLM's options made to this one."""
         values = self.to_dict()  # type: ignore[attr-defined]
@@ -98,12 +104,16 @@ class OptionChecks:
                 f"vLLM does not serve the sparse cache (sparse_cache_size={config.sparse_cache_size}). Set it to 0, or "
                 "generate with transformers."
             )
-        if config.lolcats["hybrid"].get("kept_heads"):
-            raise ValueError(
-                "vLLM does not serve students in which single heads keep softmax attention (--keep-softmax heads:N). "
-                "Keep whole layers, or use transformers."
-            )
-        if isinstance(config.lolcats["num_heads"], list) or isinstance(config.lolcats["head_dim"], list):
+        student = config.lolcats
+        if isinstance(student["num_heads"], list):
+            from lolcats_kernels.spec import layer_config
+
+            total = config.num_attention_heads
+            key_heads = getattr(config, "num_key_value_heads", None) or total
+            alike = {i: layer_config(student["hybrid"], i).mapped_heads(total, key_heads) for i in student["layers"]}
+        else:
+            alike = mapped_heads(student)
+        if mapped_heads(student) != alike or isinstance(student["head_dim"], list):
             raise ValueError("vLLM does not serve students whose layers differ in their heads. Use transformers.")
         if config.get_text_config() is not config:
             raise ValueError(
@@ -137,11 +147,23 @@ class OptionChecks:
         for name in ("mamba_cache_dtype", "mamba_ssm_cache_dtype"):
             if getattr(cache, name) not in ("auto", "float32"):
                 raise ValueError(f"A student's state is kept in float32. Leave out --{name.replace('_', '-')}.")
+        if parallel.tensor_parallel_size > 1 and model.hf_config.lolcats["hybrid"].get("kept_heads"):
+            raise ValueError(
+                "Single heads keep softmax attention in this student, and vLLM cannot share them out among processes. "
+                "Leave out --tensor-parallel-size."
+            )
         if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
             raise ValueError(
                 "A student's state cannot be split along the context. Leave out --decode-context-parallel-size and "
                 "--prefill-context-parallel-size."
             )
+
+
+def mapped_heads(student: dict[str, Any]) -> dict[int, int]:
+    """By converted layer the number of query heads that have maps, of a configuration's `lolcats`."""
+    counts = student["num_heads"]
+    counts = counts if isinstance(counts, list) else [counts] * len(student["layers"])
+    return dict(zip(student["layers"], counts, strict=True))
 
 
 def _check_versions(config: dict[str, Any]) -> None:
@@ -163,7 +185,7 @@ def _check_versions(config: dict[str, Any]) -> None:
     unknown = sorted(student.keys() - STUDENT_FIELDS)
     try:
         layer_config(student["hybrid"], max(student["layers"]))
-    except (TypeError, ValueError, IndexError) as error:
+    except (AttributeError, TypeError, ValueError, IndexError) as error:
         unknown.append(str(error).rstrip("."))
     if unknown:
         raise ValueError(

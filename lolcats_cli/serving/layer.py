@@ -6,10 +6,12 @@ Letters: kernels/README.md has them. Besides, a step of vLLM has A tokens, and R
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
 from lolcats_kernels import HybridConfig, HybridMaps, hybrid_attention
+from lolcats_kernels.equation import take_heads
 from lolcats_kernels.slots import PaddedRows, attend_in_slots, decode_in_slots, pad_rows
 from lolcats_kernels.state import KVState, SlotStates
 from torch import Tensor, nn
@@ -86,7 +88,8 @@ class StudentBackend(LinearAttentionBackend):
 
 @dataclass(frozen=True)
 class LayerShape:
-    """The heads of a layer on one rank, and the model's dtype. The state's sums are fp32 for every dtype."""
+    """The heads of a layer on one rank that have maps, and the model's dtype. The state's sums are fp32 for every
+    dtype."""
 
     hybrid: HybridConfig
     num_heads: int
@@ -94,8 +97,8 @@ class LayerShape:
     head_dim: int
     dtype: torch.dtype
 
-    def state_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """The shapes of a slot's tensors, in the order of `SlotStates`.
+    def state_shapes(self, least: int = 1) -> tuple[tuple[int, ...], ...]:
+        """The shapes of a slot's tensors, in the order of `SlotStates`; `least` is the smallest size.
 
         vLLM cannot have empty tensors. So a layer without a window has room for one key and one value, which it never
         uses.
@@ -103,7 +106,7 @@ class LayerShape:
         with torch.device("meta"):
             maps = HybridMaps(self.hybrid, self.num_heads, self.head_dim)
         shapes = KVState.shapes(maps, 1, self.num_key_value_heads, self.head_dim)
-        return tuple(tuple(max(size, 1) for size in shapes[name][1:]) for name in SlotStates._fields)
+        return tuple(tuple(max(size, least) for size in shapes[name][1:]) for name in SlotStates._fields)
 
     def state_dtypes(self) -> tuple[torch.dtype, ...]:
         return torch.float32, torch.float32, self.dtype, self.dtype
@@ -117,6 +120,8 @@ class HybridAttentionLayer(nn.Module, MambaBase):
     Args:
         shape: the shape of this layer.
         room: the shape that the pages have room for. It is the same in all layers.
+        kept: vLLM's own attention, for the layer's heads that keep softmax attention, if there are some. It has pages
+            of its own.
     """
 
     kv_cache: tuple[Tensor, ...]
@@ -131,6 +136,7 @@ class HybridAttentionLayer(nn.Module, MambaBase):
         scaling: float,
         softcap: float | None,
         sinks: nn.Parameter | None,
+        kept: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.maps = HybridMaps(shape.hybrid, shape.num_heads, shape.head_dim).float().requires_grad_(False)
@@ -140,6 +146,7 @@ class HybridAttentionLayer(nn.Module, MambaBase):
         # In a dictionary, the sinks are not registered a second time: they are a parameter of the attention module.
         self.options: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sinks": sinks}
         self.has_sink = sinks is not None
+        self.kept = kept
         vllm_config.compilation_config.static_forward_context[prefix] = self
 
     def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
@@ -157,12 +164,27 @@ class HybridAttentionLayer(nn.Module, MambaBase):
 
     def bind_kv_cache(self, kv_cache: Tensor) -> None:
         super().bind_kv_cache(kv_cache)
-        sums, norms, keys, values = self.kv_cache
-        slots = self.shape.hybrid.slots
-        self.states = SlotStates(sums, norms, keys[:, :, :slots], values[:, :, :slots])
+        # A layer takes the front of a page, so that its own tensors lie there as `SlotStates` wants them.
+        shapes = self.shape.state_shapes(least=0)
+        fronts = (x.flatten(1)[:, : prod(shape)] for x, shape in zip(self.kv_cache, shapes, strict=True))
+        self.states = SlotStates(*(x.unflatten(1, shape) for x, shape in zip(fronts, shapes, strict=True)))
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """query [A, H D], key and value [A, K D], after RoPE -> [A, H D]."""
+        if self.kept is None:
+            return self._hybrid(query, key, value)
+        kept = self.shape.hybrid.kept_heads
+        count = self.shape.num_key_value_heads + len(kept)
+        others = [head for head in range(count) if head not in kept]
+        found = [
+            attend(*(take_heads(x, heads, count) for x in (query, key, value)))
+            for attend, heads in ((self._hybrid, others), (self.kept, kept))
+        ]
+        order = [*others, *kept]
+        return take_heads(torch.cat(found, 1), [order.index(head) for head in range(count)], count)
+
+    def _hybrid(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The same for the heads that have maps."""
         packed = torch.cat((query, key, value), -1).to(self.shape.dtype)
         output = torch.empty_like(query)
         # The import of minimax_linear_attn registers this op. vLLM does not compile across it.

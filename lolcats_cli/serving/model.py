@@ -14,31 +14,33 @@ import torch
 from lolcats_kernels.hf_student import fix_rotation
 from lolcats_kernels.spec import layer_config
 from torch import Tensor
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.mamba.mamba_utils import get_temporal_copy_spec
 from vllm.model_executor.models.interfaces import HasInnerState, IsHybrid
 from vllm.model_executor.models.transformers import TransformersForCausalLM, TransformersMoEForCausalLM
 from vllm.model_executor.models.transformers.base import VLLM_ATTN_ATTR, VLLM_ATTN_IMPL
 from vllm.model_executor.models.utils import WeightsMapper, maybe_prefix
 
+from lolcats_cli.serving.config import mapped_heads
 from lolcats_cli.serving.layer import HybridAttentionLayer, LayerShape
 
 
 def layer_shape(vllm_config: Any, layer: int | None = None) -> LayerShape:
     """The shape of a converted layer on one rank.
 
-    Without `layer`, it is the shape with the longest window, because vLLM's pages have one size for all layers.
+    Without `layer`, it is one with room for every layer's, because vLLM's pages have one size for all layers.
     """
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    student = model.hf_config.lolcats
-    windows = student["hybrid"].get("windows")
-    widest = student["layers"][0] if windows is None else max(student["layers"], key=lambda i: windows[i])
-    return LayerShape(
-        layer_config(student["hybrid"], widest if layer is None else layer),
-        student["num_heads"] // parallel.tensor_parallel_size,
-        model.get_num_kv_heads(parallel),
-        student["head_dim"],
-        model.dtype,
-    )
+    student, key_heads = model.hf_config.lolcats, model.get_num_kv_heads(parallel)
+    counts, configs = mapped_heads(student), {i: layer_config(student["hybrid"], i) for i in student["layers"]}
+    if layer is None:
+        config = max(configs.values(), key=lambda config: config.window)
+        count, kept = max(counts.values()), min(len(config.kept_heads) for config in configs.values())
+    else:
+        config = configs[layer]
+        count, kept = counts[layer], len(config.kept_heads)
+    heads = count // parallel.tensor_parallel_size, key_heads - kept
+    return LayerShape(config, *heads, student["head_dim"], model.dtype)
 
 
 class StudentMixin:
@@ -72,15 +74,29 @@ class StudentMixin:
             if number not in converted:
                 continue
             module, shape = this.get_submodule(name), layer_shape(this.vllm_config, number)
-            scaling = fuser.scale(module)
+            scaling, softcap = fuser.scale(module), getattr(this.config, "attn_logit_softcapping", None)
+            scaling = shape.head_dim**-0.5 if scaling is None else scaling
+            place, sinks = maybe_prefix(prefix, f"{name}.{VLLM_ATTN_ATTR}"), fuser.sinks(module)
+            kept = None
+            if shape.hybrid.kept_heads and sinks is not None:
+                raise ValueError(
+                    "vLLM does not serve students with attention sinks in which single heads keep softmax attention. "
+                    "Use transformers."
+                )
+            if count := len(shape.hybrid.kept_heads):
+                kept = Attention(
+                    count * (shape.num_heads // shape.num_key_value_heads),
+                    shape.head_dim,
+                    scaling,
+                    num_kv_heads=count,
+                    cache_config=this.cache_config,
+                    quant_config=this.quant_config,
+                    logits_soft_cap=softcap,
+                    per_layer_sliding_window=this.config.teacher_window(number),
+                    prefix=f"{place}.kept",
+                )
             layer = HybridAttentionLayer(
-                shape,
-                room,
-                this.vllm_config,
-                maybe_prefix(prefix, f"{name}.{VLLM_ATTN_ATTR}"),
-                scaling=shape.head_dim**-0.5 if scaling is None else scaling,
-                softcap=getattr(this.config, "attn_logit_softcapping", None),
-                sinks=fuser.sinks(module),
+                shape, room, this.vllm_config, place, scaling=scaling, softcap=softcap, sinks=sinks, kept=kept
             )
             setattr(module, VLLM_ATTN_ATTR, layer)
         this.hf_to_vllm_mapper |= WeightsMapper(orig_to_new_substr={".hybrid.": f".{VLLM_ATTN_ATTR}.maps."})

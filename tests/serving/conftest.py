@@ -32,7 +32,7 @@ class Students:
         self.made: dict[str, Path] = {}
 
     def make(
-        self, name: str, keep_softmax: tuple[int, ...] = (), windows: tuple[int, ...] | None = None, **hybrid: Any
+        self, name: str, keep_softmax: tuple[Any, ...] = (), windows: tuple[int, ...] | None = None, **hybrid: Any
     ) -> Path:
         from lolcats_cli.stages.layer_training import TransferOptions
         from lolcats_cli.stages.merge import merge

@@ -16,6 +16,8 @@ from lolcats_cli.serving import config as serving
 from lolcats_cli.student.export import student_config
 
 HYBRID = {"feature_map": "hedgehog", "feature_dim": 8, "window": 4, "layout": "sliding", "linear_factor": "exp"}
+KEPT = HYBRID | {"kept_heads": {"2": [1]}}
+STUDENT = {"hybrid": HYBRID, "layers": [0, 2], "num_heads": 4, "head_dim": 16}
 
 
 @pytest.fixture(autouse=True)
@@ -63,12 +65,14 @@ def test_sliding_layers_that_are_kept_stay_sliding():
     config = read(written(teacher, layers=(0,)))
     assert config.layer_types == ["linear_attention", "sliding_attention", "full_attention"]
     assert config.teacher_config().layer_types == kinds
+    assert [config.teacher_window(layer) for layer in range(3)] == [16, 16, None]
 
 
 def test_a_window_that_is_every_layers():
     teacher = MistralConfig(**SIZES, sliding_window=16)
     assert read(written(teacher, layers=(0, 1))).layer_types == ["linear_attention"] * 2 + ["sliding_attention"]
-    assert read(written(teacher)).teacher_config().sliding_window == 16
+    config = read(written(teacher))
+    assert config.teacher_config().sliding_window == config.teacher_window(0) == 16
 
 
 def test_what_vllm_changes_reaches_the_teacher_and_other_processes():
@@ -119,8 +123,9 @@ def test_what_is_no_student_is_refused():
     [
         ({"sparse_cache_size": 8}, "sparse cache"),
         ({"kv_lora_rank": 8}, "latent attention"),
-        ({"lolcats": {"hybrid": HYBRID, "num_heads": [4, 8], "head_dim": 16}}, "differ in their heads"),
-        ({"lolcats": {"hybrid": HYBRID | {"kept_heads": {"0": [1]}}}}, "single heads keep softmax"),
+        ({"lolcats": STUDENT | {"num_heads": [4, 8]}}, "differ in their heads"),
+        ({"lolcats": STUDENT | {"head_dim": [16, 32]}}, "differ in their heads"),
+        ({"lolcats": STUDENT | {"num_heads": [2, 2], "hybrid": KEPT}}, "differ in their heads"),
     ],
 )
 def test_students_that_vllm_cannot_serve_are_refused(changes, message):
@@ -132,11 +137,17 @@ def test_students_that_vllm_cannot_serve_are_refused(changes, message):
         serving.OptionChecks.verify_and_update_model_config(SimpleNamespace(hf_config=config))
 
 
+def test_layers_may_differ_by_the_heads_that_were_kept():
+    config = read(written(LlamaConfig(**SIZES), lolcats=STUDENT | {"num_heads": [4, 2], "hybrid": KEPT}))
+    serving.OptionChecks.verify_and_update_model_config(SimpleNamespace(hf_config=config))
+    assert serving.mapped_heads(config.lolcats) == {0: 4, 2: 2}
+
+
 def options(**changes):
     cache = {"enable_prefix_caching": True, "mamba_cache_mode": "align"}
     cache |= {"mamba_cache_dtype": "auto", "mamba_ssm_cache_dtype": "auto"}
-    parallel = {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1}
-    hybrid = HYBRID | {"decay": changes.get("decay", False)}
+    parallel = {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1, "tensor_parallel_size": 1}
+    hybrid = changes.get("hybrid", HYBRID) | {"decay": changes.get("decay", False)}
     return SimpleNamespace(
         model_config=SimpleNamespace(
             hf_config=SimpleNamespace(lolcats={"hybrid": hybrid}), enforce_eager=changes.get("enforce_eager", False)
@@ -156,11 +167,14 @@ def options(**changes):
         ({"mamba_ssm_cache_dtype": "bfloat16"}, "--mamba-ssm-cache-dtype"),
         ({"decode_context_parallel_size": 2}, "context"),
         ({"decay": True}, "--enforce-eager"),
+        ({"tensor_parallel_size": 2, "hybrid": KEPT}, "--tensor-parallel-size"),
     ],
 )
 def test_options_that_cannot_work_are_refused(changes, message):
     serving.OptionChecks.verify_and_update_config(options())
     serving.OptionChecks.verify_and_update_config(options(decay=True, enforce_eager=True))
+    serving.OptionChecks.verify_and_update_config(options(tensor_parallel_size=2))
+    serving.OptionChecks.verify_and_update_config(options(hybrid=KEPT))
     with pytest.raises(ValueError, match=message):
         serving.OptionChecks.verify_and_update_config(options(**changes))
 

@@ -22,6 +22,7 @@ pytestmark = [
 TOKENS = 24
 OPTIONS = {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 2**28}
 WINDOW = {"window": 64, "linear_factor": "exp"}
+WINDOWS = (16, 0, 160, 48, 16, 32)
 ENGINE = Path(__file__).with_name("engine.py")
 # One process where there is one rank: vLLM's own take a minute to start.
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING", "OMP_NUM_THREADS": "1"}
@@ -50,6 +51,10 @@ def job(student: Path, *runs: dict[str, Any], **options: Any) -> dict[str, Any]:
 def served(students, prompts, tmp_path_factory) -> dict[str, dict[str, Any]]:
     """By name what vLLM did with the prompts, in one process."""
     plain, kept = students.make("plain", **WINDOW), students.make("kept", (1, 4), **WINDOW)
+    # A whole layer, one head, two and three of four; the windows differ too.
+    heads = students.make(
+        "heads", (1, (0, 2), *((2, i) for i in (0, 3)), *((4, i) for i in (1, 2, 3))), WINDOWS, **WINDOW
+    )
     every = {"prompts": prompts}
     terraced = students.make("terraced", feature_map="t2r", layout="terraced", window=16, linear_factor="affine")
     jobs = {
@@ -60,8 +65,11 @@ def served(students, prompts, tmp_path_factory) -> dict[str, dict[str, Any]]:
         "kept": job(kept, every),
         # Less memory than the sequences need: vLLM takes some of them back.
         "kept, preempted": job(kept, every, num_gpu_blocks_override=24, enable_prefix_caching=False),
+        "heads": job(heads, every, every, enable_prefix_caching=True),
+        "heads, in chunks": job(heads, every, max_num_batched_tokens=16, max_num_seqs=16),
+        "heads, preempted": job(heads, every | {"reset": 12}, enable_prefix_caching=False),
         "terraced": job(terraced, every),
-        "windows by layer": job(students.make("windows", windows=(16, 0, 160, 48, 16, 32), **WINDOW), every),
+        "windows by layer": job(students.make("windows", windows=WINDOWS, **WINDOW), every),
         "linear": job(students.make("linear", window=0, linear_factor="exp", decay=True), every),
         "elu": job(students.make("elu", feature_map="elu", window=8), every),
     }
@@ -71,7 +79,10 @@ def served(students, prompts, tmp_path_factory) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize(
     "name",
-    ["together", "in chunks", "preempted", "kept", "kept, preempted", "terraced", "windows by layer", "linear", "elu"],
+    [
+        *("together", "in chunks", "preempted", "kept", "kept, preempted", "heads", "heads, in chunks"),
+        *("heads, preempted", "terraced", "windows by layer", "linear", "elu"),
+    ],
 )
 def test_the_tokens_are_those_of_transformers(served, answers, name):
     expected = answers(Path(served[name]["folder"]), TOKENS)
@@ -88,7 +99,7 @@ def test_after_an_abort_the_others_go_on(served, answers):
 
 def test_sequences_were_preempted_and_prefixes_found(served):
     """So that the tests above tested it."""
-    for name in ("preempted", "kept, preempted"):
+    for name in ("preempted", "kept, preempted", "heads, preempted"):
         assert served[name]["counters"]["vllm:num_preemptions"] > 0
     assert served["together"]["counters"]["vllm:prefix_cache_hits"] > 0
     assert served["preempted"]["counters"]["vllm:prefix_cache_hits"] == 0
