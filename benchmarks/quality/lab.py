@@ -58,11 +58,8 @@ class Lab:
     ) -> Artifact:
         """A transfer of `rows` rows; `changes` are of `TransferOptions`, `HybridConfig` and which layers to keep."""
         base = RECIPES[recipe]
-        kept = {
-            key: changes.pop(key)
-            for key in ("keep_softmax", "keep_auto", "keep_heads", "auto_windows")
-            if key in changes
-        }
+        chosen = ("keep_softmax", "keep_auto", "keep_heads", "auto")
+        kept = {key: changes.pop(key) for key in chosen if key in changes}
         hybrid = replace(base.hybrid, **{key: changes.pop(key) for key in HYBRID & changes.keys()})
         options = replace(base, hybrid=hybrid, seed=seed, **changes)
         steps = rows // options.grad_accum

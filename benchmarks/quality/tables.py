@@ -107,7 +107,7 @@ KEPT: dict[str, dict[str, Any]] = {
 # Name -> how the transfer chooses by importance. `windows auto` takes the bytes of state that `best` takes.
 IMPORTANCE: dict[str, dict[str, Any]] = {
     "best": {},
-    "windows auto": {"auto_windows": True},
+    "windows auto": {"auto": ["windows"]},
     "auto:1": {"keep_auto": 1},
     "heads:1": {"keep_heads": 1},
     "heads:2": {"keep_heads": 2},
@@ -116,10 +116,11 @@ IMPORTANCE: dict[str, dict[str, Any]] = {
 # Name -> what differs from `best`; the window is what the columns leave of the memory that the state of `best` takes.
 STATE: dict[str, dict[str, Any]] = {
     "64 columns": {},
-    "64 columns, windows auto": {"auto_windows": True},
+    "64 columns, windows auto": {"auto": ["windows"]},
     "32 columns": {"feature_dim": 32},
-    "32 columns, windows auto": {"feature_dim": 32, "auto_windows": True},
+    "32 columns, windows auto": {"feature_dim": 32, "auto": ["windows"]},
     "16 columns": {"feature_dim": 16},
+    "columns and windows auto": {"auto": ["feature_dims", "windows"]},
 }
 KEYS_A_COLUMN, UNIT = 2.0625, 16  # a column of 8 heads takes 528 numbers; a key of 4 heads, and its value, 256
 # Name -> recipe, and whether there is a decay.
@@ -235,7 +236,8 @@ def state(lab: Lab, name: str, window: int, seed: int) -> Row:
     known = {"64 columns": "best", "64 columns, windows auto": "importance/windows auto"}
     folder = f"window {window}/" + known.get(name, f"state/{name}")
     maps = lab.transfer(folder, seed, window=keys, **STATE[name])
-    return {"keys": keys, **_gaps(lab, maps, lab.lora(folder, seed, maps))}
+    windows = maps.config["hybrid"].get("windows", [keys])
+    return {"keys": sum(windows) / len(windows), **_gaps(lab, maps, lab.lora(folder, seed, maps))}
 
 
 def pure(lab: Lab, name: str, window: int, seed: int) -> Row:

@@ -69,13 +69,14 @@ def train_tokenizer(texts: dict[str, tuple[str, str]], folder: Path, seed: int) 
     fast.save_pretrained(folder)
 
 
-def new_model(seed: int, eos: int, pad: int) -> LlamaForCausalLM:
+def new_model(seed: int, eos: int, pad: int, layers: int = 6, induction: bool = True) -> LlamaForCausalLM:
+    """The model before training. With `induction` two layers begin as a rough induction circuit."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=256,
         intermediate_size=512,
-        num_hidden_layers=6,
+        num_hidden_layers=layers,
         num_attention_heads=8,
         num_key_value_heads=4,
         max_position_embeddings=CONTEXT,
@@ -96,7 +97,8 @@ def new_model(seed: int, eos: int, pad: int) -> LlamaForCausalLM:
         elif p.dim() == 2:
             torch.nn.init.normal_(p, std=0.04)
     torch.nn.init.constant_(model.model.norm.weight, 0.2)
-    start_with_induction(model)
+    if induction:
+        start_with_induction(model)
     return model
 
 
@@ -295,7 +297,7 @@ def train(args: argparse.Namespace, tokenizer: Any, texts: dict[str, tuple[str, 
     held = {name: Prose.encode(tokenizer, part) for name, (_, part) in texts.items()}
     print({name: (len(prose[name].ids), len(held[name].ids)) for name in prose}, flush=True)
     mix = Mix(prose, tokenizer, args.seed)
-    model = new_model(args.seed, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    model = new_model(args.seed, tokenizer.eos_token_id, tokenizer.pad_token_id, args.layers, not args.from_nothing)
     replicas = [copy.deepcopy(model).to(torch.bfloat16) for _ in range(WORKERS)]
     masters = Masters(model, replicas, args.lr)
     model = replicas[0]
@@ -369,6 +371,8 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--answer-weight", type=float, default=2.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--from-nothing", action="store_true", help="without the induction circuit at the start")
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.scratch.mkdir(parents=True, exist_ok=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, astuple, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, astuple, dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +20,8 @@ FEATURE_MAPS = tuple(MAPS)
 LAYOUTS = ("sliding", "terraced")
 LINEAR_FACTORS = ("one", "affine", "exp")
 TERMS = ("both", "window", "linear")
-BY_LAYER = ("windows", "kept_heads")  # what `layer_config`'s mapping has besides the fields of `HybridConfig`
+# What a model's configuration may have for every layer of the model, where layers differ -> the field that it gives.
+BY_LAYER = {"windows": "window", "feature_dims": "feature_dim"}
 
 # Bounds of the exponents of "exp". A key's: sums over any context stay finite in fp32. The linear weight's, beside the
 # window's largest, e^0: it stays finite. Kept keys of the sparse cache have the second bound too.
@@ -109,15 +110,21 @@ class HybridConfig:
 
 
 def layer_config(hybrid: Mapping[str, Any], layer: int) -> HybridConfig:
-    """A layer's configuration from a model's: the fields of `HybridConfig`; `windows`, the window of every layer of the
-    model, where they differ; and `kept_heads`, by the number of a layer as text its key heads that keep softmax.
+    """A layer's configuration from a model's: the fields of `HybridConfig`, with those of `BY_LAYER` in place of the
+    model's own; and `kept_heads`, by the number of a layer as text its key heads that keep softmax.
 
     Raises TypeError or ValueError for what they cannot be.
     """
     fields = {name: value for name, value in hybrid.items() if name not in BY_LAYER}
-    if (windows := hybrid.get("windows")) is not None:
-        fields["window"] = windows[layer]
-    return HybridConfig(**fields, kept_heads=tuple(hybrid.get("kept_heads", {}).get(str(layer), ())))
+    sizes = {field: hybrid[name][layer] for name, field in BY_LAYER.items() if name in hybrid}
+    kept = hybrid.get("kept_heads", {}).get(str(layer), ())
+    return HybridConfig(**fields | sizes | {"kept_heads": tuple(kept)})
+
+
+def widest_config(configs: Iterable[HybridConfig]) -> HybridConfig:
+    """The configuration with the largest sizes of these: what has room for its state has room for theirs."""
+    first, *others = configs
+    return replace(first, **{name: max(getattr(x, name) for x in (first, *others)) for name in BY_LAYER.values()})
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import NamedTuple, Self
 
 import torch
@@ -37,6 +38,16 @@ class SlotStates(NamedTuple):
     norms: Tensor
     keys: Tensor
     values: Tensor
+
+    @classmethod
+    def within(cls, pages: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> SlotStates:
+        """Views of the front of each slot's tensors, where these have room for larger states.
+
+        pages: in the order of the fields, each with N slots. shapes: of the states' tensors in one slot.
+        """
+        return cls(
+            *(x.flatten(1)[:, : prod(shape)].unflatten(1, shape) for x, shape in zip(pages, shapes, strict=True))
+        )
 
 
 class Slots(NamedTuple):

@@ -8,6 +8,7 @@ from lolcats_formats import Artifact
 
 from lolcats_cli.errors import UsageError
 
+BY_LAYER = {"windows": "window", "feature_dims": "feature_dim"}  # as `lolcats_kernels.spec` has it, without torch
 IMPORTANCE_FILE = "importance.json"  # of a transfer: what the teacher loses with narrow attentions
 
 
@@ -81,7 +82,7 @@ def describe_layer(artifact: Artifact, layer: int) -> dict[str, Any]:
 def _layer(artifact: Artifact, index: int, layer: dict[str, Any]) -> dict[str, Any]:
     figures = artifact.summary.get("layers", {}).get(str(index), {})
     hybrid = artifact.config.get("hybrid", {})
-    windows, kept_heads = hybrid.get("windows"), hybrid.get("kept_heads")
+    kept_heads = hybrid.get("kept_heads")
     return {
         "layer": index,
         "heads": layer["num_heads"],
@@ -97,7 +98,7 @@ def _layer(artifact: Artifact, index: int, layer: dict[str, Any]) -> dict[str, A
             if key in figures
         },
         **({"gamma": figures["gamma"]["mean"]} if "gamma" in figures else {}),
-        **({"window": windows[index]} if windows else {}),
+        **{field: hybrid[name][index] for name, field in BY_LAYER.items() if name in hybrid},
         **({"kept_heads": kept_heads.get(str(index), [])} if kept_heads else {}),
         **_narrow_losses(artifact, index),
     }

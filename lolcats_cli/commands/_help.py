@@ -14,7 +14,8 @@ MAX_INTEGER, MAX_FLOAT = 2**32 - 1, 1e9  # of an option; the former is the large
 GROUPS = {
     "Data": "data seq_len samples pack format template text_field subset split on_bad_row val_fraction select keep",
     "What is stored": "store store_dtype statistics disk memory",
-    "Attention": "feature_map feature_dim window windows layout linear_factor decay gamma layers keep_softmax",
+    "Attention": "feature_map feature_dim feature_dims window windows layout linear_factor decay gamma layers "
+    "keep_softmax",
     "Adapter": "rank alpha dropout targets",
     "Training": "recipe mse_factor xent_factor window_dropout train_maps match loss_on batch_size grad_accum epochs "
     "steps lr schedule eval_steps patience log_to",
@@ -33,7 +34,7 @@ EXAMPLES = {
     ],
     "transfer": [
         "lolcats transfer cap -o maps",
-        "lolcats transfer cap -o maps --windows auto",
+        "lolcats transfer cap -o maps --windows auto --feature-dims auto",
         "lolcats transfer cap -o maps --recipe lolcats --window 32",
     ],
     "lora": ["lolcats lora maps -o lora", "lolcats lora maps -o lora --rank 4 --match teacher"],

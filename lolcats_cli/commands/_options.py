@@ -191,13 +191,17 @@ def parse_kept(text: str | None) -> KeptOption:
     return KeptOption([*(found or []), *named], **counts)
 
 
-def parse_windows(text: str | None) -> tuple[tuple[int, ...] | None, bool]:
-    """ "16,64,16" as ((16, 64, 16), False) and "auto" as (None, True). Raises `UsageError` on anything else."""
+def parse_by_layer(option: str, text: str | None, least: int) -> tuple[tuple[int, ...] | None, bool]:
+    """ "16,64,16" as ((16, 64, 16), False) and "auto" as (None, True). Raises `UsageError` on anything else, and on
+    numbers below `least`."""
     if text is None or text == "auto":
         return None, text is not None
-    if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", text):
-        raise UsageError(f"--windows {text} is neither auto nor a window for every layer, such as 16,64,16.")
-    return tuple(map(int, text.split(","))), False
+    sizes = tuple(map(int, text.split(","))) if re.fullmatch(r"\d{1,9}(,\d{1,9})*", text) else ()
+    if not sizes or min(sizes) < least:
+        raise UsageError(
+            f"{option} {text} is neither auto nor a size of at least {least} for every layer, such as 16,64,16."
+        )
+    return sizes, False
 
 
 def parse_samples(text: str | None) -> tuple[int, int | None]:

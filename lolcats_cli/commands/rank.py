@@ -10,35 +10,61 @@ import typer
 from lolcats_cli.commands import _checks as checks
 from lolcats_cli.commands import _options as o
 from lolcats_cli.commands._tables import table
+from lolcats_cli.errors import UsageError
 
 
 def rank(
-    capture: o.ArtifactIn,
-    heads: Annotated[bool, typer.Option("--heads", help="Measure every key head alone too, with one window.")] = False,
+    artifact: o.ArtifactIn,
+    heads: Annotated[
+        bool, typer.Option("--heads", help="Of a capture, measure every key head alone too, with one window.")
+    ] = False,
     teacher: o.Teacher = None,
     trust_remote_code: o.TrustRemoteCode = False,
     device: o.Device = "auto",
 ) -> dict[str, Any]:
-    """Show which layers the teacher's predictions need to see far back: what is lost if one sees a window alone.
+    """Show where to spend: what the teacher's predictions lose by each layer.
 
-    `transfer --windows auto`, `--keep-softmax auto:N` and `heads:N` measure the same.
+    Of a capture: what is lost if a layer sees a window alone. `transfer --windows auto`, `--feature-dims auto`,
+    `--keep-softmax auto:N` and `heads:N` measure the same. Of a transfer: what each converted layer costs, alone and
+    beside the others.
     """
     asked = locals()
-    given = o.artifact_path(capture)
-    opened = checks.artifact(given, "capture", teacher, needs_teacher=True)
+    given = o.artifact_path(artifact)
+    opened = checks.artifact(given, ("capture", "transfer"), teacher, needs_teacher=True)
+    if heads and opened.kind == "transfer":
+        raise UsageError(f"--heads measures a capture, and {given} holds a transfer. Give its capture.")
 
-    from lolcats_cli.evaluation.importance import rank_capture
+    from lolcats_cli.evaluation.importance import rank_capture, rank_transfer
     from lolcats_cli.teacher.load import LoadOptions
 
-    found = rank_capture(opened, heads, teacher, o.chosen(LoadOptions(), asked), o.progress())
-    return {"path": given, **found}
+    load = o.chosen(LoadOptions(), asked)
+    if opened.kind == "transfer":
+        return {"path": given, **rank_transfer(opened, teacher, load, o.progress())}
+    return {"path": given, **rank_capture(opened, heads, teacher, load, o.progress())}
 
 
 def show(found: dict[str, Any], as_json: bool) -> None:
     """What `rank` found, as tables or as JSON; the layer that loses most comes first."""
     if as_json:
         print(json.dumps(found))
-        return
+    elif "all" in found:
+        _show_transfer(found)
+    else:
+        _show_capture(found)
+
+
+def _show_transfer(found: dict[str, Any]) -> None:
+    order = sorted(found["layers"], key=lambda layer: -found["layers"][layer]["alone"])
+    rows = [["layer", "converted alone", "all others converted"]]
+    rows += [[layer, *(f"{found['layers'][layer][which]:.3g}" for which in ("alone", "others"))] for layer in order]
+    print(table(rows))
+    print(
+        f"nats per token that the teacher loses, measured on {found['tokens']:,} tokens. All {len(order)} converted "
+        f"layers cost {found['all']:.3g}."
+    )
+
+
+def _show_capture(found: dict[str, Any]) -> None:
     order = sorted(found["layers"], key=lambda layer: -sum(found["layers"][layer]))
     rows = [["layer", *(f"window {window}" for window in found["windows"])]]
     rows += [[layer, *(f"{loss:.3g}" for loss in found["layers"][layer])] for layer in order]

@@ -28,12 +28,19 @@ def transfer(
         int | None,
         typer.Option(min=1, help="Its size; Hedgehog gives twice as many features: 64, or half a head's (lolcats)."),
     ] = None,
+    feature_dims: Annotated[
+        str | None,
+        typer.Option(
+            help="A size for every layer, such as 32,64,32; auto: half of --feature-dim for layers that need little "
+            "beyond any window. auto needs the teacher."
+        ),
+    ] = None,
     window: Annotated[int, typer.Option(min=0, help="Keys seen by softmax; 0 is pure linear attention.")] = 64,
     windows: Annotated[
         str | None,
         typer.Option(
             help="A window for every layer, such as 16,128,16; auto: longer ones for layers that need them, which "
-            "together take the memory of --window in every layer. auto needs the teacher."
+            "together take the memory of --window and --feature-dim in every layer. auto needs the teacher."
         ),
     ] = None,
     layout: Annotated[Literal["sliding", "terraced"], typer.Option(help="How the window moves.")] = "sliding",
@@ -121,15 +128,18 @@ def transfer(
     """
     asked = locals()
     given, parts, kept = o.artifact_path(capture), o.parse_layers(layers), o.parse_kept(keep_softmax)
-    by_layer, auto_windows = o.parse_windows(windows)
+    parsed = {
+        "windows": o.parse_by_layer("--windows", windows, 0),
+        "feature_dims": o.parse_by_layer("--feature-dims", feature_dims, 1),
+    }
+    by_layer, auto = {name: sizes for name, (sizes, _) in parsed.items()}, [name for name in parsed if parsed[name][1]]
     if gamma is not None and not 0 < gamma < 1:
         raise UsageError(f"--gamma {gamma} must lie between 0 and 1.")
     if not mse_factor and not xent_factor:
         raise UsageError(
             "--mse-factor and --xent-factor are both 0, so there is nothing to train on. Raise one of them."
         )
-    measures = bool(kept.auto or kept.heads) or auto_windows
-    opened = checks.artifact(given, "capture", teacher, needs_teacher=measures)
+    opened = checks.artifact(given, "capture", teacher, needs_teacher=bool(kept.auto or kept.heads or auto))
     checks.layers("--layers", parts, opened)
     checks.layers("--keep-softmax", kept.named, opened)
     checks.output(output, "transfer", resume, force, (given,))
@@ -144,12 +154,12 @@ def transfer(
     return run(
         given,
         output,
-        options=o.chosen(replace(base, hybrid=o.chosen(base.hybrid, asked)), asked | {"windows": by_layer}),
+        options=o.chosen(replace(base, hybrid=o.chosen(base.hybrid, asked)), asked | by_layer),
         layers=parts,
         keep_softmax=kept.named,
         keep_auto=kept.auto,
         keep_heads=kept.heads,
-        auto_windows=auto_windows,
+        auto=auto,
         block_size=block_size,
         teacher=teacher,
         load=o.chosen(LoadOptions(), asked),

@@ -14,21 +14,23 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from lolcats_formats import Artifact
+from lolcats_kernels.hf_attention import HybridAttention
 from torch import Tensor
 
 from lolcats_cli.artifacts.layout import tokens_name
 from lolcats_cli.artifacts.stores import blocks
-from lolcats_cli.loading.student import load_captured
+from lolcats_cli.loading.student import load_captured, load_hybrids
 from lolcats_cli.progress import Progress
 from lolcats_cli.teacher.blocks import block
 from lolcats_cli.teacher.data import Rows
 from lolcats_cli.teacher.load import LoadOptions
-from lolcats_cli.teacher.record import LayerInfo, Narrowing, narrowing
+from lolcats_cli.teacher.record import Change, Conversion, LayerInfo, Narrowing, changing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -76,6 +78,12 @@ class Importance:
         """Layer and key head of these layers' heads, those first that lose most."""
         losses = {(layer, head): loss for layer in layers for head, loss in enumerate(self.heads[layer])}
         return sorted(losses, key=lambda one: -losses[one])
+
+    def beyond_windows(self, layers: Collection[int]) -> set[int]:
+        """The layers that lose at least the mean of these layers with the longest window that was measured: what they
+        look for lies beyond any window, so their features must hold it."""
+        lost = {layer: self.losses[layer][-1] for layer in layers}
+        return {layer for layer in layers if lost[layer] * len(lost) >= sum(lost.values())}
 
     def to_json(self) -> dict[str, Any]:
         """As `importance.json` holds it."""
@@ -125,7 +133,7 @@ def measure_importance(
 def rank_capture(
     capture: Artifact, heads: bool, teacher: str | None, load: LoadOptions, progress: Progress
 ) -> dict[str, Any]:
-    """Measure the layers of a captured teacher, and with `heads` every key head, on the capture's validation rows;
+    """Measures the layers of a captured teacher, and with `heads` every key head, on the capture's validation rows;
     -> what `Importance.to_json` gives.
 
     teacher: its folder, if it has moved. load: the device, and whether to trust the teacher's code.
@@ -134,6 +142,30 @@ def rank_capture(
     rows, device = Rows.from_tensors(capture.load(tokens_name("validation"))), load.resolved_device()
     model = load_captured(capture, teacher, load, progress)
     return measure_importance(model, rows, layers, device, progress, HEADS_WINDOW if heads else None).to_json()
+
+
+def rank_transfer(transfer: Artifact, teacher: str | None, load: LoadOptions, progress: Progress) -> dict[str, Any]:
+    """Measures what the converted layers cost the teacher's predictions, on the validation rows of the capture.
+
+    Returns {"tokens": that were looked at, "all": the loss with all of them, "layers": by layer "alone", the loss with
+    this one converted, and "others", that with all converted but this one}. Arguments as of `rank_capture`. Raises
+    FormatError if the capture is gone.
+    """
+    capture, device = transfer.ancestor("capture"), load.resolved_device()
+    rows = _first(Rows.from_tensors(capture.load(tokens_name("validation"))))
+    hybrids = {layer: hybrid.to(device) for layer, hybrid in load_hybrids(transfer).items()}
+    layers = tuple(sorted(hybrids))
+    without = {layer: tuple(other for other in layers if other != layer) for layer in layers}
+    asked = {layers, *((layer,) for layer in layers), *filter(None, without.values())}
+    changes = [Conversion(converted) for converted in sorted(asked)]
+    model = load_captured(capture, teacher, load, progress)
+    found = divergences(model, rows, changes, device, progress, hybrids)
+    losses = {(): 0.0} | {change.layers: loss for change, loss in zip(changes, found, strict=True)}
+    return {
+        "tokens": rows.tokens,
+        "all": losses[layers],
+        "layers": {str(i): {"alone": losses[i,], "others": losses[without[i]]} for i in layers},
+    }
 
 
 def _first(rows: Rows) -> Rows:
@@ -154,36 +186,46 @@ def _by_layer(
 
 
 def divergences(
-    model: PreTrainedModel, rows: Rows, changes: Sequence[Narrowing], device: torch.device, progress: Progress
+    model: PreTrainedModel,
+    rows: Rows,
+    changes: Sequence[Change],
+    device: torch.device,
+    progress: Progress,
+    hybrids: Mapping[int, HybridAttention] = MappingProxyType({}),
 ) -> list[float]:
-    """KL(teacher || teacher with one attention narrowed) in nats per token, for each of the changes alone.
+    """KL(teacher || changed teacher) in nats per token, for each of the changes alone.
 
     model: the teacher, on the CPU or the device. It runs block by block, and the hidden states [T, E] of every change
-    are held on the CPU between two blocks.
+    are held on the CPU between two blocks. hybrids: what conversions put into layers, on the device.
     """
     total = [0.0] * len(changes)
     with progress.task("rank", len(rows) * (len(changes) + 1), "passes") as advance:
         for number in range(len(rows)):
             row = rows.select(torch.tensor([number]))
-            for index, found in enumerate(_row_divergences(model, row, changes, device, advance)):
+            for index, found in enumerate(_row_divergences(model, row, changes, device, advance, hybrids)):
                 total[index] += found
     return [float(f"{x / max(1, rows.tokens):.{DIGITS}g}") for x in total]
 
 
 @torch.no_grad()
 def _row_divergences(
-    model: PreTrainedModel, row: Rows, changes: Sequence[Narrowing], device: torch.device, advance: Any
+    model: PreTrainedModel,
+    row: Rows,
+    changes: Sequence[Change],
+    device: torch.device,
+    advance: Any,
+    hybrids: Mapping[int, HybridAttention],
 ) -> list[float]:
     """Those of one row, summed over its tokens."""
     count = model.config.get_text_config().num_hidden_layers
-    hidden: dict[Narrowing | None, Tensor | None] = {None: None}  # of the teacher as it is, and of what was changed
-    found: dict[Narrowing | None, float] = {}
+    hidden: dict[Change | None, Tensor | None] = {None: None}  # of the teacher as it is, and of what was changed
+    found: dict[Change | None, float] = {}
     expected = torch.empty(0)
     for layers in blocks(count, BLOCK):
-        with block(model, layers, device, logits=True) as run, narrowing(model) as narrow:
-            behind: dict[Narrowing | None, Tensor | None] = {}
-            for change in [*hidden, *(change for change in changes if change.layer in layers)]:
-                narrow(change)
+        with block(model, layers, device, logits=True) as run, changing(model, hybrids) as use:
+            behind: dict[Change | None, Tensor | None] = {}
+            for change in [*hidden, *(change for change in changes if change.first in layers)]:
+                use(change)
                 out = run(row.input_ids, row.valid, hidden[change if change in hidden else None])
                 assert out is not None, "the last block gives logits"
                 if layers.stop < count:
@@ -199,7 +241,7 @@ def _row_divergences(
 
 
 def share_out(
-    losses: Mapping[int, Mapping[int, float]], costs: Mapping[int, int], window: int, most: int
+    losses: Mapping[int, Mapping[int, float]], costs: Mapping[int, int], window: int, most: int, spare: int = 0
 ) -> dict[int, int]:
     """Windows of the layers that lose least in sum and take no more memory than `window` in each of them.
 
@@ -208,13 +250,14 @@ def share_out(
         costs: by layer the bytes of a key and its value.
         window: keys, of every layer if all were alike.
         most: the longest window that a layer gets.
+        spare: bytes that they may take besides.
 
     Between and beyond the measured windows, the logarithm of a loss is a straight line over that of the window. Windows
     grow from a fourth of `window` in steps of that size, where a byte saves most.
     """
     unit = max(1, window // UNITS)
     windows = dict.fromkeys(losses, min(unit, most))
-    left = sum(costs[layer] * (window - windows[layer]) for layer in losses)
+    left = spare + sum(costs[layer] * (window - windows[layer]) for layer in losses)
 
     @cache
     def loss(layer: int, size: int) -> float:

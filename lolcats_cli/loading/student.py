@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lolcats_formats import Artifact
+from lolcats_kernels.hf_attention import HybridAttention
 from torch import Tensor
 
 from lolcats_cli.artifacts.maps import hybrid_configs, kept_layers, maps_file, recorded_heads
 from lolcats_cli.errors import BadInput, UsageError
 from lolcats_cli.progress import Progress
-from lolcats_cli.student.build import linearize
+from lolcats_cli.student.build import check_shapes, linearize
 from lolcats_cli.student.fold import CONFIG_FILE, WEIGHTS_FILE, Adapter
 from lolcats_cli.teacher import identity
 from lolcats_cli.teacher.load import LoadOptions, load_model, resolve_folder
@@ -53,14 +54,34 @@ def load_adapter(artifact: Artifact) -> Adapter:
     return Adapter(artifact.path / "adapter")
 
 
+def load_hybrids(artifact: Artifact) -> dict[int, HybridAttention]:
+    """By layer, the hybrid attention that a transfer holds, without a model around it.
+
+    Raises `BadInput` for maps that are not finite, `IdentityMismatch` for maps that do not fit the teacher.
+    """
+    maps = _load_maps(artifact)
+    configs, heads, hybrids = hybrid_configs(artifact, maps), recorded_heads(artifact, maps), {}
+    for layer, tensors in maps.items():
+        hybrids[layer] = HybridAttention(configs[layer], *heads[layer], layer)
+        check_shapes(layer, tensors, hybrids[layer].state_dict())
+        hybrids[layer].load_state_dict(tensors)
+    return hybrids
+
+
 def load_student(artifact: Artifact, folder: Path, load: LoadOptions) -> PreTrainedModel:
     """The teacher in `folder` with the artifact's hybrid attentions (and without its adapter, if it has one)."""
-    layers = {i: maps_file(i) for i in range(len(artifact.teacher["layers"])) if maps_file(i) in artifact.files}
-    maps = {layer: artifact.load(name) for layer, name in layers.items()}
-    for layer, tensors in maps.items():
-        check_finite(artifact.path / layers[layer], tensors)
+    maps = _load_maps(artifact)
     hybrids, heads = hybrid_configs(artifact, maps), recorded_heads(artifact, maps)
     return linearize(load_model(folder, load), hybrids, maps, kept_layers(artifact), heads)
+
+
+def _load_maps(artifact: Artifact) -> dict[int, dict[str, Tensor]]:
+    """By layer, the tensors of its maps. Raises `BadInput` unless they are finite."""
+    files = {i: maps_file(i) for i in range(len(artifact.teacher["layers"])) if maps_file(i) in artifact.files}
+    maps = {layer: artifact.load(name) for layer, name in files.items()}
+    for layer, tensors in maps.items():
+        check_finite(artifact.path / files[layer], tensors)
+    return maps
 
 
 def check_on_devices(model: PreTrainedModel, reason: str) -> None:

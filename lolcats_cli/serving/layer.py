@@ -6,7 +6,6 @@ Letters: kernels/README.md has them. Besides, a step of vLLM has A tokens, and R
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import torch
@@ -164,10 +163,7 @@ class HybridAttentionLayer(nn.Module, MambaBase):
 
     def bind_kv_cache(self, kv_cache: Tensor) -> None:
         super().bind_kv_cache(kv_cache)
-        # A layer takes the front of a page, so that its own tensors lie there as `SlotStates` wants them.
-        shapes = self.shape.state_shapes(least=0)
-        fronts = (x.flatten(1)[:, : prod(shape)] for x, shape in zip(self.kv_cache, shapes, strict=True))
-        self.states = SlotStates(*(x.unflatten(1, shape) for x, shape in zip(fronts, shapes, strict=True)))
+        self.states = SlotStates.within(self.kv_cache, self.shape.state_shapes(least=0))
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """query [A, H D], key and value [A, K D], after RoPE -> [A, H D]."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from lolcats_kernels.hf_student import fix_rotation
-from lolcats_kernels.spec import layer_config
+from lolcats_kernels.spec import layer_config, widest_config
 from torch import Tensor
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.mamba.mamba_utils import get_temporal_copy_spec
@@ -34,7 +34,7 @@ def layer_shape(vllm_config: Any, layer: int | None = None) -> LayerShape:
     student, key_heads = model.hf_config.lolcats, model.get_num_kv_heads(parallel)
     counts, configs = mapped_heads(student), {i: layer_config(student["hybrid"], i) for i in student["layers"]}
     if layer is None:
-        config = max(configs.values(), key=lambda config: config.window)
+        config = widest_config(configs.values())
         count, kept = max(counts.values()), min(len(config.kept_heads) for config in configs.values())
     else:
         config = configs[layer]

@@ -24,11 +24,12 @@ from lolcats_cli import ranks, stopping
 from lolcats_cli.artifacts.describe import IMPORTANCE_FILE
 from lolcats_cli.artifacts.maps import maps_file
 from lolcats_cli.errors import UsageError
-from lolcats_cli.evaluation.importance import Importance, measure_importance, share_out
+from lolcats_cli.evaluation.importance import Importance, measure_importance
 from lolcats_cli.loading.student import load_captured
 from lolcats_cli.progress import Progress
 from lolcats_cli.stages.activations import ComputedActivations, MappedHeads, Source, StoredActivations
 from lolcats_cli.stages.checkpoints import Checkpoints
+from lolcats_cli.stages.choice import choose, keep_most_needed, with_sizes
 from lolcats_cli.stages.curves import LayerCurves, tensorboard_folder
 from lolcats_cli.stages.kept import Kept
 from lolcats_cli.stages.layer_training import Trained, train_layers
@@ -38,7 +39,6 @@ from lolcats_cli.stages.writing import Making, make_artifact
 from lolcats_cli.teacher.load import LoadOptions
 from lolcats_cli.teacher.record import LayerInfo
 
-LONGEST_WINDOW = 3  # an automatic window is at most this part of a row: maps learn from the keys before it
 CARRIED = ("entropy", "head_entropy", "esl")  # of a layer's figures in the capture: shown without it too
 T = TypeVar("T")
 
@@ -52,7 +52,7 @@ def transfer(
     keep_softmax: Collection[int | str | tuple[int, int]] = (),
     keep_auto: int = 0,
     keep_heads: int = 0,
-    auto_windows: bool = False,
+    auto: Collection[str] = (),
     block_size: int | None = None,
     teacher: str | None = None,
     load: LoadOptions = LoadOptions(),
@@ -71,8 +71,9 @@ def transfer(
             predictions most (`evaluation/importance.py`).
         keep_heads: keep softmax attention in this number of key heads of all other layers, chosen in the same way. A
             layer whose key heads are all kept is a kept layer.
-        auto_windows: give each layer a window of its own. Together they take no more memory than
-            `options.hybrid.window` in every layer; layers that the predictions need get longer ones.
+        auto: the sizes that are chosen for each layer by what the predictions need. "feature_dims": layers that need
+            little beyond any window get half of the columns. "windows": the memory that is left, if all layers are to
+            take no more than with `options.hybrid` in each, goes to layers that need longer ones.
         block_size: train this number of layers at a time from a capture of tokens. Only their weights are in memory,
             and the hidden states in front of them are on disk.
         teacher: the teacher's folder, if it is needed and has moved.
@@ -91,18 +92,17 @@ def transfer(
         source = _source(parent, teacher, load, device, block_size, rolling, progress)
         kept = Kept.named(source.layers, keep_softmax)
         kept.check_rest(source.layers, keep_auto)
-        chosen, importance = _choose(source, options, layers, kept, keep_auto, keep_heads, auto_windows), None
-        if keep_auto or keep_heads or auto_windows:
+        chosen, importance = choose(source, options, layers, kept, keep_auto, keep_heads, auto), None
+        if keep_auto or keep_heads or auto:
             window = options.hybrid.window if keep_heads else None
             importance = ranks.share(
                 lambda: _importance(source, window, output, force, teacher, load, device, progress)
             )
-            kept = _keep_most_needed(source, chosen, kept, keep_auto, keep_heads, options.hybrid.window, importance)
+            kept = keep_most_needed(source, chosen, kept, keep_auto, keep_heads, options.hybrid.window, importance)
             chosen = [layer for layer in chosen if layer not in kept.layers]
-            if auto_windows:
-                options = replace(options, windows=_windows(source, chosen, options, importance))
         options = replace(options, kept_heads=tuple(sorted(kept.heads)))
         if importance is not None:
+            options = with_sizes(source, chosen, options, importance, auto)
             _tell(chosen, kept, options, progress)
         layers_kept = {"keep_softmax": sorted(kept.layers)} if kept.layers else {}
         fields: dict[str, Any] = {
@@ -169,69 +169,6 @@ def _train(
                 _save(writer, layer, trained[layer], progress)
 
 
-def _choose(
-    source: Source,
-    options: TransferOptions,
-    layers: list[int] | None,
-    kept: Kept,
-    keep_auto: int,
-    keep_heads: int,
-    auto_windows: bool,
-) -> list[int]:
-    """The layers to train, before more are kept. Raises UsageError for options that do not fit this capture."""
-    for word, what, wanted in (("auto:N", "layers", keep_auto), ("heads:N", "heads", keep_heads)):
-        if wanted and layers is not None:
-            raise UsageError(f"--keep-softmax {word} looks at all layers. With --layers, name the {what} to keep.")
-        if wanted and not options.hybrid.window:
-            raise UsageError(
-                f"--keep-softmax {word} measures what the window misses, and --window is 0. Name the {what}."
-            )
-    if auto_windows and (keep_heads or kept.heads):
-        raise UsageError(
-            "--windows auto goes by what whole layers lose, and --keep-softmax keeps some of their heads. Leave one of "
-            "them out."
-        )
-    if auto_windows and layers is not None:
-        raise UsageError("--windows auto looks at all layers. With --layers, give every layer's window.")
-    if auto_windows and not options.hybrid.window:
-        raise UsageError("--windows auto shares out the memory of --window, which is 0. Give it a window.")
-    if options.windows is not None and len(options.windows) != len(source.layers):
-        raise UsageError(f"--windows has {len(options.windows)} windows; the teacher has {len(source.layers)} layers.")
-    seq_len = source.capture.data["seq_len"]
-    if options.window_dropout and not 0 < options.hybrid.slots < seq_len:
-        raise UsageError(
-            "--window-dropout trains on the keys before the window. It needs a --window above 0, and rows that are "
-            f"longer than the {options.hybrid.slots} tokens that the window can see. These rows have {seq_len} tokens."
-        )
-    chosen = sorted(set(range(len(source.layers))) - kept.layers if layers is None else set(layers))
-    if not chosen or chosen[0] < 0 or chosen[-1] >= len(source.layers):
-        raise UsageError(
-            f"--layers must be between 0 and {len(source.layers) - 1}, the layers of {source.capture.path}."
-        )
-    if other := sorted(set(chosen) - {i for i, info in enumerate(source.layers) if info.has_attention}):
-        raise UsageError(f"Layer {other[0]} has no softmax attention to convert. Leave it out of --layers.")
-    if both := kept.layers.intersection(chosen):
-        raise UsageError(f"Layer {min(both)} is in --layers and in --keep-softmax. Choose one.")
-    return chosen
-
-
-def _keep_most_needed(
-    source: Source,
-    chosen: list[int],
-    kept: Kept,
-    keep_auto: int,
-    keep_heads: int,
-    window: int,
-    importance: Importance,
-) -> Kept:
-    """With so many more layers, and then key heads, of those that the loss needs most. Raises UsageError if no layer is
-    left to be converted."""
-    worst = importance.by_loss(chosen, window)
-    heads = importance.heads_by_loss(worst[keep_auto:]) if keep_heads else []
-    heads = [one for one in heads if one not in kept.heads][:keep_heads]
-    return Kept.of(source.layers, {*kept.layers, *worst[:keep_auto]}, {*kept.heads, *heads})
-
-
 def _importance(
     source: Source,
     heads_window: int | None,
@@ -252,21 +189,14 @@ def _importance(
     return measure_importance(model, source.tokens["validation"], source.layers, device, progress, heads_window)
 
 
-def _windows(source: Source, chosen: list[int], options: TransferOptions, importance: Importance) -> tuple[int, ...]:
-    """Every layer's window; 0 for those that are not converted."""
-    costs = {i: info.num_key_value_heads * (info.head_dim + info.v_head_dim) for i, info in enumerate(source.layers)}
-    losses = {layer: importance.curve(layer) for layer in chosen}
-    longest = max(options.hybrid.window, source.capture.data["seq_len"] // LONGEST_WINDOW)
-    found = share_out(losses, costs, options.hybrid.window, longest)
-    return tuple(found.get(layer, 0) for layer in range(len(source.layers)))
-
-
 def _tell(chosen: list[int], kept: Kept, options: TransferOptions, progress: Progress) -> None:
     """Say what was chosen by importance."""
     for words in kept.words():
         progress.note(words)
-    if options.windows is not None:
-        progress.note(f"windows: {', '.join(f'{options.windows[layer]} in layer {layer}' for layer in chosen)}")
+    for name, what in (("windows", "windows"), ("feature_dims", "feature sizes")):
+        sizes = getattr(options, name)
+        if sizes is not None:
+            progress.note(f"{what}: {', '.join(f'{sizes[layer]} in layer {layer}' for layer in chosen)}")
 
 
 def _share(groups: list[list[int]]) -> list[list[int]]:

@@ -7,6 +7,7 @@ from math import ceil
 from typing import Any
 
 from lolcats_kernels import HybridConfig
+from lolcats_kernels.spec import BY_LAYER, layer_config
 
 TRAINED_WINDOW = 64  # a longer window of a single layer is used, but not trained with
 
@@ -16,10 +17,10 @@ class TransferOptions:
     """How the layers are trained; the defaults are of the recipe "best".
 
     Attributes:
-        hybrid: the attention that is trained. `windows`: the window of every layer of the teacher, if they differ; its
-            own is then their mean. `kept_heads`: layer and key head of those that keep softmax attention, in order.
-            With the linear factor "exp" the linear term starts with the mass that the softmax gives the keys before the
-            window, and a head that is better without it ends without it.
+        hybrid: the attention that is trained. With the linear factor "exp" the linear term starts with the mass that
+            the softmax gives the keys before the window, and a head that is better without it ends without it.
+        windows, feature_dims: the window and the feature size of every layer of the teacher, in place of `hybrid`'s.
+        kept_heads: layer and key head of those that keep softmax attention, in order.
         gamma: initial γ of every head.
         mse_factor, xent_factor: weights of the output MSE and of the attention weights' cross-entropy. The latter
             takes memory quadratic in the sequence.
@@ -36,6 +37,7 @@ class TransferOptions:
 
     hybrid: HybridConfig = field(default_factory=lambda: HybridConfig(linear_factor="exp"))
     windows: tuple[int, ...] | None = None
+    feature_dims: tuple[int, ...] | None = None
     kept_heads: tuple[tuple[int, int], ...] = ()
     gamma: float = 0.5
     mse_factor: float = 1000.0
@@ -53,8 +55,7 @@ class TransferOptions:
 
     def layer_hybrid(self, layer: int) -> HybridConfig:
         """The attention that this layer gets."""
-        window = self.hybrid.window if self.windows is None else self.windows[layer]
-        return replace(self.hybrid, window=window, kept_heads=tuple(head for i, head in self.kept_heads if i == layer))
+        return layer_config(self.to_config()["hybrid"], layer)
 
     def trained_hybrid(self, layer: int) -> HybridConfig:
         """The attention that this layer's maps are trained in. With the linear factor "exp" maps hold for any window,
@@ -68,8 +69,7 @@ class TransferOptions:
         config["hybrid"] = self.hybrid.to_dict()
         if not self.window_dropout:
             del config["window_dropout"]  # as in transfers that were begun before there was such an option
-        if self.windows is not None:
-            config["hybrid"]["windows"] = list(config.pop("windows"))
+        config["hybrid"] |= {name: list(config.pop(name)) for name in BY_LAYER if name in config}
         kept = config.pop("kept_heads")
         if kept:
             config["hybrid"]["kept_heads"] = {str(i): [head for j, head in kept if j == i] for i, _ in kept}

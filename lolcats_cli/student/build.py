@@ -28,6 +28,7 @@ __all__ = [
     "as_teacher",
     "attention_modules",
     "check_servable",
+    "check_shapes",
     "hybrid_modules",
     "linear_layers",
     "linearize",
@@ -77,7 +78,7 @@ def linearize(
         keys = getattr(model.config.get_text_config(), "num_key_value_heads", None)
         heads = {i: (configs[i].mapped_heads(stated[i][0], keys or stated[i][0]), stated[i][1]) for i in indices}
     for index, state in states.items():
-        _check_shapes(index, state, HybridMaps(configs[index], *heads[index]).state_dict())
+        check_shapes(index, state, HybridMaps(configs[index], *heads[index]).state_dict())
     for hybrid in attach(model, configs, {index: heads[index] for index in indices}):
         hybrid.load_state_dict(states[hybrid.layer_idx])
     # generate() and transformers ask the model's class, so the instance gets one with the student's behaviour in front.
@@ -197,7 +198,7 @@ def _student_class(base: type) -> type:
     return type(f"Lolcats{base.__name__}", (_InMemory, base), {"__module__": base.__module__})
 
 
-def _check_shapes(layer: int, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+def check_shapes(layer: int, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     found = {name: tuple(tensor.shape) for name, tensor in state.items()}
     wanted = {name: tuple(tensor.shape) for name, tensor in expected.items()}
     if found != wanted:

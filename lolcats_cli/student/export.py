@@ -7,6 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
+from lolcats_kernels.spec import layer_config
+
 from lolcats_cli.errors import BadInput
 from lolcats_cli.student.types import student_type
 from lolcats_cli.teacher.load import class_name
@@ -155,12 +157,11 @@ def model_card(
     keep of 32,768 tokens, in words.
     """
     base = teacher.get("name") or teacher.get("architecture", "the teacher")
-    by_layer = hybrid.get("windows")
-    windows = [hybrid["window"]] if by_layer is None else [x for i, x in enumerate(by_layer) if i not in kept]
+    configs = [layer_config(hybrid, layer) for layer in range(len(teacher["layers"])) if layer not in kept]
     heads = [f"{layer}.{head}" for layer, kept_heads in hybrid.get("kept_heads", {}).items() for head in kept_heads]
     most, where = "most of " if kept or heads else "", "in those " if heads else "in those layers " if kept else ""
-    shown = f"{windows[0]}" if min(windows) == max(windows) else f"{min(windows)} to {max(windows)}, by layer"
-    window = f"{shown} ({hybrid['layout']})" if any(windows) else "none (pure linear attention)"
+    windows = [config.window for config in configs]
+    window = f"{_span(windows)} ({hybrid['layout']})" if any(windows) else "none (pure linear attention)"
     steps = [f"- {kind}: `{artifact_id}`" for kind, artifact_id in lineage]
     load = [
         "```python",
@@ -188,7 +189,7 @@ def model_card(
         "## What it is",
         "",
         f"- teacher: {teacher.get('architecture')}, weights SHA-256 `{teacher.get('weights_sha256')}`",
-        f"- feature map: {hybrid['feature_map']}, size {hybrid['feature_dim']}",
+        f"- feature map: {hybrid['feature_map']}, size {_span([x.feature_dim for x in configs])}",
         f"- softmax window: {window}; linear factor: {hybrid['linear_factor']}"
         + ("; with a decay" if hybrid.get("decay") else ""),
         *([f"- layers that stay softmax: {', '.join(map(str, kept))}"] if kept else []),
@@ -214,6 +215,11 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _span(sizes: Sequence[int]) -> str:
+    """The sizes of layers, in words."""
+    return f"{min(sizes)}" if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}, by layer"
 
 
 # A layer's figures in the card: the column's name, and how a value is written.

@@ -6,16 +6,17 @@ Shapes: B batch, H query heads, K key heads, T time, D head.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from lolcats_kernels.equation import repeat_heads, take_heads
 from lolcats_kernels.hf_adapters import adapt, adapter, key_mask
-from lolcats_kernels.hf_attention import lolcats_mask
+from lolcats_kernels.hf_attention import HybridAttention, lolcats_mask
 from lolcats_kernels.hf_student import layer_index
 from lolcats_kernels.softmax import AttentionSpec, softmax_attention
 from torch import Tensor, nn
@@ -124,18 +125,46 @@ class Narrowing(NamedTuple):
     window: int
     key_head: int | None = None
 
+    @property
+    def first(self) -> int:
+        """The first layer that it changes."""
+        return self.layer
+
+
+class Conversion(NamedTuple):
+    """The attentions of these layers are a student's."""
+
+    layers: tuple[int, ...]
+
+    @property
+    def first(self) -> int:
+        """The first layer that it changes."""
+        return min(self.layers)
+
+
+Change = Narrowing | Conversion
+
 
 @contextmanager
-def narrowing(model: PreTrainedModel) -> Iterator[Callable[[Narrowing | None], None]]:
-    """While open, every attention of `model` is computed by `softmax_attention`. What it yields is told which one is
-    narrowed from now on; None: none."""
-    chosen: list[Narrowing | None] = [None]
+def changing(
+    model: PreTrainedModel, hybrids: Mapping[int, HybridAttention] = MappingProxyType({})
+) -> Iterator[Callable[[Change | None], None]]:
+    """While open, every attention of `model` is computed by `softmax_attention`. What it yields is told what is changed
+    from now on; None: nothing.
+
+    hybrids: by layer the attention that a `Conversion` puts there.
+    """
+    chosen: list[Change | None] = [None]
 
     def attention(
         module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, **options: Any
     ) -> tuple[Tensor, None]:
         spec, valid, change = _spec(q, options), key_mask(module, attention_mask), chosen[0]
-        if change is None or change.layer != module.layer_idx:
+        layer = layer_index(module)
+        if isinstance(change, Conversion) and layer in change.layers:
+            hybrid, real = hybrids[layer], None if valid is None else valid[:, -q.shape[2] :]
+            return hybrid(q, k, v, real, spec.scaling, spec.softcap, spec.sinks, spec.sliding_window), None
+        if not isinstance(change, Narrowing) or change.layer != layer:
             return softmax_attention(q, k, v, spec, valid).transpose(1, 2).contiguous(), None
         narrow = replace(spec, sliding_window=min(change.window, spec.sliding_window or change.window))
         out = softmax_attention(q, k, v, narrow, valid)
@@ -146,7 +175,7 @@ def narrowing(model: PreTrainedModel) -> Iterator[Callable[[Narrowing | None], N
             out = torch.where(own, out, softmax_attention(q, k, v, spec, valid))
         return out.transpose(1, 2).contiguous(), None
 
-    def choose(change: Narrowing | None) -> None:
+    def choose(change: Change | None) -> None:
         chosen[0] = change
 
     with _intercepted(model, attention, lolcats_mask):

@@ -24,6 +24,18 @@ def empty_slots(case, number, fill=torch.nan):
     return SlotStates(*found)
 
 
+@pytest.mark.parametrize("slots", [0, 3])
+def test_states_in_slots_that_have_room_for_larger_ones(slots: int) -> None:
+    shapes = [(4, 6, 5), (4, 6), (2, slots, 8), (2, slots, 5)]
+    rooms = [(4, 8, 5), (4, 8), (2, 4, 8), (2, 4, 5)]
+    pages = [torch.zeros(7, 3 + torch.Size(room).numel())[:, 3:].view(7, *room) for room in rooms]
+    states = SlotStates.within(pages, shapes)
+    for shape, page, state in zip(shapes, pages, states, strict=True):
+        assert state.shape == (7, *shape) and state[0].is_contiguous()
+        state[2] = 1  # a view of its own slot
+        assert (page.flatten(1).sum(1) == torch.arange(7).eq(2) * state[2].numel()).all()
+
+
 class Server:
     """Serves the rows of a case as sequences, some tokens of some of them at a time."""
 

@@ -32,14 +32,19 @@ class Students:
         self.made: dict[str, Path] = {}
 
     def make(
-        self, name: str, keep_softmax: tuple[Any, ...] = (), windows: tuple[int, ...] | None = None, **hybrid: Any
+        self,
+        name: str,
+        keep_softmax: tuple[Any, ...] = (),
+        windows: tuple[int, ...] | None = None,
+        feature_dims: tuple[int, ...] | None = None,
+        **hybrid: Any,
     ) -> Path:
         from lolcats_cli.stages.layer_training import TransferOptions
         from lolcats_cli.stages.merge import merge
         from lolcats_cli.stages.transfer import transfer
 
         if name not in self.made:
-            options = TransferOptions(HybridConfig(**hybrid), windows=windows, steps=2)
+            options = TransferOptions(HybridConfig(**hybrid), windows=windows, feature_dims=feature_dims, steps=2)
             maps = transfer(self.capture.path, self.root / f"{name}-maps", options=options, keep_softmax=keep_softmax)
             self.made[name] = merge(maps.path, self.root / name).path
         return self.made[name]

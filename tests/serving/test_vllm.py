@@ -69,7 +69,9 @@ def served(students, prompts, tmp_path_factory) -> dict[str, dict[str, Any]]:
         "heads, in chunks": job(heads, every, max_num_batched_tokens=16, max_num_seqs=16),
         "heads, preempted": job(heads, every | {"reset": 12}, enable_prefix_caching=False),
         "terraced": job(terraced, every),
-        "windows by layer": job(students.make("windows", windows=WINDOWS, **WINDOW), every),
+        "sizes by layer": job(
+            students.make("sizes", windows=WINDOWS, feature_dims=(16, 64, 24, 8, 64, 32), **WINDOW), every
+        ),
         "linear": job(students.make("linear", window=0, linear_factor="exp", decay=True), every),
         "elu": job(students.make("elu", feature_map="elu", window=8), every),
     }
@@ -81,7 +83,7 @@ def served(students, prompts, tmp_path_factory) -> dict[str, dict[str, Any]]:
     "name",
     [
         *("together", "in chunks", "preempted", "kept", "kept, preempted", "heads", "heads, in chunks"),
-        *("heads, preempted", "terraced", "windows by layer", "linear", "elu"),
+        *("heads, preempted", "terraced", "sizes by layer", "linear", "elu"),
     ],
 )
 def test_the_tokens_are_those_of_transformers(served, answers, name):

@@ -26,6 +26,7 @@ from lolcats_cli.stages.lora_options import LoraOptions
 from lolcats_cli.stages.merge import merge
 from lolcats_cli.stages.transfer import transfer
 from lolcats_cli.stages.transfer_options import TransferOptions
+from lolcats_cli.student.memory import student_bytes
 from lolcats_cli.teacher.load import LoadOptions
 from lolcats_cli.teacher.records import DataOptions
 
@@ -163,9 +164,9 @@ def test_auto_keeps_what_the_loss_needs(deep: SimpleNamespace, tmp_path: Path) -
 def test_a_continued_transfer_measures_nothing_again(
     deep: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = transfer(deep.capture, tmp_path / "one", options=OPTIONS, auto_windows=True)
+    made = transfer(deep.capture, tmp_path / "one", options=OPTIONS, auto=["windows"])
     monkeypatch.setattr("lolcats_cli.stages.transfer.measure_importance", None)
-    assert transfer(deep.capture, tmp_path / "one", options=OPTIONS, auto_windows=True).id == made.id
+    assert transfer(deep.capture, tmp_path / "one", options=OPTIONS, auto=["windows"]).id == made.id
 
 
 def test_an_automatic_window_leaves_keys_to_learn_from(
@@ -174,18 +175,38 @@ def test_an_automatic_window_leaves_keys_to_learn_from(
     """Of rows of 48 tokens it takes a third, though the first layer alone needs any, and 20 would fit."""
     needs = Importance((8, 16), {0: (9.0, 3.0), 1: (0.0, 0.0), 2: (0.0, 0.0)}, 40)
     monkeypatch.setattr("lolcats_cli.stages.transfer.measure_importance", lambda *_: needs)
-    made = transfer(deep.capture, tmp_path / "one", options=OPTIONS, auto_windows=True)
+    made = transfer(deep.capture, tmp_path / "one", options=OPTIONS, auto=["windows"])
     assert made.config["hybrid"]["windows"][0] == 16
 
 
-def test_windows_by_layer_travel_through_every_stage(deep: SimpleNamespace, tmp_path: Path) -> None:
-    windows = (4, 12, 6)
-    made = transfer(deep.capture, tmp_path / "transfer", options=replace(OPTIONS, windows=windows))
+def test_columns_go_where_no_window_reaches(deep: SimpleNamespace, tmp_path: Path, monkeypatch) -> None:
+    needs = Importance((8, 16), {0: (0.1, 0.001), 1: (0.2, 0.1), 2: (0.1, 0.001)}, 40)
+    monkeypatch.setattr("lolcats_cli.stages.transfer.measure_importance", lambda *_: needs)
+    options = replace(OPTIONS, hybrid=replace(HYBRID, feature_dim=7))
+    made = transfer(deep.capture, tmp_path / "one", options=options, auto=["feature_dims"])
+    assert made.config["hybrid"]["feature_dims"] == [4, 7, 4] and "windows" not in made.config["hybrid"]
+    both = transfer(deep.capture, tmp_path / "two", options=options, auto=["feature_dims", "windows"])
+    alone = transfer(deep.capture, tmp_path / "three", options=options, auto=["windows"])
+    assert sum(both.config["hybrid"]["windows"]) > sum(alone.config["hybrid"]["windows"])  # with the columns' memory
+    hybrids = options.hybrid.to_dict(), both.config["hybrid"]
+    alike, given = (student_bytes(made.teacher["layers"], hybrid, (), 0, 4) for hybrid in hybrids)
+    assert given <= alike
+
+
+def test_sizes_by_layer_travel_through_every_stage(deep: SimpleNamespace, tmp_path: Path) -> None:
+    windows, sizes = (4, 12, 6), (8, 2, 5)
+    options = replace(OPTIONS, windows=windows, feature_dims=sizes)
+    made = transfer(deep.capture, tmp_path / "transfer", options=options)
     tuned = lora(made.path, tmp_path / "lora", options=LORA)
     student = merge(tuned.path, tmp_path / "student")
     for artifact in (made, tuned, student):
-        assert artifact.config["hybrid"] == {**HYBRID.to_dict(), "windows": list(windows)}
-    assert "4 to 12, by layer" in (student.path / "README.md").read_text()
+        assert artifact.config["hybrid"] == {
+            **HYBRID.to_dict(),
+            "windows": list(windows),
+            "feature_dims": list(sizes),
+        }
+    card = (student.path / "README.md").read_text()
+    assert "window: 4 to 12, by layer" in card and "size 2 to 8, by layer" in card
     unmerged = load_any(str(tuned.path), LoadOptions(dtype="float32")).model
     merged = AutoModelForCausalLM.from_pretrained(student.path, trust_remote_code=True, dtype=torch.float32)
     assert [layer.self_attn.hybrid.config.window for layer in merged.model.layers] == list(windows)
@@ -197,6 +218,7 @@ def test_windows_by_layer_travel_through_every_stage(deep: SimpleNamespace, tmp_
     cache = merged.new_cache()
     merged(tokens, past_key_values=cache)
     assert [layer.state.keys.shape[-2] for layer in cache.layers] == list(windows)
+    assert [layer.state.sums.shape[-2] for layer in cache.layers] == [2 * size for size in sizes]
 
 
 def test_a_long_window_is_not_trained_with(deep: SimpleNamespace, tmp_path: Path, monkeypatch) -> None:
@@ -226,9 +248,16 @@ def test_the_windows_of_parts_are_named(deep: SimpleNamespace, tmp_path: Path) -
         ({"keep_auto": 2, "keep_softmax": [0]}, "leaves no layer"),
         ({"keep_auto": 1, "layers": [0]}, r"auto:N looks at all layers\. With --layers, name the layers"),
         ({"keep_auto": 1, "options": replace(OPTIONS, hybrid=replace(HYBRID, window=0))}, "--window is 0"),
-        ({"auto_windows": True, "layers": [0]}, r"--windows auto looks at all layers\."),
-        ({"auto_windows": True, "options": replace(OPTIONS, hybrid=replace(HYBRID, window=0))}, "which is 0"),
-        ({"options": replace(OPTIONS, windows=(4, 4))}, "--windows has 2 windows; the teacher has 3 layers"),
+        ({"auto": ["windows"], "layers": [0]}, r"--windows auto looks at all layers\."),
+        (
+            {"auto": ["windows"], "options": replace(OPTIONS, feature_dims=(64, 64, 64))},
+            "leave no memory for --windows",
+        ),
+        ({"auto": ["feature_dims"], "layers": [0]}, r"--feature-dims auto looks at all layers\."),
+        ({"auto": ["feature_dims"], "options": replace(OPTIONS, hybrid=HybridConfig("elu"))}, "is for Hedgehog's maps"),
+        ({"auto": ["windows"], "options": replace(OPTIONS, hybrid=replace(HYBRID, window=0))}, "which is 0"),
+        ({"options": replace(OPTIONS, windows=(4, 4))}, "--windows gives 2 sizes; the teacher has 3 layers"),
+        ({"options": replace(OPTIONS, feature_dims=(4,))}, "--feature-dims gives 1 sizes; the teacher has 3 layers"),
     ],
 )
 def test_what_cannot_be_chosen(deep: SimpleNamespace, tmp_path: Path, arguments: dict, message: str) -> None:

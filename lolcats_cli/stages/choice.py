@@ -1,0 +1,130 @@
+"""What a transfer trains: which layers are converted, which layers and heads keep softmax, and every layer's sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+
+import torch
+from lolcats_kernels.spec import BY_LAYER
+
+from lolcats_cli.errors import UsageError
+from lolcats_cli.evaluation.importance import Importance, share_out
+from lolcats_cli.stages.activations import Source
+from lolcats_cli.stages.kept import Kept
+from lolcats_cli.stages.transfer_options import TransferOptions
+from lolcats_cli.student.memory import cache_bytes, student_bytes
+
+LONGEST_WINDOW = 3  # an automatic window is at most this part of a row: maps learn from the keys before it
+
+
+def choose(
+    source: Source,
+    options: TransferOptions,
+    layers: list[int] | None,
+    kept: Kept,
+    keep_auto: int,
+    keep_heads: int,
+    auto: Collection[str],
+) -> list[int]:
+    """The layers to train, before more are kept. Raises UsageError for options that do not fit this capture."""
+    _check_automatic(options, layers, kept, keep_auto, keep_heads, auto)
+    for name in BY_LAYER:
+        given = getattr(options, name)
+        if given is not None and len(given) != len(source.layers):
+            raise UsageError(f"{_option(name)} gives {len(given)} sizes; the teacher has {len(source.layers)} layers.")
+    seq_len = source.capture.data["seq_len"]
+    if options.window_dropout and not 0 < options.hybrid.slots < seq_len:
+        raise UsageError(
+            "--window-dropout trains on the keys before the window. It needs a --window above 0, and rows that are "
+            f"longer than the {options.hybrid.slots} tokens that the window can see. These rows have {seq_len} tokens."
+        )
+    chosen = sorted(set(range(len(source.layers))) - kept.layers if layers is None else set(layers))
+    if not chosen or chosen[0] < 0 or chosen[-1] >= len(source.layers):
+        raise UsageError(
+            f"--layers must be between 0 and {len(source.layers) - 1}, the layers of {source.capture.path}."
+        )
+    if other := sorted(set(chosen) - {i for i, info in enumerate(source.layers) if info.has_attention}):
+        raise UsageError(f"Layer {other[0]} has no softmax attention to convert. Leave it out of --layers.")
+    if both := kept.layers.intersection(chosen):
+        raise UsageError(f"Layer {min(both)} is in --layers and in --keep-softmax. Choose one.")
+    return chosen
+
+
+def _check_automatic(
+    options: TransferOptions,
+    layers: list[int] | None,
+    kept: Kept,
+    keep_auto: int,
+    keep_heads: int,
+    auto: Collection[str],
+) -> None:
+    """Raises UsageError for choices by importance that do not fit the other options."""
+    for word, what, wanted in (("auto:N", "layers", keep_auto), ("heads:N", "heads", keep_heads)):
+        if wanted and layers is not None:
+            raise UsageError(f"--keep-softmax {word} looks at all layers. With --layers, name the {what} to keep.")
+        if wanted and not options.hybrid.window:
+            raise UsageError(
+                f"--keep-softmax {word} measures what the window misses, and --window is 0. Name the {what}."
+            )
+    if "windows" in auto and (keep_heads or kept.heads):
+        raise UsageError(
+            "--windows auto goes by what whole layers lose, and --keep-softmax keeps some of their heads. Leave one of "
+            "them out."
+        )
+    if auto and layers is not None:
+        raise UsageError(f"{_option(min(auto))} auto looks at all layers. With --layers, give every layer's.")
+    if "feature_dims" in auto and options.hybrid.feature_map != "hedgehog":
+        raise UsageError("--feature-dims auto is for Hedgehog's maps; those of others have the size of a head.")
+    if "windows" in auto and not options.hybrid.window:
+        raise UsageError("--windows auto shares out the memory of --window, which is 0. Give it a window.")
+
+
+def keep_most_needed(
+    source: Source,
+    chosen: list[int],
+    kept: Kept,
+    keep_auto: int,
+    keep_heads: int,
+    window: int,
+    importance: Importance,
+) -> Kept:
+    """With so many more layers, and then key heads, of those that the loss needs most. Raises UsageError if no layer is
+    left to be converted."""
+    worst = importance.by_loss(chosen, window)
+    heads = importance.heads_by_loss(worst[keep_auto:]) if keep_heads else []
+    heads = [one for one in heads if one not in kept.heads][:keep_heads]
+    return Kept.of(source.layers, {*kept.layers, *worst[:keep_auto]}, {*kept.heads, *heads})
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def with_sizes(
+    source: Source, chosen: list[int], options: TransferOptions, importance: Importance, auto: Collection[str]
+) -> TransferOptions:
+    """The options with every layer's sizes, where they are chosen. Layers that are not converted get the window 0.
+
+    Raises UsageError if feature sizes that were given leave no memory for windows.
+    """
+    layers, hybrid = range(len(source.layers)), options.hybrid
+    if "feature_dims" in auto:
+        wide, half = importance.beyond_windows(chosen), -(-hybrid.feature_dim // 2)
+        options = replace(options, feature_dims=tuple(hybrid.feature_dim if i in wide else half for i in layers))
+    if "windows" not in auto:
+        return options
+    infos, itemsize = source.capture.teacher["layers"], getattr(torch, source.capture.config["dtype"]).itemsize
+
+    def memory(options: TransferOptions) -> int:
+        return student_bytes(infos, options.to_config()["hybrid"], set(layers) - set(chosen), 0, itemsize)
+
+    budget = memory(replace(options, feature_dims=None))
+    costs = {layer: cache_bytes([infos[layer]], 1, itemsize) * hybrid.slots // hybrid.window for layer in chosen}
+    losses = {layer: importance.curve(layer) for layer in chosen}
+    longest = max(hybrid.window, source.capture.data["seq_len"] // LONGEST_WINDOW)
+    found = share_out(losses, costs, hybrid.window, longest, budget - memory(options))
+    options = replace(options, windows=tuple(found.get(layer, 0) for layer in layers))
+    if memory(options) > budget:
+        raise UsageError("--feature-dims leave no memory for --windows auto. Give fewer columns, or a longer --window.")
+    return options
