@@ -36,7 +36,7 @@ def hybrid_configs(artifact: Artifact, layers: Collection[int]) -> dict[int, Hyb
 def hybrid_entry(artifact: Artifact) -> dict[str, Any]:
     """What a student's configuration says of its hybrid attention: `layer_config` takes it."""
     hybrid = artifact.config["hybrid"]
-    by_layer = {name: hybrid[name] for name in BY_LAYER if name in hybrid}
+    by_layer = {name: hybrid[name] for name in (*BY_LAYER, "kept_heads") if name in hybrid}
     return HybridConfig(**{name: hybrid[name] for name in hybrid if name not in by_layer}).to_dict() | by_layer
 
 

@@ -172,7 +172,7 @@ def test_heads_that_the_loss_needs_are_kept(
         ({"keep_heads": 6}, "leaves no layer"),
         ({"keep_heads": 1, "layers": [0]}, r"heads:N looks at all layers\. With --layers, name the heads"),
         ({"keep_heads": 1, "options": replace(OPTIONS, hybrid=replace(HYBRID, window=0))}, "--window is 0"),
-        ({"keep_softmax": [(1, 0)], "auto_windows": True}, "--windows auto goes by what whole layers lose"),
+        ({"keep_softmax": [(1, 0)], "auto": ["windows"]}, "--windows auto goes by what whole layers lose"),
     ],
 )
 def test_what_cannot_be_kept(deep: SimpleNamespace, tmp_path: Path, arguments: dict, message: str) -> None:
