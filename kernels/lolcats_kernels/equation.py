@@ -80,3 +80,14 @@ def take_heads(x: Tensor, chosen: Sequence[int], key_heads: int) -> Tensor:
     """[B, H, ...] -> those of the heads that belong to the chosen ones of `key_heads`, in that order; H may be K."""
     by_key_head = x.unflatten(1, (key_heads, -1))
     return torch.cat([by_key_head[:, head] for head in chosen], 1)
+
+
+def other_heads(kept: Sequence[int], key_heads: int) -> list[int]:
+    """The key heads that are not kept, in order."""
+    return [head for head in range(key_heads) if head not in kept]
+
+
+def join_heads(others: Tensor, kept: Tensor, chosen: Sequence[int], key_heads: int) -> Tensor:
+    """What `take_heads` took apart, in order again: of the other heads, and of the kept ones, which are the chosen."""
+    order = [*other_heads(chosen, key_heads), *chosen]
+    return take_heads(torch.cat([others, kept], 1), [order.index(head) for head in range(key_heads)], key_heads)

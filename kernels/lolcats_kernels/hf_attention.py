@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from .equation import take_heads
+from .equation import join_heads, other_heads, take_heads
 from .hf_adapters import has_indexer, key_mask
 from .hf_cache import LolcatsCacheLayer, SoftmaxCacheLayer
 from .hybrid import hybrid_attention
@@ -63,7 +63,7 @@ class HybridAttention(HybridMaps):
         if not kept:
             out = self._hybrid(query, key, value, valid, scaling, softcap, sinks)
             return out.transpose(1, 2).contiguous()
-        others = [head for head in range(count) if head not in kept]
+        others = other_heads(kept, count)
 
         def of(heads: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
             q, k, v = (take_heads(x, heads, count) for x in (query, key, value))
@@ -76,9 +76,7 @@ class HybridAttention(HybridMaps):
         spec = AttentionSpec(scaling, sliding_window, softcap, sinks_of(kept))
         layer = None if self.cache_layer is None else self.cache_layer.kept
         softmax = _kept_softmax(*of(kept), spec, valid, layer)
-        order = [*others, *kept]
-        out = take_heads(torch.cat([hybrid, softmax], 1), [order.index(head) for head in range(count)], count)
-        return out.transpose(1, 2).contiguous()
+        return join_heads(hybrid, softmax, kept, count).transpose(1, 2).contiguous()
 
     def _hybrid(
         self,

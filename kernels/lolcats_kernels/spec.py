@@ -152,7 +152,12 @@ class CallSpec:
 
     def encode(self) -> tuple[Any, ...]:
         """The values of SCHEMA."""
-        return *astuple(self.config)[:-1], self.scaling, self.softcap, self.terms  # of a layer's other heads
+        return (
+            *astuple(self.config)[:-1],
+            self.scaling,
+            self.softcap,
+            self.terms,
+        )  # but `kept_heads`: a call is for the others
 
     @classmethod
     def decode(

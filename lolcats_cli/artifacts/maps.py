@@ -8,7 +8,7 @@ from typing import Any
 from lolcats_formats import Artifact
 from lolcats_kernels.spec import BY_LAYER, HybridConfig, layer_config
 
-from lolcats_cli.errors import IdentityMismatch
+from lolcats_cli.errors import BadInput, IdentityMismatch
 
 
 def maps_file(layer: int) -> str:
@@ -29,8 +29,16 @@ def kept_config(artifact: Artifact) -> dict[str, list[int]]:
 
 
 def hybrid_configs(artifact: Artifact, layers: Collection[int]) -> dict[int, HybridConfig]:
-    """The hybrid attention of these layers of a transfer, or of what is made from it."""
-    return {layer: layer_config(artifact.config["hybrid"], layer) for layer in layers}
+    """The hybrid attention of these layers of a transfer, or of what is made from it.
+
+    Raises `BadInput` for a configuration that contradicts itself.
+    """
+    try:
+        return {layer: layer_config(artifact.config["hybrid"], layer) for layer in layers}
+    except (ValueError, IndexError) as error:
+        raise BadInput(
+            f"{artifact.path} does not describe the attention of its layers ({error}). Make it again."
+        ) from error
 
 
 def hybrid_entry(artifact: Artifact) -> dict[str, Any]:

@@ -329,7 +329,8 @@ class _Memory:
         self.itemsize = ITEMSIZE.get(self.dtype, 2)
         try:
             self.hybrid = hybrid_entry(artifact)
-        except (KeyError, TypeError, ValueError) as error:
+            self.student(1)
+        except (KeyError, IndexError, TypeError, ValueError) as error:
             raise BadInput(
                 f"{artifact.path} does not describe the attention of its student ({error}). Make it again."
             ) from error

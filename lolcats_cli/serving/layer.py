@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from lolcats_kernels import HybridConfig, HybridMaps, hybrid_attention
-from lolcats_kernels.equation import take_heads
+from lolcats_kernels.equation import join_heads, other_heads, take_heads
 from lolcats_kernels.slots import PaddedRows, attend_in_slots, decode_in_slots, pad_rows
 from lolcats_kernels.state import KVState, SlotStates
 from torch import Tensor, nn
@@ -171,13 +171,11 @@ class HybridAttentionLayer(nn.Module, MambaBase):
             return self._hybrid(query, key, value)
         kept = self.shape.hybrid.kept_heads
         count = self.shape.num_key_value_heads + len(kept)
-        others = [head for head in range(count) if head not in kept]
-        found = [
+        others, softmax = (
             attend(*(take_heads(x, heads, count) for x in (query, key, value)))
-            for attend, heads in ((self._hybrid, others), (self.kept, kept))
-        ]
-        order = [*others, *kept]
-        return take_heads(torch.cat(found, 1), [order.index(head) for head in range(count)], count)
+            for attend, heads in ((self._hybrid, other_heads(kept, count)), (self.kept, kept))
+        )
+        return join_heads(others, softmax, kept, count)
 
     def _hybrid(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The same for the heads that have maps."""

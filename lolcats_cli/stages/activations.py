@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from lolcats_formats import Artifact
-from lolcats_kernels.equation import take_heads
+from lolcats_kernels.equation import other_heads, take_heads
 from lolcats_kernels.softmax import AttentionSpec
 from torch import Tensor
 
@@ -237,15 +237,13 @@ class MappedHeads(Source):
 
     def __init__(self, source: Source, kept: Sequence[tuple[int, int]]) -> None:
         """kept: layer and key head of those that keep softmax attention."""
-        self._source, self._heads = source, {layer: list[int]() for layer, _ in kept}
-        for layer, chosen in self._heads.items():
-            chosen += [head for head in range(source.layers[layer].num_key_value_heads) if (layer, head) not in kept]
-        self.capture, self.together, self.tokens, self.rows = (
-            source.capture,
-            source.together,
-            source.tokens,
-            source.rows,
-        )
+        self._source = source
+        self.capture, self.together = source.capture, source.together
+        self.tokens, self.rows = source.tokens, source.rows
+        self._heads = {
+            layer: other_heads([head for i, head in kept if i == layer], source.layers[layer].num_key_value_heads)
+            for layer, _ in kept
+        }
         self.layers = [
             info.take(self._heads[layer]) if layer in self._heads else info for layer, info in enumerate(source.layers)
         ]

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from lolcats_formats import Artifact
+from lolcats_formats import Artifact, artifact_id
 from lolcats_kernels import HybridConfig
 from transformers import AutoModelForCausalLM
 
 from lolcats_cli.artifacts.describe import describe
 from lolcats_cli.commands.rank import rank
-from lolcats_cli.errors import IdentityMismatch, Stopped, UsageError
+from lolcats_cli.errors import BadInput, IdentityMismatch, Stopped, UsageError
 from lolcats_cli.evaluation.evaluate import evaluate
 from lolcats_cli.loading.any_model import load_any
 from lolcats_cli.reporting.page import page
@@ -179,3 +180,23 @@ def test_what_cannot_be_kept(deep: SimpleNamespace, tmp_path: Path, arguments: d
     with pytest.raises(UsageError, match=message):
         transfer(deep.capture, tmp_path / "t", **{"options": OPTIONS, **arguments})
     assert not (tmp_path / "t").exists()
+
+
+@pytest.mark.parametrize(
+    ("kept", "error", "message"),
+    [
+        ({"0": [1, 0]}, BadInput, r"does not describe .*in order, each once"),
+        ({"0": [2]}, IdentityMismatch, "layer 0: The kept heads .2. must be some of 2 key heads"),
+        ({"1": [1]}, IdentityMismatch, "this model and options need|The teacher and options need"),
+    ],
+)
+def test_forged_heads_are_refused(deep: SimpleNamespace, tmp_path: Path, kept: dict, error: type, message: str) -> None:
+    forged = shutil.copytree(deep.transfer, tmp_path / "forged")
+    manifest = json.loads((forged / "manifest.json").read_text())
+    manifest["config"]["hybrid"]["kept_heads"] = kept
+    manifest["id"] = artifact_id(manifest)
+    (forged / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(error, match=message):
+        merge(forged, tmp_path / "student")
+    with pytest.raises(error, match=message):
+        load_any(str(forged), LoadOptions())
