@@ -7,11 +7,14 @@ A capture stores one of three things, from which the transfer gets the same quer
   from them with the teacher's layers.
 - "tokens": the tokens alone. The transfer runs the teacher.
 
+With any of them it may also store the teacher's likeliest next tokens, which `lora` learns from: `config["logits"]` of
+them behind every token, with their log-probabilities. The last block computes them.
+
 Rows are computed in **groups** of neighbouring rows. The transfer holds one group in memory and shuffles its rows, and
 forward passes begin with a group, for every store. A **unit** is written together: it is one group, or, for hidden
 states, as many neighbouring groups as fill a shard.
 
-Shapes: N rows, T tokens of a row, E hidden size, H query heads.
+Shapes: N rows, T tokens of a row, E hidden size, H query heads, L likeliest next tokens.
 """
 
 from __future__ import annotations
@@ -28,12 +31,14 @@ from torch import Tensor
 
 from lolcats_cli.artifacts import float8 as quantized
 from lolcats_cli.artifacts.float8 import SUFFIX
+from lolcats_cli.artifacts.logits import DTYPES as LOGITS_DTYPES
 from lolcats_cli.artifacts.stores import GROUP_BYTES, SHARD_BYTES, blocks, group_rows
 from lolcats_cli.teacher.data import Rows, split_numbers
 from lolcats_cli.teacher.record import LayerInfo
 
 SPLITS = ("train", "validation")
 SAMPLE = 16  # one in this number of rows is measured, unless all are
+HIDDEN, LOGITS = "hidden", "logits"  # the keys of files that do not hold the q, k and v of a layer
 
 
 @dataclass(frozen=True)
@@ -45,8 +50,8 @@ class Unit:
         number: the number of the unit in its split, the same in every block.
         groups: the ranges of rows, in the split, of the unit's groups.
         measured: the rows, in the split, whose attention is measured.
-        activations: files by layer. The key of a file with q, k and v is its layer; that of the file with the hidden
-            states behind the block is None.
+        activations: files by what they hold: the q, k and v of the layer with this number, the hidden states behind
+            the block (`HIDDEN`), or the likeliest next tokens (`LOGITS`).
         statistics: the file with the statistics of the measured rows; None if no row is measured.
     """
 
@@ -55,7 +60,7 @@ class Unit:
     number: int
     groups: tuple[range, ...]
     measured: tuple[int, ...]
-    activations: dict[int | None, str]
+    activations: dict[int | str, str]
     statistics: str | None
 
     @property
@@ -120,6 +125,11 @@ class Layout:
         return self.config.get("stored") == quantized.NAME
 
     @property
+    def logits(self) -> int:
+        """L; 0 if no next tokens are stored."""
+        return int(self.config.get("logits", 0))
+
+    @property
     def attentions(self) -> list[int]:
         """The layers that have softmax attention."""
         return [number for number, layer in enumerate(self.layers) if layer.has_attention]
@@ -131,15 +141,16 @@ class Layout:
 
     @property
     def bytes(self) -> int:
-        """Bytes of all activations on disk."""
+        """Bytes of all activations and likeliest next tokens on disk."""
         return self.row_bytes * sum(map(len, self.rows.values()))
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a row's activations on disk."""
+        """Bytes of a row's activations and likeliest next tokens on disk."""
+        logits = self.row_file_bytes(LOGITS) if self.logits else 0
         if self.store == "attention":
-            return sum(self.row_file_bytes(layer) for layer in range(len(self.layers)))
-        return self.hidden_bytes * (len(self.blocks) - 1)
+            return logits + sum(self.row_file_bytes(layer) for layer in range(len(self.layers)))
+        return logits + self.hidden_bytes * (len(self.blocks) - 1)
 
     @property
     def hidden_bytes(self) -> int:
@@ -161,11 +172,13 @@ class Layout:
             runs = [groups[i : i + per_unit] for i in range(0, len(groups), per_unit)]
             for number, run in enumerate(runs if self.store == "block" else [[group] for group in groups]):
                 rows = range(run[0].start, run[-1].stop)
-                activations: dict[int | None, str] = {}
+                activations: dict[int | str, str] = {}
                 if self.store == "attention":
                     activations = {layer: shard_name(layer, split, number) for layer in self.attentions}
                 elif self.store == "block" and not last:
-                    activations = {None: hidden_name(block + 1, split, number)}
+                    activations = {HIDDEN: hidden_name(block + 1, split, number)}
+                if self.logits and last:
+                    activations[LOGITS] = logits_name(split, number)
                 measured = tuple(row for row in rows if is_measured(self.config, self.rows[split][row]))
                 folder = f"statistics/{block:03d}" if self.store == "block" else "statistics"
                 attends = any(layer in self.attentions for layer in self.blocks[block])
@@ -178,27 +191,28 @@ class Layout:
         for block in range(len(self.blocks)):
             yield from self.units(block)
 
-    def row_file_bytes(self, layer: int | None) -> int:
-        """Bytes of a row in a file of a layer's q, k and v, or of hidden states (None)."""
-        if layer is None:
-            return self.hidden_bytes
-        tensors = self.tensors(layer).values()
-        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in tensors)
+    def row_file_bytes(self, key: int | str) -> int:
+        """Bytes of a row in a file with this key (see `Unit.activations`)."""
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.tensors(key).values())
 
-    def tensors(self, layer: int | None) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape of a row, and dtype, of the tensors in a file of a layer's q, k and v, or of hidden states (None)."""
-        shapes = self.shapes(layer)
-        if layer is None or not self.quantized:
+    def tensors(self, key: int | str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape of a row, and dtype, of the tensors in a file with this key."""
+        shapes = self.shapes(key)
+        if key == LOGITS:
+            return {name: (shape, LOGITS_DTYPES[name]) for name, shape in shapes.items()}
+        if key == HIDDEN or not self.quantized:
             return {name: (shape, self.dtype) for name, shape in shapes.items()}
         return {
             name: (shape, torch.float32 if name.endswith(SUFFIX) else quantized.DTYPE) for name, shape in shapes.items()
         }
 
-    def shapes(self, layer: int | None) -> dict[str, tuple[int, ...]]:
-        """The tensors of one row in a file of a layer's q, k and v, or of hidden states (None)."""
-        if layer is None:
+    def shapes(self, key: int | str) -> dict[str, tuple[int, ...]]:
+        """The tensors of one row in a file with this key."""
+        if key == HIDDEN:
             return {"hidden": (self.seq_len, self.hidden_size)}
-        heads = self.layers[layer].shapes
+        if key == LOGITS:
+            return dict.fromkeys(LOGITS_DTYPES, (self.seq_len, self.logits))
+        heads = self.layers[int(key)].shapes
         shapes: dict[str, tuple[int, ...]] = {name: (n, self.seq_len, size) for name, (n, size) in heads.items()}
         return shapes | ({f"{name}{SUFFIX}": (n,) for name, (n, _) in heads.items()} if self.quantized else {})
 
@@ -220,6 +234,10 @@ def shard_name(layer: int, split: str, number: int) -> str:
 
 def hidden_name(block: int, split: str, number: int) -> str:
     return f"hidden/{block:03d}/{split}-{number:05d}.safetensors"
+
+
+def logits_name(split: str, number: int) -> str:
+    return f"logits/{split}-{number:05d}.safetensors"
 
 
 def candidates_name(number: int) -> str:

@@ -20,6 +20,7 @@ USABLE = 0.9  # the part of a device's memory that can be used; the rest is lost
 PROCESS = 10**9  # bytes that Python, torch and a CUDA context take
 # Bytes that training a layer takes per token, head and element of a head (H200, bf16: 151 MiB / 1,024).
 TRAINING_TOKEN = 38
+LOGIT_BYTES = 6  # of one of the likeliest next tokens: its id and its log-probability (`logits.DTYPES`)
 STATES = 16  # bytes per trained parameter: the parameter, its gradient and AdamW's two moments, in fp32
 
 
@@ -49,6 +50,8 @@ class Sizes:
         width: the size of a token's activations inside a layer.
         heads: the number of query heads of a layer times the elements of a head.
         maps: the number of parameters that are trained in a layer.
+        logits: the size of a token's likeliest next tokens, if they are stored.
+        predicting: the size of the head, and of a batch's logits, if likeliest next tokens are stored.
     """
 
     rows: int
@@ -61,13 +64,15 @@ class Sizes:
     width: int
     heads: int
     maps: int
+    logits: int = 0
+    predicting: int = 0
 
     def disk(self, store: str, block_size: int | None = None) -> int:
-        """Bytes of the activations that a capture stores, and of its tokens."""
+        """Bytes of the activations that a capture stores, of its tokens, and of the likeliest next tokens."""
         per_token = {"attention": sum(self.attention), "tokens": 0}
         if store == "block":
             per_token["block"] = self.hidden * (len(blocks(len(self.weights), block_size)) - 1)
-        return self.rows * self.seq_len * (per_token[store] + 4)
+        return self.rows * self.seq_len * (per_token[store] + 4 + self.logits)
 
     def capture_memory(self, store: str, block_size: int | None = None) -> Memory:
         """The memory of a capture: a block's weights and one batch on the device, and two units on the host.
@@ -76,8 +81,8 @@ class Sizes:
         """
         hidden = min(SHARD_BYTES, self.rows * self.seq_len * self.hidden)
         unit = {"attention": self.group(range(len(self.weights))), "block": hidden, "tokens": 0}[store]
-        device = self.block_weights(block_size) + self.batch_size * self.seq_len * self.width + PROCESS
-        return Memory(device, 2 * unit + PROCESS)
+        computing = self.batch_size * self.seq_len * self.width + self.predicting
+        return Memory(self.block_weights(block_size) + computing + PROCESS, 2 * unit + PROCESS)
 
     def transfer_memory(self, store: str, block_size: int | None = None) -> Memory:
         """The memory of a transfer: the training of the layers that are trained together.

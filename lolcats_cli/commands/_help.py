@@ -13,7 +13,7 @@ MAX_INTEGER, MAX_FLOAT = 2**32 - 1, 1e9  # of an option; the former is the large
 # The heading of each group, and the options that come below it; others come first, as "Options".
 GROUPS = {
     "Data": "data seq_len samples pack format template text_field subset split on_bad_row val_fraction select keep",
-    "What is stored": "store store_dtype statistics disk memory",
+    "What is stored": "store store_dtype store_logits statistics disk memory",
     "Attention": "feature_map feature_dim feature_dims window windows layout linear_factor decay gamma layers "
     "keep_softmax",
     "Adapter": "rank alpha dropout targets",

@@ -41,6 +41,14 @@ def capture(
             help="How --store attention keeps q, k and v: in the teacher's dtype, or in 8 bits and a scale per head."
         ),
     ] = "teacher",
+    store_logits: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Also keep the teacher's N likeliest next tokens, which lora --match teacher then takes instead of "
+            "running the teacher: 6 N bytes a token. 32 is a good number.",
+        ),
+    ] = None,
     statistics: Annotated[
         Literal["sample", "all", "none"],
         typer.Option(help="Measure the attention of one row in 16, of all rows, or of none."),
@@ -99,6 +107,7 @@ def capture(
         disk=space,
         memory=device_memory,
         store_dtype=store_dtype,
+        store_logits=store_logits,
         statistics=statistics,
         revision=revision,
         keep=keep,

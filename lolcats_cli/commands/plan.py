@@ -14,6 +14,7 @@ from lolcats_cli.commands._tables import table
 from lolcats_cli.planning.plan import Plan
 
 WIDTH = 110  # columns of sentences
+LOGITS = 32  # next tokens behind a token, whose size is told
 
 
 def plan(
@@ -71,6 +72,7 @@ def show(found: Plan, as_json: bool) -> None:
 def _lines(found: Plan) -> list[str]:
     """The plan for people: the teacher and the machine, the table, what does not fit, and the commands."""
     from lolcats_cli.artifacts.disk import human
+    from lolcats_cli.artifacts.stores import LOGIT_BYTES
 
     shape, machine = found.shape, found.machine
     size = human(shape.weights * shape.itemsize)
@@ -108,6 +110,11 @@ def _lines(found: Plan) -> list[str]:
     state, cache = human(found.state), human(found.cache * 1024)
     sentences.append(
         f"A student keeps {state} for a sequence of any length. The teacher keeps {cache} for every 1,024 tokens."
+    )
+    logits = human(LOGITS * LOGIT_BYTES * found.rows * found.seq_len)
+    sentences.append(
+        f"capture --store-logits {LOGITS} would add {logits} ({LOGITS * LOGIT_BYTES} bytes a token), and run the whole "
+        "teacher over every row. lora --match teacher then does not run it."
     )
     for sentence in sentences:
         lines += textwrap.wrap(sentence, WIDTH, break_on_hyphens=False)

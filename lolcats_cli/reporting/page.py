@@ -28,7 +28,7 @@ ITEMSIZE = {"float32": 4, "float64": 8}  # of a dtype; 2 for all others
 ACCENT, WARM, COOL = "var(--accent)", "var(--warm)", "var(--cool)"
 # The settings of each stage that change what comes out.
 SETTINGS = {
-    "capture": ("samples", "store", "stored", "dtype", "select", "keep", "seed"),
+    "capture": ("samples", "store", "stored", "logits", "dtype", "select", "keep", "seed"),
     "transfer": ("hybrid", "keep_softmax", "lr", "batch_size", "grad_accum", "epochs", "steps", "seed"),
     "lora": ("rank", "alpha", "targets", "train_maps", "match", "loss_on", "lr", "batch_size", "grad_accum", "epochs",
              "steps", "seed"),

@@ -10,7 +10,7 @@ import torch
 from lolcats_formats import begun_config
 
 from lolcats_cli import ranks
-from lolcats_cli.artifacts.stores import Sizes, available_memory, choose
+from lolcats_cli.artifacts.stores import LOGIT_BYTES, Sizes, available_memory, choose
 from lolcats_cli.progress import Progress
 from lolcats_cli.teacher.blocks import decoder_layers
 from lolcats_cli.teacher.record import LayerInfo
@@ -66,22 +66,30 @@ def device_memory(device: torch.device) -> float:
     return available_memory() / ranks.size()
 
 
-def sizes_of(model: PreTrainedModel, layers: list[LayerInfo], rows: int, seq_len: int, batch_size: int) -> Sizes:
-    """The sizes of a capture of `rows` rows and of its transfer, from the loaded teacher and its probed layers."""
+def sizes_of(
+    model: PreTrainedModel, layers: list[LayerInfo], rows: int, seq_len: int, batch_size: int, logits: int = 0
+) -> Sizes:
+    """The sizes of a capture of `rows` rows, with so many `logits` behind every token, and of its transfer, from the
+    loaded teacher and its probed layers."""
     modules, itemsize = decoder_layers(model), model.dtype.itemsize
     weights = tuple(sum(part.nbytes for part in module.parameters()) for module in modules)
     widest = max(max(part.shape[-2:]) for module in modules for part in module.parameters() if part.ndim > 1)
-    hidden = model.config.get_text_config().hidden_size
+    text = model.config.get_text_config()
+    head = sum(part.nbytes for part in model.parameters()) - sum(part.nbytes for part in model.base_model.parameters())
+    # A batch's logits, and those of one row twice in fp32.
+    predicting = head + seq_len * text.vocab_size * (batch_size * itemsize + 8)
     heads = max(info.num_heads * max(info.head_dim, info.v_head_dim) for info in layers)
     return Sizes(
         rows=rows,
         seq_len=seq_len,
         batch_size=batch_size,
         attention=tuple(info.bytes_per_token(model.dtype) for info in layers),
-        hidden=hidden * itemsize,
+        hidden=text.hidden_size * itemsize,
         weights=weights,
         beside=sum(part.nbytes for part in model.base_model.parameters()) - sum(weights),
-        width=(3 * widest + 4 * hidden) * itemsize,
+        width=(3 * widest + 4 * text.hidden_size) * itemsize,
         heads=heads,
         maps=2 * heads * FEATURES,
+        logits=logits * LOGIT_BYTES,
+        predicting=predicting if logits else 0,
     )

@@ -1,8 +1,8 @@
 """capture: what a teacher's attentions see on some data, kept on disk.
 
-The artifact holds the tokens and, by its store, q, k and v of every layer, hidden states, or nothing more
-(`artifacts/layout.py`). Beside them it holds figures of the attention of some rows (see `attention_statistics`). Of
-rows selected by their ESL, `candidates/GGGGG.safetensors` keeps the `esl` [n] of all.
+The artifact holds the tokens and, by its store, q, k and v of every layer, hidden states, or nothing more; and, if
+asked, the likeliest next tokens (`artifacts/layout.py`). Beside them it holds figures of the attention of some rows
+(see `attention_statistics`). Of rows selected by their ESL, `candidates/GGGGG.safetensors` keeps the `esl` [n] of all.
 
 The teacher's layers run block by block: all rows pass through a block before the next one is loaded.
 """
@@ -65,6 +65,7 @@ def capture(
     disk: float | None = None,
     memory: float | None = None,
     store_dtype: str = "teacher",
+    store_logits: int | None = None,
     statistics: str = "sample",
     revision: str | None = None,
     keep: int | None = None,
@@ -87,6 +88,7 @@ def capture(
         disk, memory: bytes that "auto" may use; by default what is free on the disk and on the device.
         store_dtype: the dtype of q, k and v on disk, for the store "attention": "teacher" (the teacher's own dtype), or
             "float8_e4m3".
+        store_logits: keep the log-probabilities of this number of next tokens behind every token, the likeliest ones.
         statistics: the rows whose attention is measured: "sample" (one in 16), "all" or "none".
         keep: keep this number of the data's rows: those with the largest ESL, averaged over heads and layers. They stay
             in their order.
@@ -97,13 +99,18 @@ def capture(
 
     Raises:
         BadInput: the teacher or the data cannot be used, or an attention cannot be recorded.
-        UsageError: `keep` is more than the number of rows.
+        UsageError: `keep` is more than the number of rows, or `store_logits` more than the vocabulary.
         NotEnoughSpace: the disk has too little space for the capture, or no store fits.
     """
     folder = resolve_folder(teacher, revision)
     check_mergeable(folder)
     config = _auto_config(folder, load)
     _check_length(config, options.seq_len, teacher)
+    vocab_size = config.get_text_config().vocab_size
+    if store_logits is not None and store_logits > vocab_size:
+        raise UsageError(
+            f"--store-logits {store_logits} is more than the {vocab_size} tokens of {teacher}'s vocabulary."
+        )
     device = load.resolved_device()
     memory = memory or device_memory(device)
     with ranks.joined(device.type):
@@ -121,12 +128,13 @@ def capture(
             "samples": [options.first, options.first + len(found) - 1],
             **({} if keep is None else {"select": "top-esl", "keep": keep}),
             **({} if store_dtype == "teacher" else {"stored": store_dtype}),
+            **({} if store_logits is None else {"logits": store_logits}),
             **({} if statistics == "all" else {"statistics": statistics}),
             "dtype": str(model.dtype).removeprefix("torch."),
             "val_fraction": val_fraction,
             "seed": seed,
         }
-        sizes = sizes_of(model, layers, keep or len(found), options.seq_len, batch_size)
+        sizes = sizes_of(model, layers, keep or len(found), options.seq_len, batch_size, store_logits or 0)
         if store == "auto":
             free, cpu = disk or free_space(output), device.type == "cpu"
             store, block_size = ranks.share(lambda: pick(sizes, settings, output, force, free, memory, cpu, progress))
@@ -273,7 +281,7 @@ class _Run:
         todo = [unit for unit in mine if not written.issuperset(unit.files)]
         if main:
             missing = (unit for unit in layout.all_units() if not written.issuperset(unit.files))
-            needed = sum(len(u.rows) * layout.row_file_bytes(layer) for u in missing for layer in u.activations)
+            needed = sum(len(u.rows) * layout.row_file_bytes(key) for u in missing for key in u.activations)
             self.progress.note(f"capture will write {check_space(needed, main.path, ADVICE)}")
             for split in SPLITS:
                 if not main.has(tokens_name(split)):

@@ -165,9 +165,9 @@ class _Captures:
         todo = [(unit, name) for unit in units for name in unit.files if not writer.has(name)]
         left = {name for _, name in todo}
         needed = sum(
-            len(unit.rows) * layout.row_file_bytes(layer)
+            len(unit.rows) * layout.row_file_bytes(key)
             for unit in units
-            for layer, name in unit.activations.items()
+            for key, name in unit.activations.items()
             if name in left
         )
         check_space(needed, writer.path, ADVICE)
@@ -182,8 +182,7 @@ class _Captures:
                     shapes = layout.statistics_shapes(unit.block)
                     places = {row: self.measured[self.numbers[unit.split][row]] for row in unit.measured}
                 else:
-                    layer = next(layer for layer, file in unit.activations.items() if file == name)
-                    shapes = layout.shapes(layer)
+                    shapes = layout.shapes(next(key for key, file in unit.activations.items() if file == name))
                     places = {row: self.place[self.numbers[unit.split][row]][2] for row in unit.rows}
                 rows = [self._row(unit.split, row, name, place, shapes) for row, place in places.items()]
                 writer.save(name, {key: torch.stack([row[key] for row in rows]) for key in shapes})

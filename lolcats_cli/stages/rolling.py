@@ -45,6 +45,7 @@ class RollingActivations(ComputedActivations):
         progress: Progress,
     ) -> None:
         config = capture.config | {"store": "block", "block_size": block_size, "statistics": "none"}
+        config.pop("logits", None)  # the transfer does not need them
         self._fields: dict[str, Any] = {"config": config, "teacher": capture.teacher, "data": capture.data}
         super().__init__(capture, teacher, device, Layout.of(self._fields))
         self._folder, self._progress = folder, progress

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from lolcats_cli import stopping
 from lolcats_cli.artifacts.float8 import SUFFIX, quantize
-from lolcats_cli.artifacts.layout import Layout, Unit, hidden_name
+from lolcats_cli.artifacts.layout import HIDDEN, LOGITS, Layout, Unit, hidden_name
+from lolcats_cli.artifacts.logits import likeliest
 from lolcats_cli.progress import Advance
 from lolcats_cli.stages.checkpoints import Checkpoints
 from lolcats_cli.teacher.blocks import Run, block
@@ -72,13 +73,13 @@ class UnitRecord:
         self.rows = unit.computed
         self.done = 0  # rows
         self.statistics = Statistics()
-        self._quantized = layout.quantized
+        self._quantized, self._likeliest = layout.quantized, layout.logits
         self._kept = {
-            layer: {
+            key: {
                 name: torch.empty(len(self.rows), *shape, dtype=dtype)
-                for name, (shape, dtype) in layout.tensors(layer).items()
+                for name, (shape, dtype) in layout.tensors(key).items()
             }
-            for layer in unit.activations
+            for key in unit.activations
         }
 
     def batches(self, size: int) -> Iterator[list[int]]:
@@ -106,14 +107,20 @@ class UnitRecord:
 
         with recording(model, keep):
             behind = run(chosen.input_ids, chosen.valid, hidden)
-        if None in self._kept:
+        if HIDDEN in self._kept:
             assert behind is not None, "hidden states are stored in front of a layer"
-            self._kept[None]["hidden"][place].copy_(behind)
+            self._kept[HIDDEN]["hidden"][place].copy_(behind)
+        if LOGITS in self._kept:
+            assert behind is not None, "the last block was asked for logits"
+            for i, logits in enumerate(behind):  # one row at a time, as a copy in fp32 is large
+                found = likeliest(logits, self._likeliest, None if chosen.valid is None else chosen.valid[i])
+                for name, tensor in found.items():
+                    self._kept[LOGITS][name][self.done + i].copy_(tensor)
         self.done += len(batch)
 
     def files(self) -> dict[str, dict[str, Tensor]]:
         """The tensors of every file of the unit."""
-        found = {self.unit.activations[layer]: tensors for layer, tensors in self._kept.items()}
+        found = {self.unit.activations[key]: tensors for key, tensors in self._kept.items()}
         return found | ({self.unit.statistics: self.statistics.tensors()} if self.unit.statistics else {})
 
     @property
@@ -123,9 +130,9 @@ class UnitRecord:
 
     def save(self, folder: Path) -> None:
         """Write the rows so far into `folder`."""
-        for layer, tensors in self._kept.items():
+        for key, tensors in self._kept.items():
             kept = {name: tensor[: self.done] for name, tensor in tensors.items()}
-            save_file(kept, folder / f"{'hidden' if layer is None else layer}.safetensors")
+            save_file(kept, folder / f"{key}.safetensors")
         save_file(self.statistics.tensors(), folder / "statistics.safetensors")
         (folder / "unit.json").write_text(json.dumps({"done": self.done}))
 
@@ -133,8 +140,8 @@ class UnitRecord:
         """Continue from what `save` wrote."""
         self.done = json.loads((folder / "unit.json").read_text())["done"]
         self.statistics.restore(load_file(folder / "statistics.safetensors"))
-        for layer, tensors in self._kept.items():
-            found = load_file(folder / f"{'hidden' if layer is None else layer}.safetensors")
+        for key, tensors in self._kept.items():
+            found = load_file(folder / f"{key}.safetensors")
             for name, tensor in tensors.items():
                 tensor[: self.done].copy_(found[name])
 
@@ -189,7 +196,8 @@ def record_units(
     checkpoints = Checkpoints(writer)
     saved = checkpoints.folder("unit-")
     for number, chosen in groupby(units, key=lambda unit: unit.block):
-        with block(model, layout.blocks[number], device) as run, BackgroundFiles(writer) as files:
+        logits = layout.logits > 0
+        with block(model, layout.blocks[number], device, logits) as run, BackgroundFiles(writer) as files:
             for unit in chosen:
                 record = UnitRecord(layout, unit)
                 if saved and saved.name.startswith(record.name):

@@ -16,8 +16,9 @@ from lolcats_formats import Artifact
 from lolcats_kernels import HybridConfig
 
 from lolcats_cli import stopping
-from lolcats_cli.artifacts import layout
+from lolcats_cli.artifacts import layout, stores
 from lolcats_cli.artifacts.layout import Layout
+from lolcats_cli.artifacts.logits import likeliest
 from lolcats_cli.artifacts.maps import maps_file
 from lolcats_cli.errors import BadInput, IdentityMismatch, Stopped, UsageError
 from lolcats_cli.stages import checkpoints
@@ -119,6 +120,68 @@ def test_hidden_states_are_the_models_own(deep: SimpleNamespace, tmp_path: Path)
             torch.testing.assert_close(found, expected[layer], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("pack", [True, False])
+def test_the_likeliest_next_tokens_are_the_teachers(deep: SimpleNamespace, tmp_path: Path, pack: bool) -> None:
+    """With every store, for every row; to their rounding."""
+    from transformers import AutoModelForCausalLM
+
+    captures = [
+        run(deep, tmp_path / name, replace(DATA, pack=pack), store_logits=5, **store) for name, store in STORES.items()
+    ]
+    model = AutoModelForCausalLM.from_pretrained(deep.teacher).eval()
+    for split in layout.SPLITS:
+        tokens = captures[0].load(f"tokens/{split}.safetensors")
+        valid = tokens.get("valid", torch.ones_like(tokens["input_ids"], dtype=torch.bool))
+        with torch.no_grad():
+            logits = model(input_ids=tokens["input_ids"].long(), attention_mask=valid.long()).logits
+        log_probs, ids = logits.log_softmax(-1).topk(5)
+        for made in captures:
+            files = sorted(name for name in made.files if name.startswith(f"logits/{split}-"))
+            stored = [made.load(name) for name in files]
+            found = {name: torch.cat([part[name] for part in stored]) for name in ("ids", "log_probs")}
+            assert (found["ids"].dtype, found["log_probs"].dtype) == (torch.int32, torch.float16)
+            assert (found["ids"][valid] == ids[valid]).float().mean() > 0.99  # others may be as likely
+            torch.testing.assert_close(found["log_probs"][valid].float(), log_probs[valid], rtol=1e-3, atol=1e-4)
+            assert not found["ids"][~valid].any()
+            assert not found["log_probs"][~valid].any()
+    for made in captures:
+        layout_ = Layout.of(made.manifest)
+        stored = [name for name in made.files if name.startswith(("layers/", "hidden/", "logits/"))]
+        payload = sum(info.nbytes for name in stored for info in made.header(name).values())
+        assert made.summary["bytes"] == payload == 22 * layout_.row_bytes
+        assert layout_.row_file_bytes(layout.LOGITS) == 32 * 5 * stores.LOGIT_BYTES
+
+
+def test_likeliest_next_tokens_change_nothing_else(deep: SimpleNamespace, tmp_path: Path) -> None:
+    for name, store in STORES.items():
+        without = run(deep, tmp_path / name, **store)
+        made = run(deep, tmp_path / f"{name}-logits", store_logits=5, **store)
+        assert "logits" not in without.config
+        assert {n: h for n, h in hashes(made).items() if not n.startswith("logits/")} == hashes(without)
+        assert hashes(transfer(made.path, tmp_path / f"a-{name}", options=OPTIONS)) == hashes(
+            transfer(without.path, tmp_path / f"b-{name}", options=OPTIONS)
+        )
+
+
+def test_more_next_tokens_than_the_vocabulary_has(deep: SimpleNamespace, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--store-logits 261 is more than the 260 tokens"):
+        run(deep, tmp_path / "c", store_logits=261)
+    assert not (tmp_path / "c").exists()
+
+
+def test_what_is_not_a_number_is_not_stored() -> None:
+    logits = torch.zeros(3, 7)
+    logits[1, 2] = float("nan")
+    with pytest.raises(BadInput, match="predicts NaN"):
+        likeliest(logits, 2, None)
+    assert not likeliest(logits, 2, torch.tensor([True, False, True]))["ids"][1].any()
+    logits[1] = float("-inf")
+    logits[1, 4] = 3.0
+    found = likeliest(logits, 2, None)  # impossible tokens have the probability 0
+    assert found["ids"][1, 0] == 4
+    assert found["log_probs"][1].float().exp().tolist() == [1, 0]
+
+
 def test_some_layers_alone(deep: SimpleNamespace, tmp_path: Path) -> None:
     """Neither the others nor the block around them make a difference; parts are joined to the whole."""
     whole = {}
@@ -149,9 +212,10 @@ def test_rows_captured_apart_are_the_capture_of_one_machine(
     deep: SimpleNamespace, tmp_path: Path, store: str, pack: bool
 ) -> None:
     options = replace(DATA, pack=pack)
-    whole = run(deep, tmp_path / "whole", options, **STORES[store])
+    kept = STORES[store] | {"store_logits": 3}
+    whole = run(deep, tmp_path / "whole", options, **kept)
     parts = [
-        run(deep, tmp_path / str(first), replace(options, first=first, samples=samples), **STORES[store]).path
+        run(deep, tmp_path / str(first), replace(options, first=first, samples=samples), **kept).path
         for first, samples in ((0, 7), (7, 2), (9, 13))
     ]
     joined = join(parts, tmp_path / "joined")
@@ -164,7 +228,8 @@ def test_a_capture_stopped_after_every_batch_is_the_same_to_the_byte(
     deep: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: str
 ) -> None:
     """A signal waits for the batch that is computed, and nothing that was computed is computed again."""
-    whole = run(deep, tmp_path / "whole", **STORES[store])
+    kept = STORES[store] | {"store_logits": 3}
+    whole = run(deep, tmp_path / "whole", **kept)
     add, computed = UnitRecord.add, []
 
     def once(record: UnitRecord, model: object, block: object, batch: list[int], *rest: object) -> None:
@@ -176,7 +241,7 @@ def test_a_capture_stopped_after_every_batch_is_the_same_to_the_byte(
     stops = 0
     for _ in range(200):
         try:
-            parts = run(deep, tmp_path / "parts", **STORES[store])
+            parts = run(deep, tmp_path / "parts", **kept)
             break
         except Stopped:
             stops += 1
