@@ -9,6 +9,7 @@ from lolcats_formats import Artifact
 
 from lolcats_cli.commands import _checks as checks
 from lolcats_cli.commands import _options as o
+from lolcats_cli.errors import UsageError
 
 
 def lora(
@@ -32,8 +33,19 @@ def lora(
     ] = None,
     match: Annotated[
         Literal["text", "teacher"],
-        typer.Option(help="Train on the text's next tokens, or on the teacher's predictions."),
+        typer.Option(
+            help="Train on the text's next tokens, or on the teacher's predictions: those that the capture stores "
+            "(--store-logits), else the teacher runs along."
+        ),
     ] = "text",
+    match_weight: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="With --match teacher: its share of the loss, of which the text has the rest. 1 if not given.",
+        ),
+    ] = None,
     loss_on: Annotated[
         Literal["all", "completion"],
         typer.Option(help="Train on all tokens, or only on the answers to prompts and the assistant's turns."),
@@ -106,6 +118,8 @@ def lora(
     checks.data(data, captures=True)
     checks.output(output, "lora", resume, force, (given, *(data or ())))
     checks.tracker(log_to)
+    if match_weight is not None and match == "text":
+        raise UsageError("--match-weight is for --match teacher. Give both, or leave it out.")
     o.launch_on(devices, given)
 
     from lolcats_cli.stages.lora import lora as run

@@ -10,7 +10,6 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from os.path import isfile, join
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,17 +17,17 @@ from lolcats_formats import Artifact, ArtifactWriter
 from lolcats_formats.place import Resume
 
 from lolcats_cli import ranks
-from lolcats_cli.artifacts.layout import SPLITS, tokens_name
 from lolcats_cli.artifacts.maps import kept_config, maps_file
-from lolcats_cli.errors import BadInput, IdentityMismatch, UsageError
+from lolcats_cli.errors import BadInput, UsageError
 from lolcats_cli.loading.student import check_on_devices, load_student, teacher_folder
 from lolcats_cli.progress import Progress
 from lolcats_cli.stages.curves import trainer_callback
+from lolcats_cli.stages.lora_data import LikeliestTokens, TrainingData, training_data
 from lolcats_cli.stages.lora_options import LoraOptions
 from lolcats_cli.stages.writing import Making, make_artifact
 from lolcats_cli.student.build import hybrid_modules, linear_layers, projections
-from lolcats_cli.teacher.data import Rows, describe_rows, read_rows, split_rows
-from lolcats_cli.teacher.load import LoadOptions, load_tokenizer, model_limit
+from lolcats_cli.teacher.data import describe_rows
+from lolcats_cli.teacher.load import LoadOptions, model_limit
 from lolcats_cli.teacher.records import DataOptions
 
 if TYPE_CHECKING:
@@ -80,11 +79,12 @@ def lora(
         with ranks.one_first():  # it hashes the teacher, and the others find its hashes
             folder = teacher_folder(parent, teacher)
         data_options = replace(data_options, completion=options.loss_on == "completion")
-        splits, source = _rows(parent, data, data_options, folder, load, options.seed, progress)
+        given = training_data(parent, data, data_options, folder, load, options.seed, progress)
+        likeliest = _predictions(given, options, progress)
         progress.note(f"loading {folder}")
         student = load_student(parent, folder, load)
         check_on_devices(student, "weights must stay there in a training. Add GPUs, or use torchrun and --shard")
-        limit, seq_len = model_limit(student.config), splits["train"].input_ids.shape[1]
+        limit, seq_len = model_limit(student.config), given.splits["train"].input_ids.shape[1]
         if limit is not None and seq_len > limit:
             raise BadInput(
                 f"--seq-len {seq_len} is over the {limit} tokens that the teacher was made for. Choose at most that."
@@ -94,28 +94,47 @@ def lora(
             student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model = _with_adapter(student, options, parent)
         fields = {
-            "config": {**_config(options, parent), "dtype": str(student.dtype).removeprefix("torch.")},
+            "config": {
+                **_config(options, parent),
+                **({} if likeliest is None else {"logits": likeliest.count}),
+                "dtype": str(student.dtype).removeprefix("torch."),
+            },
             "teacher": parent.teacher,
-            "data": describe_rows(splits, source),
+            "data": describe_rows(given.splits, given.source),
             "parents": [parent],
         }
 
         def work(making: Making) -> dict[str, Any]:
             with trainer_callback(log_to, output) as tracker:
-                figures = _train(model, splits, options, device, making.main, progress, tracker)
+                figures = _train(model, given, likeliest, options, device, making.main, progress, tracker)
             return figures | {"layers": parent.summary["layers"]}
 
         return make_artifact(output, "lora", fields, work, resume=resume, force=force, progress=progress)
 
 
+def _predictions(given: TrainingData, options: LoraOptions, progress: Progress) -> LikeliestTokens | None:
+    """The teacher's predictions that the capture stores, if they are trained on; else None."""
+    if options.match == "text":
+        return None
+    likeliest = given.likeliest()
+    if likeliest is None:
+        progress.note("--match teacher runs the teacher on every row, as no capture stores its predictions on them")
+    else:
+        progress.note(f"--match teacher takes the {likeliest.count} likeliest next tokens that {given.source} stores")
+    return likeliest
+
+
 def _config(options: LoraOptions, parent: Artifact) -> dict[str, Any]:
     given = {key: value for key, value in asdict(options).items() if value is not None}
+    if options.match_weight == LoraOptions.match_weight:
+        del given["match_weight"]  # it is newer, and earlier artifacts keep their configuration
     return {**given, "targets": list(options.targets or ()), "hybrid": parent.config["hybrid"], **kept_config(parent)}
 
 
 def _train(
     model: PeftModel,
-    splits: dict[str, Rows],
+    given: TrainingData,
+    likeliest: LikeliestTokens | None,
     options: LoraOptions,
     device: torch.device,
     writer: ArtifactWriter | None,
@@ -125,59 +144,13 @@ def _train(
     """Trains. The rank that has the writer writes what was trained. Returns the training's figures."""
     from lolcats_cli.stages.lora_training import train
 
-    figures = train(model, splits, options, device, writer, progress, tracker)
+    figures = train(model, given.splits, likeliest, options, device, writer, progress, tracker)
     if writer is not None:
         for hybrid in hybrid_modules(model.get_base_model()):
             tensors = {name: tensor.cpu() for name, tensor in hybrid.state_dict().items()}
             writer.save(maps_file(hybrid.layer_idx), tensors)
         _save_adapter(model, writer)
     return figures
-
-
-def _rows(
-    parent: Artifact,
-    data: str | Sequence[str] | None,
-    options: DataOptions,
-    folder: Path,
-    load: LoadOptions,
-    seed: int,
-    progress: Progress,
-) -> tuple[dict[str, Rows], str | Sequence[str]]:
-    """Rows for training and validation, and their source; with `options.completion`, only rows with a completion."""
-    first = data if isinstance(data, str) or data is None else data[0]
-    if first is None:
-        capture = parent.ancestor("capture")
-        data = str(capture.path)
-    elif isfile(join(first, "manifest.json")):
-        capture = Artifact.open(first, "capture")
-        if capture.teacher["tokenizer_sha256"] != parent.teacher["tokenizer_sha256"]:
-            raise IdentityMismatch(
-                f"{first} holds the tokens of a tokenizer that is not the teacher's. Pass text instead."
-            )
-        if data not in (first, [first]):
-            raise UsageError(f"--data {first} is a capture, so it must be the only data.")
-    else:
-        assert data is not None
-        tokenizer, vocab_size = load_tokenizer(folder, load.trust_remote_code), parent.teacher["vocab_size"]
-        rows = _to_train(read_rows(data, tokenizer, options, vocab_size=vocab_size, progress=progress), options)
-        return dict(zip(SPLITS, split_rows(rows, 0.05, seed), strict=True)), data
-    stored = {split: Rows.from_tensors(capture.load(tokens_name(split))) for split in SPLITS}
-    return {split: _to_train(rows, options) for split, rows in stored.items()}, data
-
-
-def _to_train(rows: Rows, options: DataOptions) -> Rows:
-    """All rows; with `options.completion`, only the rows with a completion to predict."""
-    if not options.completion:
-        return replace(rows, completion=None)
-    if rows.completion is None:
-        raise BadInput(
-            "The captured tokens do not tell which of them are a completion's, and --loss-on completion needs that. "
-            "Pass the data with --data. If a row does not tell, the error then names it."
-        )
-    chosen = rows.select(rows.completion[:, 1:].any(1).nonzero()[:, 0])
-    if not len(chosen):
-        raise BadInput("No row holds a completion to predict, and --loss-on completion needs one. Pass more data.")
-    return chosen
 
 
 def _targets(student: PreTrainedModel, asked: tuple[str, ...] | None) -> tuple[str, ...]:

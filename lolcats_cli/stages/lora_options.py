@@ -16,7 +16,10 @@ class LoraOptions:
             all projections of the attentions.
         train_maps: train the feature maps and γ too.
         match: what the student's predictions are trained on: the "text" (next-token cross-entropy), or the "teacher"'s
-            predictions on it (KL divergence), at the cost of one forward pass of the teacher more.
+            predictions on it (KL divergence). These are taken from a capture that stores them. Otherwise each batch
+            costs one forward pass of the teacher more.
+        match_weight: the share that matching the teacher has in the loss (Hinton's α, arXiv 1503.02531). Next-token
+            cross-entropy has the rest.
         loss_on: "all" tokens, or those of a "completion" alone: the answers to prompts, the assistant's turns.
         batch_size, grad_accum: rows per forward pass, and passes per optimizer step.
         epochs, steps: length of the training; `steps` wins.
@@ -33,6 +36,7 @@ class LoraOptions:
     targets: tuple[str, ...] | None = None
     train_maps: bool = True
     match: str = "text"
+    match_weight: float = 1.0
     loss_on: str = "all"
     batch_size: int = 1
     grad_accum: int = 2

@@ -28,6 +28,8 @@ from lolcats_cli import ranks, stopping
 from lolcats_cli.errors import BadInput
 from lolcats_cli.progress import Advance, Progress
 from lolcats_cli.stages.checkpoints import Checkpoints
+from lolcats_cli.stages.lora_data import LikeliestTokens
+from lolcats_cli.stages.lora_losses import IGNORED, divergence, divergence_of_likeliest, negative_log_likelihood
 from lolcats_cli.stages.lora_options import LoraOptions
 from lolcats_cli.student.build import as_teacher, hybrid_modules
 from lolcats_cli.teacher.data import Rows
@@ -37,12 +39,12 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 POINTS = 200  # roughly the number of training losses that are logged of a run
-IGNORED = -100  # the label of a token that is not predicted
 
 
 def train(
     model: PeftModel,
     splits: dict[str, Rows],
+    likeliest: LikeliestTokens | None,
     options: LoraOptions,
     device: torch.device,
     writer: ArtifactWriter | None,
@@ -54,6 +56,7 @@ def train(
     Args:
         model: the student with PEFT's adapter.
         splits: the rows of "train" and of "validation".
+        likeliest: the teacher's predictions on the former, if `options.match` needs them and they are stored.
         writer: writes the artifact on rank 0. It is None on the other ranks.
         tracker: a callback of transformers that also receives the losses.
 
@@ -73,9 +76,10 @@ def train(
     trainer = (StudentTrainer if options.match == "text" else Distiller)(
         model=model,
         args=settings,
-        train_dataset=TokenRows(splits["train"]),
+        train_dataset=TokenRows(splits["train"], likeliest),
         eval_dataset=TokenRows(splits["validation"]),
     )
+    trainer.match_weight = options.match_weight
     trainer.remove_callback(PrinterCallback)
     maps = hybrid_modules(model.get_base_model()) if options.train_maps else []
     reporter = Reporter(writer, options, trainer.order, maps)
@@ -164,6 +168,7 @@ def arguments(options: LoraOptions, device: torch.device, scratch: str) -> Argum
         save_strategy="no",  # the reporter says when
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,
+        remove_unused_columns=False,  # it would remove the teacher's predictions
         report_to="none",
         disable_tqdm=True,
         seed=options.seed,
@@ -177,10 +182,11 @@ class TokenRows(Dataset[dict[str, Tensor]]):
 
     The first token of a row and padding are not predicted. If the rows say which tokens belong to completions, the
     other tokens are not predicted either. One blank row follows the last row, and none of its tokens is predicted.
+    With `likeliest`, a row also has the teacher's predictions behind each of its tokens.
     """
 
-    def __init__(self, rows: Rows) -> None:
-        self.rows = rows
+    def __init__(self, rows: Rows, likeliest: LikeliestTokens | None = None) -> None:
+        self.rows, self.likeliest = rows, likeliest
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -193,14 +199,11 @@ class TokenRows(Dataset[dict[str, Tensor]]):
         predicted[0] = False
         if self.rows.completion is not None:
             predicted &= self.rows.completion[row]
+        given = {"input_ids": ids} | ({} if self.likeliest is None else self.likeliest[row])
         if self.rows.valid is None:
-            return {"input_ids": ids, "labels": ids.where(predicted, IGNORED)}
+            return given | {"labels": ids.where(predicted, IGNORED)}
         valid = self.rows.valid[row]
-        return {
-            "input_ids": ids,
-            "attention_mask": valid.long(),
-            "labels": ids.where(predicted & valid, IGNORED),
-        }
+        return given | {"attention_mask": valid.long(), "labels": ids.where(predicted & valid, IGNORED)}
 
 
 class Order(Sampler[int]):
@@ -229,19 +232,19 @@ class Order(Sampler[int]):
         yield from [self.rows] * self.blank
 
 
-def _negative_log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
-    """The negative log likelihood, summed over the predicted tokens. logits: [B, T, V]. labels: [B, T]."""
-    flat = logits[:, :-1].float().flatten(0, 1)
-    return F.cross_entropy(flat, labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum")
-
-
 def _text_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
     """What this batch adds to the loss of an optimizer step. That loss is the mean over the tokens of all ranks."""
-    return _negative_log_likelihood(outputs.logits, labels) / num_items_in_batch
+    return negative_log_likelihood(outputs.logits, labels) / num_items_in_batch
 
 
 class StudentTrainer(Trainer):
-    """A Trainer whose losses are means over tokens. They do not depend on batches and ranks."""
+    """A Trainer whose losses are means over tokens. They do not depend on batches and ranks.
+
+    Attributes:
+        match_weight: see `LoraOptions`.
+    """
+
+    match_weight = 1.0
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs, compute_loss_func=_text_loss)
@@ -273,7 +276,7 @@ class StudentTrainer(Trainer):
             for batch in dataloader:
                 inputs = self._prepare_inputs(batch)
                 labels = inputs.pop("labels")
-                total += _negative_log_likelihood(model(**inputs, use_cache=False).logits, labels).item()
+                total += negative_log_likelihood(model(**inputs, use_cache=False).logits, labels).item()
                 count += int((labels[:, 1:] != IGNORED).sum())
         both = self.accelerator.reduce(torch.tensor([total, count], dtype=torch.float64, device=self.args.device))
         loss = (both[0] / both[1]).item()
@@ -282,10 +285,12 @@ class StudentTrainer(Trainer):
 
 
 class Distiller(StudentTrainer):
-    """Trains on the teacher's predictions. The loss is the mean of KL(teacher || student) over tokens.
+    """Trains on the teacher's predictions. The loss is the mean of KL(teacher || student) over tokens; with a
+    `match_weight` below 1, cross-entropy of the next token has the rest of it.
 
-    The teacher is the same model with its adapter switched off and softmax attention switched on. The validation loss
-    is still the cross-entropy of the next token.
+    Where the rows bring the teacher's likeliest next tokens, the divergence is over these and one class for all others.
+    Otherwise the teacher runs: it is the same model with its adapter switched off and softmax attention switched on.
+    The validation loss is always the cross-entropy of the next token.
     """
 
     def compute_loss(
@@ -295,14 +300,23 @@ class Distiller(StudentTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        real = inputs["labels"][:, 1:] != IGNORED
-        given = {name: value for name, value in inputs.items() if name != "labels"} | {"use_cache": False}
-        student = cast("PeftModel", self.model)
-        with torch.no_grad(), as_teacher(student):
-            wanted = student(**given).logits[:, :-1][real].float().log_softmax(-1)
-        found = model(**given).logits[:, :-1][real].float().log_softmax(-1)
-        loss = F.kl_div(found, wanted, reduction="sum", log_target=True) / cast(Tensor, num_items_in_batch)
-        return loss * ranks.size()  # the ranks' gradients are averaged
+        labels = inputs["labels"][:, 1:]
+        real = labels != IGNORED
+        given = {name: value for name, value in inputs.items() if name in ("input_ids", "attention_mask")}
+        given |= {"use_cache": False}
+        if "log_probs" in inputs:
+            found = model(**given).logits[:, :-1][real]
+            loss = divergence_of_likeliest(found, *(inputs[name][:, :-1][real] for name in ("ids", "log_probs")))
+        else:
+            student = cast("PeftModel", self.model)
+            with torch.no_grad(), as_teacher(student):
+                wanted = student(**given).logits[:, :-1][real]
+            found = model(**given).logits[:, :-1][real]
+            loss = divergence(found, wanted)
+        if self.match_weight < 1:
+            of_text = F.cross_entropy(found.float(), labels[real], reduction="sum")
+            loss = self.match_weight * loss + (1 - self.match_weight) * of_text
+        return loss / cast(Tensor, num_items_in_batch) * ranks.size()  # the ranks' gradients are averaged
 
 
 class Reporter(TrainerCallback):

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 from transformers.training_args import ParallelMode
 
 import lolcats_cli.stages.lora as module
+from lolcats_cli.artifacts import layout
 from lolcats_cli.artifacts.maps import maps_file
 from lolcats_cli.errors import BadInput, IdentityMismatch, Stopped, UsageError
 from lolcats_cli.loading.any_model import load_any
@@ -27,6 +28,7 @@ from lolcats_cli.stages import checkpoints, lora_training
 from lolcats_cli.stages.capture import capture
 from lolcats_cli.stages.checkpoints import Checkpoints
 from lolcats_cli.stages.lora import lora
+from lolcats_cli.stages.lora_data import LikeliestTokens
 from lolcats_cli.stages.lora_options import LoraOptions
 from lolcats_cli.stages.lora_training import arguments
 from lolcats_cli.stages.transfer import transfer
@@ -146,6 +148,57 @@ def test_the_loss_of_matching_is_the_divergence(pipeline: SimpleNamespace, tmp_p
     assert event["loss"] == pytest.approx(divergence(pipeline, Artifact.open(pipeline.transfer), rows), rel=1e-3)
 
 
+def predicting(
+    pipeline: SimpleNamespace, folder: Path, count: int, name: str = "with-logits", **changes: object
+) -> Path:
+    """A capture of the pipeline's rows that stores `count` next tokens."""
+    options = replace(DataOptions(seq_len=64, samples=20), **changes)
+    data = str(changes.get("data", pipeline.text))
+    return capture(str(pipeline.teacher), data, folder / name, options=options, store_logits=count, load=CPU).path
+
+
+def test_stored_predictions_of_the_whole_vocabulary_are_the_teachers(
+    pipeline: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same training as beside the teacher, up to the rounding of what is stored; and the teacher does not run."""
+    given = predicting(pipeline, tmp_path, 260)
+    options = replace(QUICK, match="teacher", match_weight=0.7, steps=3, lr=1e-3)
+    live = lora(pipeline.transfer, tmp_path / "live", options=options, load=CPU)
+    monkeypatch.setattr(lora_training, "as_teacher", lambda *_: pytest.fail("ran the teacher"))
+    stored = lora(pipeline.transfer, tmp_path / "stored", options=options, data=str(given), load=CPU)
+    losses = [[event["loss"] for event in made.metrics() if event["event"] == "train"] for made in (live, stored)]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+    assert (live.config.get("logits"), stored.config["logits"]) == (None, 260)
+    assert stored.config["match_weight"] == 0.7
+
+
+def test_the_loss_is_shared_by_the_teacher_and_the_text(pipeline: SimpleNamespace, tmp_path: Path) -> None:
+    first = {}
+    for weight in (1.0, 0.25, 0.0):
+        options = LoraOptions(steps=1, grad_accum=1, batch_size=19, eval_steps=1, match="teacher", match_weight=weight)
+        made = lora(pipeline.transfer, tmp_path / str(weight), options=options, load=CPU)
+        first[weight] = next(event["loss"] for event in made.metrics() if event["event"] == "train")
+    assert first[0.25] == pytest.approx(0.25 * first[1.0] + 0.75 * first[0.0], rel=1e-5)
+    options = LoraOptions(steps=1, grad_accum=1, batch_size=19, eval_steps=1)
+    text = lora(pipeline.transfer, tmp_path / "text", options=options, load=CPU)
+    assert first[0.0] == pytest.approx(next(e["loss"] for e in text.metrics() if e["event"] == "train"), rel=1e-5)
+    assert "match_weight" not in text.config
+
+
+def test_rows_find_their_own_predictions(pipeline: SimpleNamespace, tmp_path: Path) -> None:
+    """In every file, of rows that are chosen too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layout, "SHARD_BYTES", 3 * 64 * 8 * 16 * 4)
+        made = Artifact.open(predicting(pipeline, tmp_path, 4))
+    files = sorted(name for name in made.files if name.startswith("logits/train-"))
+    assert len(files) == 7
+    whole = {name: torch.cat([made.load(file)[name] for file in files]) for name in ("ids", "log_probs")}
+    numbers = torch.tensor([18, 0, 7])
+    found = LikeliestTokens(made, "train", numbers)
+    for index, number in enumerate(numbers):
+        assert all(torch.equal(tensor, whole[name][number]) for name, tensor in found[index].items())
+
+
 def test_the_linear_schedule_falls_to_nothing(pipeline: SimpleNamespace, tmp_path: Path) -> None:
     options = replace(QUICK, steps=4, schedule="linear", eval_steps=1)
     trained = lora(pipeline.transfer, tmp_path / "l", options=options, load=CPU)
@@ -184,13 +237,16 @@ def test_stopped_and_run_again(pipeline: SimpleNamespace, tmp_path: Path, monkey
         (4, {"batch_size": 2}),
         (2, {"train_maps": True, "dropout": 0.2, "steps": None, "epochs": 1}),
         (2, {"train_maps": True, "match": "teacher", "schedule": "linear"}),
+        (3, {"match": "teacher", "match_weight": 0.5, "batch_size": 2, "stored": 4}),
     ],
 )
 def test_resumed_at_every_step_is_the_same_to_the_byte(
     pipeline: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int, changes: dict
 ) -> None:
+    stored = changes.pop("stored", None)
+    data = None if stored is None else str(predicting(pipeline, tmp_path, stored))
     options = replace(LoraOptions(steps=7, grad_accum=2, eval_steps=3, lr=1e-2), **changes)
-    whole = lora(pipeline.transfer, tmp_path / "whole", options=options, load=CPU)
+    whole = lora(pipeline.transfer, tmp_path / "whole", options=options, data=data, load=CPU)
     monkeypatch.setattr(checkpoints, "SECONDS", 0)
     monkeypatch.setattr(checkpoints, "COST", inf)
     record, saved = Checkpoints.record, []
@@ -205,7 +261,7 @@ def test_resumed_at_every_step_is_the_same_to_the_byte(
     monkeypatch.setattr(Checkpoints, "record", die)
     for _ in range(20):
         try:
-            resumed = lora(pipeline.transfer, tmp_path / "l", options=options, load=CPU)
+            resumed = lora(pipeline.transfer, tmp_path / "l", options=options, data=data, load=CPU)
             break
         except Stopped:
             assert [folder.name for folder in (tmp_path / "l" / "scratch").iterdir()] == saved[-1:]
