@@ -113,8 +113,8 @@ def _lines(found: Plan) -> list[str]:
     )
     logits = human(LOGITS * LOGIT_BYTES * found.rows * found.seq_len)
     sentences.append(
-        f"capture --store-logits {LOGITS} would add {logits} ({LOGITS * LOGIT_BYTES} bytes a token), and run the whole "
-        "teacher over every row. lora --match teacher then does not run it."
+        f"--store-logits {LOGITS} would add {logits} to the capture ({LOGITS * LOGIT_BYTES} bytes a token), and run "
+        "the teacher over every row."
     )
     for sentence in sentences:
         lines += textwrap.wrap(sentence, WIDTH, break_on_hyphens=False)
