@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import delta_rule
 import lab as shared
 import starts
 import tried
@@ -65,6 +66,9 @@ PIECES: dict[str, dict[str, Any]] = {
     "the loss on attention weights too": {"xent_factor": 1.0},
     "features with the norm of q and k": {"tried": tried.norms_kept},
     "exact attention for the first 4 tokens": {"tried": tried.first_tokens_exact},
+    "delta rule": {"start": delta_rule.at_older_mass, "tried": delta_rule.delta_rule},
+    "gated delta rule": {"start": delta_rule.at_older_mass, "tried": delta_rule.delta_rule, "decay": True},
+    "decay": {"decay": True},
 }
 # Name -> what differs from `best` in the LoRA stage, on the maps of `best`.
 TUNING: dict[str, dict[str, Any]] = {
