@@ -3,11 +3,12 @@
 Where the product's linear term sums what it has seen, this one holds a matrix S that predicts a key's value, and every
 key that leaves the window corrects it (arXiv 2406.06484; with a decay it forgets too, arXiv 2412.06464):
 
-    S_j = a_j (S_j-1 - b_j phi_j phi_j^T S_j-1) + b_j phi_j v_j^T,    y_n = (window's sum + e_n S^T phi_n) / (its mass + e_n)
+    S_j = a_j (S_j-1 - b_j phi_j phi_j^T S_j-1) + b_j phi_j v_j^T
+    y_n = (the window's sum + e_n S^T phi_n) / (the window's mass + e_n)
 
-phi are Hedgehog's features of length 1; e_n = exp(l + u . q_n), on the softmax's scale, is the mass that is given to all
-older keys together; b_j = sigmoid(w . k_j). The parameters are those of the linear factor "exp", so both are compared
-at equal parameters and, but for the norms z, equal states.
+phi are Hedgehog's features of length 1; e_n = exp(l + u . q_n), on the softmax's scale, is the mass that is given to
+all older keys together; b_j = sigmoid(w . k_j). The parameters are those of the linear factor "exp", so both are
+compared at equal parameters and, but for the norms z, equal states.
 
 Shapes: B batch, H query heads, K key heads, T time, D head, F' features; C tokens of a chunk.
 """
