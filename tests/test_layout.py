@@ -37,7 +37,6 @@ ARROWS: dict[str, set[str]] = {
     },
     "lolcats_cli.stages": {
         "lolcats_cli.evaluation.golden_logits",
-        "lolcats_cli.evaluation.importance",
         "lolcats_cli.loading",
         "lolcats_cli.artifacts",
         "lolcats_cli.teacher",

@@ -9,7 +9,7 @@ from lolcats_formats import Artifact
 from lolcats_cli.errors import UsageError
 
 BY_LAYER = {"windows": "window", "feature_dims": "feature_dim"}  # as `lolcats_kernels.spec` has it, without torch
-IMPORTANCE_FILE = "importance.json"  # of a transfer: what the teacher loses with narrow attentions
+IMPORTANCE_FILE = "importance.json"  # of a transfer: what the teacher loses with untrained maps
 
 
 def describe(artifact: Artifact) -> dict[str, Any]:
@@ -100,12 +100,12 @@ def _layer(artifact: Artifact, index: int, layer: dict[str, Any]) -> dict[str, A
         **({"gamma": figures["gamma"]["mean"]} if "gamma" in figures else {}),
         **{field: hybrid[name][index] for name, field in BY_LAYER.items() if name in hybrid},
         **({"kept_heads": kept_heads.get(str(index), [])} if kept_heads else {}),
-        **_narrow_losses(artifact, index),
+        **_losses(artifact, index),
     }
 
 
-def _narrow_losses(artifact: Artifact, layer: int) -> dict[str, float]:
-    """What the teacher loses if this attention sees the last N keys alone, if a transfer measured that."""
+def _losses(artifact: Artifact, layer: int) -> dict[str, float]:
+    """What the teacher loses if this attention is converted with a window of N, before training, if that was measured."""
     if IMPORTANCE_FILE not in artifact.files:
         return {}
     found = artifact.read_json(IMPORTANCE_FILE)

@@ -24,9 +24,9 @@ def rank(
 ) -> dict[str, Any]:
     """Show where to spend: what the teacher's predictions lose by each layer.
 
-    Of a capture: what is lost if a layer sees a window alone. `transfer --windows auto`, `--feature-dims auto`,
-    `--keep-softmax auto:N` and `heads:N` measure the same. Of a transfer: what each converted layer costs, alone and
-    beside the others.
+    Of a capture: what is lost if a layer is converted, with several windows, before its maps are trained. `transfer
+    --windows auto`, `--feature-dims auto`, `--keep-softmax auto:N` and `heads:N` measure the same. Of a transfer: what
+    each converted layer costs, alone and beside the others.
     """
     asked = locals()
     given = o.artifact_path(artifact)
@@ -34,7 +34,7 @@ def rank(
     if heads and opened.kind == "transfer":
         raise UsageError(f"--heads measures a capture, and {given} holds a transfer. Give its capture.")
 
-    from lolcats_cli.evaluation.importance import rank_capture, rank_transfer
+    from lolcats_cli.stages.importance import rank_capture, rank_transfer
     from lolcats_cli.teacher.load import LoadOptions
 
     load = o.chosen(LoadOptions(), asked)

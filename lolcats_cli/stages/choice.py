@@ -9,8 +9,8 @@ import torch
 from lolcats_kernels.spec import BY_LAYER
 
 from lolcats_cli.errors import UsageError
-from lolcats_cli.evaluation.importance import Importance, share_out
 from lolcats_cli.stages.activations import Source
+from lolcats_cli.stages.importance import Importance, share_out
 from lolcats_cli.stages.kept import Kept
 from lolcats_cli.stages.transfer_options import TransferOptions
 from lolcats_cli.student.memory import cache_bytes, student_bytes
@@ -65,7 +65,7 @@ def _check_automatic(
             raise UsageError(f"--keep-softmax {word} looks at all layers. With --layers, name the {what} to keep.")
         if wanted and not options.hybrid.window:
             raise UsageError(
-                f"--keep-softmax {word} measures what the window misses, and --window is 0. Name the {what}."
+                f"--keep-softmax {word} measures what layers lose with a window, and --window is 0. Name the {what}."
             )
     if "windows" in auto and (keep_heads or kept.heads):
         raise UsageError(

@@ -24,13 +24,13 @@ from lolcats_cli import ranks, stopping
 from lolcats_cli.artifacts.describe import IMPORTANCE_FILE
 from lolcats_cli.artifacts.maps import maps_file
 from lolcats_cli.errors import UsageError
-from lolcats_cli.evaluation.importance import Importance, measure_importance
 from lolcats_cli.loading.student import load_captured
 from lolcats_cli.progress import Progress
 from lolcats_cli.stages.activations import ComputedActivations, MappedHeads, Source, StoredActivations
 from lolcats_cli.stages.checkpoints import Checkpoints
 from lolcats_cli.stages.choice import choose, keep_most_needed, with_sizes
 from lolcats_cli.stages.curves import LayerCurves, tensorboard_folder
+from lolcats_cli.stages.importance import Importance, measure_importance
 from lolcats_cli.stages.kept import Kept
 from lolcats_cli.stages.layer_training import Trained, train_layers
 from lolcats_cli.stages.rolling import RollingActivations
@@ -67,8 +67,8 @@ def transfer(
         layers: train these layers only; `join` puts the parts together.
         keep_softmax: layers that keep softmax attention in the student, by index. "sliding" stands for the layers whose
             teacher has a sliding window. A pair of a layer and a key head keeps that head and its query heads.
-        keep_auto: keep softmax attention in this number of other layers: those whose window alone costs the teacher's
-            predictions most (`evaluation/importance.py`).
+        keep_auto: keep softmax attention in this number of other layers: those whose conversion costs the teacher's
+            predictions most (`stages/importance.py`).
         keep_heads: keep softmax attention in this number of key heads of all other layers, chosen in the same way. A
             layer whose key heads are all kept is a kept layer.
         auto: the sizes that are chosen for each layer by what the predictions need. "feature_dims": layers that need

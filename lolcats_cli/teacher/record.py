@@ -6,17 +6,16 @@ Shapes: B batch, H query heads, K key heads, T time, D head.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lolcats_kernels.equation import repeat_heads, take_heads
 from lolcats_kernels.hf_adapters import adapt, adapter, key_mask
-from lolcats_kernels.hf_attention import HybridAttention, lolcats_mask
+from lolcats_kernels.hf_attention import lolcats_mask
 from lolcats_kernels.hf_student import layer_index
 from lolcats_kernels.softmax import AttentionSpec, softmax_attention
 from torch import Tensor, nn
@@ -118,65 +117,26 @@ def recording(model: PreTrainedModel, sink: Sink) -> Iterator[None]:
         yield
 
 
-class Narrowing(NamedTuple):
-    """One attention that sees the last `window` keys alone: a layer's, or that of one of its key heads."""
-
-    layer: int
-    window: int
-    key_head: int | None = None
-
-    @property
-    def first(self) -> int:
-        """The first layer that it changes."""
-        return self.layer
-
-
-class Conversion(NamedTuple):
-    """The attentions of these layers are a student's."""
-
-    layers: tuple[int, ...]
-
-    @property
-    def first(self) -> int:
-        """The first layer that it changes."""
-        return min(self.layers)
-
-
-Change = Narrowing | Conversion
+# Takes a layer's index, q [B, H, T, D], k and v [B, K, T, D], valid [B, T] bool or None, and its specification. Returns
+# [B, T, H, D], or None where softmax attention stays.
+Replacement = Callable[[int, Tensor, Tensor, Tensor, Tensor | None, AttentionSpec], Tensor | None]
 
 
 @contextmanager
-def changing(
-    model: PreTrainedModel, hybrids: Mapping[int, HybridAttention] = MappingProxyType({})
-) -> Iterator[Callable[[Change | None], None]]:
-    """While open, every attention of `model` is computed by `softmax_attention`. What it yields is told what is changed
-    from now on; None: nothing.
-
-    hybrids: by layer the attention that a `Conversion` puts there.
-    """
-    chosen: list[Change | None] = [None]
+def replacing(model: PreTrainedModel) -> Iterator[Callable[[Replacement | None], None]]:
+    """While open, every attention of `model` is computed by `softmax_attention`, or by what replaces it. What it yields
+    is told what that is from now on; None: nothing."""
+    chosen: list[Replacement | None] = [None]
 
     def attention(
         module: nn.Module, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, **options: Any
     ) -> tuple[Tensor, None]:
-        spec, valid, change = _spec(q, options), key_mask(module, attention_mask), chosen[0]
-        layer = layer_index(module)
-        if isinstance(change, Conversion) and layer in change.layers:
-            hybrid, real = hybrids[layer], None if valid is None else valid[:, -q.shape[2] :]
-            return hybrid(q, k, v, real, spec.scaling, spec.softcap, spec.sinks, spec.sliding_window), None
-        if not isinstance(change, Narrowing) or change.layer != layer:
-            return softmax_attention(q, k, v, spec, valid).transpose(1, 2).contiguous(), None
-        narrow = replace(spec, sliding_window=min(change.window, spec.sliding_window or change.window))
-        out = softmax_attention(q, k, v, narrow, valid)
-        if change.key_head is not None:
-            heads = q.shape[1] // k.shape[1]
-            own = torch.zeros(q.shape[1], 1, 1, dtype=torch.bool, device=q.device)
-            own[change.key_head * heads : (change.key_head + 1) * heads] = True
-            out = torch.where(own, out, softmax_attention(q, k, v, spec, valid))
-        return out.transpose(1, 2).contiguous(), None
+        spec, valid, replacement = _spec(q, options), key_mask(module, attention_mask), chosen[0]
+        out = None if replacement is None else replacement(layer_index(module), q, k, v, valid, spec)
+        return softmax_attention(q, k, v, spec, valid).transpose(1, 2).contiguous() if out is None else out, None
 
-    def choose(change: Change | None) -> None:
-        chosen[0] = change
+    def choose(replacement: Replacement | None) -> None:
+        chosen[0] = replacement
 
     with _intercepted(model, attention, lolcats_mask):
         yield choose

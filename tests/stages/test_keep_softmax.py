@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 from lolcats_cli.commands.rank import rank
 from lolcats_cli.errors import IdentityMismatch, UsageError
 from lolcats_cli.evaluation.evaluate import evaluate
-from lolcats_cli.evaluation.importance import Importance
 from lolcats_cli.loading.any_model import load_any
 from lolcats_cli.stages.capture import capture
+from lolcats_cli.stages.importance import Importance
 from lolcats_cli.stages.join import join
 from lolcats_cli.stages.lora import lora
 from lolcats_cli.stages.lora_options import LoraOptions

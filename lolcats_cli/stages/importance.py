@@ -1,11 +1,9 @@
-"""How much a teacher's loss needs each of its attentions to see far: what a student gives up there, before anything is
-trained.
+"""What the predictions of a teacher lose by each of its attentions that is converted, before anything is trained.
 
-An attention is narrowed to its last keys, everything else stays as it is, and the KL divergence of the predictions from
-the teacher's is measured (as in arXiv 2512.20569, which chooses softmax layers by it). Errors of attention outputs do
-not tell this: per unit of them, layers differ in what they cost by two orders of magnitude (docs/quality.md).
-
-Shapes: T time, E hidden size, V vocabulary.
+The attention of a layer becomes hybrid attention with maps as a training starts with them, everything else stays as it
+is, and the KL divergence of the predictions from the teacher's is measured (arXiv 2512.20569 chooses softmax layers by
+it, with trained maps). The order of the layers is that of trained maps. The errors of attention outputs, and what a
+window alone misses, give another one (docs/quality.md).
 """
 
 from __future__ import annotations
@@ -14,31 +12,24 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from lolcats_formats import Artifact
-from lolcats_kernels.hf_attention import HybridAttention
-from torch import Tensor
 
 from lolcats_cli.artifacts.layout import tokens_name
-from lolcats_cli.artifacts.stores import blocks
 from lolcats_cli.loading.student import load_captured, load_hybrids
 from lolcats_cli.progress import Progress
-from lolcats_cli.teacher.blocks import block
+from lolcats_cli.stages.divergence import Change, Trained, Untrained, divergences
 from lolcats_cli.teacher.data import Rows
 from lolcats_cli.teacher.load import LoadOptions
-from lolcats_cli.teacher.record import Change, Conversion, LayerInfo, Narrowing, changing
+from lolcats_cli.teacher.record import LayerInfo
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ROWS = 4  # that are looked at
 WINDOWS = (16, 64, 256, 1024, 4096, 16384)  # those below the length of the rows are measured
-BLOCK = 8  # layers that are on the device at a time
-DIGITS = 3  # that are kept of a measured loss
 UNITS = 4  # a window grows by the mean window's part of this
 HEADS_WINDOW = 64  # with which `rank` measures single heads
 
@@ -50,7 +41,7 @@ def measured_windows(seq_len: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Importance:
-    """What the teacher loses with each attention narrowed, in nats per token.
+    """What the teacher loses with each attention converted, in nats per token.
 
     Attributes:
         windows: that were measured.
@@ -119,14 +110,16 @@ def measure_importance(
     """
     rows, windows = _first(rows), measured_windows(rows.input_ids.shape[1])
     numbers = [number for number, info in enumerate(layers) if info.has_attention]
-    changes = {number: [Narrowing(number, window) for window in windows] for number in numbers}
-    progress.note(f"measuring what {len(changes)} layers lose with windows of {', '.join(map(str, windows))}")
+    changes = {number: [Untrained(number, window) for window in windows] for number in numbers}
+    progress.note(f"measuring what {len(changes)} converted layers cost with windows of {', '.join(map(str, windows))}")
     found = Importance(tuple(windows), _by_layer(model, rows, changes, device, progress), rows.tokens)
     if heads_window is None:
         return found
     window = max((w for w in windows if w <= heads_window), default=windows[0])
-    changes = {n: [Narrowing(n, window, head) for head in range(layers[n].num_key_value_heads)] for n in numbers}
-    progress.note(f"measuring what {sum(map(len, changes.values()))} key heads lose with a window of {window}")
+    changes = {n: [Untrained(n, window, head) for head in range(layers[n].num_key_value_heads)] for n in numbers}
+    progress.note(
+        f"measuring what {sum(map(len, changes.values()))} converted key heads cost with a window of {window}"
+    )
     return replace(found, heads_window=window, heads=_by_layer(model, rows, changes, device, progress))
 
 
@@ -157,10 +150,10 @@ def rank_transfer(transfer: Artifact, teacher: str | None, load: LoadOptions, pr
     layers = tuple(sorted(hybrids))
     without = {layer: tuple(other for other in layers if other != layer) for layer in layers}
     asked = {layers, *((layer,) for layer in layers), *filter(None, without.values())}
-    changes = [Conversion(converted) for converted in sorted(asked)]
+    changes = {converted: Trained({layer: hybrids[layer] for layer in converted}) for converted in sorted(asked)}
     model = load_captured(capture, teacher, load, progress)
-    found = divergences(model, rows, changes, device, progress, hybrids)
-    losses = {(): 0.0} | {change.layers: loss for change, loss in zip(changes, found, strict=True)}
+    found = divergences(model, rows, list(changes.values()), device, progress)
+    losses = {(): 0.0} | dict(zip(changes, found, strict=True))
     return {
         "tokens": rows.tokens,
         "all": losses[layers],
@@ -176,68 +169,13 @@ def _first(rows: Rows) -> Rows:
 def _by_layer(
     model: PreTrainedModel,
     rows: Rows,
-    changes: Mapping[int, Sequence[Narrowing]],
+    changes: Mapping[int, Sequence[Change]],
     device: torch.device,
     progress: Progress,
 ) -> dict[int, tuple[float, ...]]:
     """By layer the divergences of its changes."""
     found = iter(divergences(model, rows, [x for several in changes.values() for x in several], device, progress))
     return {number: tuple(next(found) for _ in several) for number, several in changes.items()}
-
-
-def divergences(
-    model: PreTrainedModel,
-    rows: Rows,
-    changes: Sequence[Change],
-    device: torch.device,
-    progress: Progress,
-    hybrids: Mapping[int, HybridAttention] = MappingProxyType({}),
-) -> list[float]:
-    """KL(teacher || changed teacher) in nats per token, for each of the changes alone.
-
-    model: the teacher, on the CPU or the device. It runs block by block, and the hidden states [T, E] of every change
-    are held on the CPU between two blocks. hybrids: what conversions put into layers, on the device.
-    """
-    total = [0.0] * len(changes)
-    with progress.task("rank", len(rows) * (len(changes) + 1), "passes") as advance:
-        for number in range(len(rows)):
-            row = rows.select(torch.tensor([number]))
-            for index, found in enumerate(_row_divergences(model, row, changes, device, advance, hybrids)):
-                total[index] += found
-    return [float(f"{x / max(1, rows.tokens):.{DIGITS}g}") for x in total]
-
-
-@torch.no_grad()
-def _row_divergences(
-    model: PreTrainedModel,
-    row: Rows,
-    changes: Sequence[Change],
-    device: torch.device,
-    advance: Any,
-    hybrids: Mapping[int, HybridAttention],
-) -> list[float]:
-    """Those of one row, summed over its tokens."""
-    count = model.config.get_text_config().num_hidden_layers
-    hidden: dict[Change | None, Tensor | None] = {None: None}  # of the teacher as it is, and of what was changed
-    found: dict[Change | None, float] = {}
-    expected = torch.empty(0)
-    for layers in blocks(count, BLOCK):
-        with block(model, layers, device, logits=True) as run, changing(model, hybrids) as use:
-            behind: dict[Change | None, Tensor | None] = {}
-            for change in [*hidden, *(change for change in changes if change.first in layers)]:
-                use(change)
-                out = run(row.input_ids, row.valid, hidden[change if change in hidden else None])
-                assert out is not None, "the last block gives logits"
-                if layers.stop < count:
-                    behind[change] = out.cpu()
-                    continue
-                predicted = (out[0] if row.valid is None else out[row.valid.to(out.device)]).float().log_softmax(-1)
-                if change is None:
-                    expected = predicted
-                found[change] = F.kl_div(predicted, expected, reduction="sum", log_target=True).item()
-                advance(1)
-            hidden = behind
-    return [found[change] for change in changes]
 
 
 def share_out(
