@@ -105,7 +105,7 @@ def _layer(artifact: Artifact, index: int, layer: dict[str, Any]) -> dict[str, A
 
 
 def _losses(artifact: Artifact, layer: int) -> dict[str, float]:
-    """What the teacher loses if this attention is converted with a window of N, before training, if that was measured."""
+    """What converting this attention costs the teacher with some windows, before training, if that was measured."""
     if IMPORTANCE_FILE not in artifact.files:
         return {}
     found = artifact.read_json(IMPORTANCE_FILE)

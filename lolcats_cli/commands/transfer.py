@@ -75,8 +75,8 @@ def transfer(
         str | None,
         typer.Option(
             help="Leave these layers softmax, such as 0,31; 2.0: key head 0 of layer 2; sliding: the layers with a "
-            "sliding window; auto:2: the two layers whose conversion costs the teacher's predictions most; heads:2: the "
-            "two such key heads. auto and heads need the teacher."
+            "sliding window; auto:2: the two layers whose conversion costs the teacher's predictions most; heads:2: "
+            "the two such key heads. auto and heads need the teacher."
         ),
     ] = None,
     block_size: Annotated[
