@@ -51,10 +51,9 @@ def job(student: Path, *runs: dict[str, Any], **options: Any) -> dict[str, Any]:
 def served(students, prompts, tmp_path_factory) -> dict[str, dict[str, Any]]:
     """By name what vLLM did with the prompts, in one process."""
     plain, kept = students.make("plain", **WINDOW), students.make("kept", (1, 4), **WINDOW)
-    # A whole layer, one head, two and three of four; the windows differ too.
-    heads = students.make(
-        "heads", (1, (0, 2), *((2, i) for i in (0, 3)), *((4, i) for i in (1, 2, 3))), WINDOWS, **WINDOW
-    )
+    # A whole layer, two heads of four, and three; the windows differ too.
+    some = (1, *((2, head) for head in (0, 3)), *((4, head) for head in (1, 2, 3)))
+    heads = students.make("heads", some, WINDOWS, **WINDOW)
     every = {"prompts": prompts}
     terraced = students.make("terraced", feature_map="t2r", layout="terraced", window=16, linear_factor="affine")
     jobs = {
