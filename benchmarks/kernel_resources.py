@@ -1,6 +1,6 @@
 """Compiles every Triton kernel as it would be launched, without a GPU, and prints what the compiler made of it.
 
-    python benchmarks/kernel_resources.py [--capabilities 80 89 90 100] [--heads 64 128 256] [--dtypes bfloat16]
+    python benchmarks/kernel_resources.py [--capabilities 80 89 90 100] [--heads 64 128] [--dtypes bfloat16] [--decay]
 
 Columns: registers of a thread, bytes a thread spills, shared memory of a program (the most that the GPU has beside it).
 Exits with 1 if a kernel does not compile or does not fit.
@@ -38,6 +38,7 @@ from triton.compiler import ASTSource  # noqa: E402
 # Bytes of shared memory that a program can have (CUDA C programming guide, table of technical specifications).
 SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TYPES = {
+    torch.float64: "*fp64",
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
@@ -78,6 +79,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"])
     parser.add_argument("--linear-factors", nargs="+", default=["exp"])
+    parser.add_argument("--decay", action="store_true")
     args = parser.parse_args()
     print("| capability | head | dtype | kernel | chunk | warps | registers | spilled | shared memory | of |")
     print("| --- " * 10 + "|")
@@ -86,7 +88,7 @@ def main() -> None:
         for head in args.heads:
             for dtype in args.dtypes:
                 for factor in args.linear_factors:
-                    for row in launched(capability, head, getattr(torch, dtype), factor):
+                    for row in launched(capability, head, getattr(torch, dtype), factor, args.decay):
                         print(
                             f"| {capability} | {head} | {dtype} |",
                             " | ".join(map(str, row)),
@@ -96,7 +98,7 @@ def main() -> None:
     sys.exit(too_large)
 
 
-def launched(capability: int, head: int, dtype: torch.dtype, factor: str) -> list[tuple[Any, ...]]:
+def launched(capability: int, head: int, dtype: torch.dtype, factor: str, decay: bool) -> list[tuple[Any, ...]]:
     """What calls in the shape of Llama 3 8B (of this head) launch: forward, backward with all gradients, decoding."""
     rows = []
 
@@ -104,7 +106,7 @@ def launched(capability: int, head: int, dtype: torch.dtype, factor: str) -> lis
         made = compiled(kernel, given, warps, capability)
         rows.append((kernel.__name__, given.get("L", "-"), warps, *made.values()))
 
-    maps = HybridMaps(HybridConfig(linear_factor=factor), 32, head)
+    maps = HybridMaps(HybridConfig(linear_factor=factor, decay=decay), 32, head)
     q, k, v = (torch.zeros(1, heads, 256, head, dtype=dtype, requires_grad=True) for heads in (32, 8, 8))
     options: Any = {"scaling": head**-0.5, "backend": "triton"}
     with (

@@ -41,7 +41,7 @@ HAS_TRITON = find_spec("triton") is not None
 
 def backend_for(q: Tensor, v: Tensor, maps: HybridMaps) -> str:
     """What "auto" takes for such inputs."""
-    fits = HAS_TRITON and q.is_cuda and q.dtype != torch.float64 and not maps.config.decay
+    fits = HAS_TRITON and q.is_cuda and q.dtype != torch.float64
     fits = fits and max(q.shape[3], v.shape[3], maps.feature_dim) <= LARGEST
     return "triton" if fits and torch.cuda.get_device_properties(q.device).major >= 8 else "chunked"
 
@@ -120,7 +120,7 @@ def hybrid_attention(
         A query for which nothing is left to sum gets output 0.
     consume_state: the state given is not used again, so that the one returned may take its tensors: decoding in place.
     backend: "reference" (the definition, quadratic), "chunked" (linear time and memory, on any device), "triton"
-        (the same by GPU kernels: fp32, bf16 and fp16, sizes up to 256, compute capability 8.0, no decay), or "auto":
+        (the same by GPU kernels: fp32, bf16 and fp16, sizes up to 256, compute capability 8.0), or "auto":
         triton where it can be, else chunked.
 
     Returns out [B, H, T, Dv] in q's dtype, or (out, state). Sums are in fp32 (fp64 for fp64 inputs).
@@ -128,8 +128,6 @@ def hybrid_attention(
     Raises ValueError when shapes, dtypes or options do not fit together; ImportError for "triton" without its package.
     """
     check_choice("backend", backend, BACKENDS)
-    if backend == "triton" and maps.config.decay:
-        raise ValueError('The Triton kernels have no decay. Take the backend "chunked" or "auto".')
     spec = CallSpec(maps.config, scaling, softcap, terms)
     _check(q, k, v, maps, valid, initial_state)
     if sinks is not None and sinks.shape != (maps.num_heads,):

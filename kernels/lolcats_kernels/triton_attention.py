@@ -22,8 +22,8 @@ from .triton_parts import PRECISIONS, contiguous, from_kernel_order, to_kernel_o
 
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight, Tensor? q_bias, Tensor? k_bias, "
-    "Tensor? q_slope, Tensor? k_slope, Tensor? linear_logit, Tensor gamma, Tensor linear_weight, "
-    "Tensor? initial_sums, Tensor? initial_norms, Tensor? sinks"
+    "Tensor? q_slope, Tensor? k_slope, Tensor? linear_logit, Tensor? decay_slope, Tensor? decay_bias, Tensor gamma, "
+    "Tensor linear_weight, Tensor? initial_sums, Tensor? initial_norms, Tensor? sinks"
 )
 
 
@@ -145,6 +145,8 @@ def _triton_rows(
         q_slope=contiguous(maps.parameter("q_slope", torch.float32)),
         k_slope=contiguous(of_k.slope),
         linear_logit=contiguous(maps.parameter("linear_logit", torch.float32)),
+        decay_slope=contiguous(maps.parameter("decay_slope", torch.float32)),
+        decay_bias=contiguous(maps.parameter("decay_bias", torch.float32)),
         gamma=gamma,
         linear_weight=linear_weight if spec.has_linear else torch.zeros_like(gamma),
         initial_sums=initial_sums,

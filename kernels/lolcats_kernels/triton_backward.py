@@ -11,12 +11,16 @@ from .triton_parts import (
     features,
     features_backward,
     first_chunk,
+    forgotten,
     has_older,
     head_slope,
     indices,
     is_older,
+    kept,
+    kept_of,
     key_weight,
     lambda_of,
+    later_ends,
     put,
     put_vector,
     slope_logits,
@@ -45,6 +49,7 @@ def backward_queries(
     norms,
     starts,
     start_norms,
+    entered,
     out,
     m,
     m_index,
@@ -53,6 +58,8 @@ def backward_queries(
     delta,  # out [B, H, T]
     weighted_q,  # out [B, H, T, N]: the queries' features times λ / denominator
     dlog_weight,  # out [B, H, T]: the gradient of log λ; with EXP that of l + u . q, 0 at its bound
+    dlinear,  # out [B, H, T], with DECAY: the gradient of the log of the linear term's weights
+    straddling,  # out [B, H, M, BANDS], with DECAY: see `decay_gradients`
     dq,  # out [B, H, T, D], or unused
     dy_q,  # out [B, H, T, F]: gradient of q W + b, or unused
     q_batch,
@@ -77,6 +84,7 @@ def backward_queries(
     M,
     segment,
     segments,
+    BANDS,
     H: tl.constexpr,
     G: tl.constexpr,
     scaling,
@@ -90,6 +98,7 @@ def backward_queries(
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EXP: tl.constexpr,
+    DECAY: tl.constexpr,
     L: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
@@ -120,20 +129,37 @@ def backward_queries(
     put_vector(delta + r * T, delta_n, c * L, T, L)
 
     at, start, feature = r * M + first, r * segments + first // segment, tl.arange(0, N)
-    norm = tl.load(norms + at * N + feature) + tl.load(start_norms + start * N + feature)
+    norm = tl.load(start_norms + start * N + feature)
+    if DECAY:
+        entered += r * (T + 1)
+        of_start = kept(entered, first // segment * segment * L, first * L, T)
+        norm *= of_start
+        query = forgotten(entered, first * L, window_start(n, WINDOW, TERRACED), T)
+    norm += tl.load(norms + at * N + feature)
     dphi = -delta_n[:, None] * norm[None, :]
     for dv in range(0, Dv, PART_DV):
         part = tile(grad + dv, c * L, grad_time, T, Dv - dv, L, PART_DV)
         dphi += dot(part, tl.trans(tile(sums + at * N * Dv + dv, 0, Dv, N, Dv - dv, N, PART_DV)), PRECISION)
-        dphi += dot(part, tl.trans(tile(starts + start * N * Dv + dv, 0, Dv, N, Dv - dv, N, PART_DV)), PRECISION)
+        more = dot(part, tl.trans(tile(starts + start * N * Dv + dv, 0, Dv, N, Dv - dv, N, PART_DV)), PRECISION)
+        if DECAY:
+            more *= of_start
+        dphi += more
+    if DECAY:
+        dphi *= tl.exp(-query)[:, None]
     last_start = window_start(c * L + L - 1, WINDOW, TERRACED)
     for j in range(first, tl.cdiv(last_start, L)):
         i = j * L + tl.arange(0, L)
         dweights = dot(dy, tl.trans(tile(v, j * L, v_time, T, Dv, L, BLOCK_DV)), PRECISION) - delta_n[:, None]
+        if DECAY:
+            before = tl.where(window_start(n, WINDOW, TERRACED) > j * L, tl.sum(phi_q * dphi, 1) * share, 0)
+            tl.store(straddling + (r * M + c) * BANDS + j - first, tl.sum(before, 0))
+            dweights *= kept_of(forgotten(entered, first * L, i + 1, T)[None, :], query[:, None])
         dweights = tl.where(is_older(n[:, None], i[None, :], WINDOW, TERRACED), dweights, 0)
         dphi += dot(dweights, tile(phi_k + r * T * N, j * L, N, T, N, L, N), PRECISION)
     dphi *= share[:, None]
     dlog_n = tl.sum(phi_q * dphi, 1)
+    if DECAY:
+        put_vector(dlinear + r * T, dlog_n, c * L, T, L)
     if EXP:
         dlog_n = tl.where(inside, dlog_n, 0)
     put_vector(dlog_weight + r * T, dlog_n, c * L, T, L)
@@ -187,10 +213,12 @@ def backward_keys(
     dnorms,
     later,  # [B, H, segments, N, Dv]: at segments - 1 - s over all segments after s
     later_norms,  # [B, H, segments, N]
+    entered,
     num_summed,
     dk,  # out [B, K, T, D], or unused
     dy_k,  # out [B, H, T, F]: gradient of k W + b, or unused
     dkey_logits,  # out [B, H, T]: gradient of w . k, with EXP
+    dentering,  # out [B, H, T], with DECAY: the gradient of the log of the key's features
     q_batch,
     q_head,
     q_time,
@@ -223,6 +251,7 @@ def backward_keys(
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EXP: tl.constexpr,
+    DECAY: tl.constexpr,
     L: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
@@ -241,18 +270,31 @@ def backward_keys(
     x = tile(k + b * k_batch + head * k_head, j * L, k_time, T, D, L, BLOCK_D)
     values = tile(v, j * L, v_time, T, Dv, L, BLOCK_DV)
     summed = (i < tl.load(num_summed + b))[:, None]
+    if DECAY:
+        sums_at, segment_end = later_ends(end, M, T, segment, L, WINDOW, TERRACED)
     dx_sum = tl.zeros([L, BLOCK_D], tl.float32)
     for member in range(0, G):
         h = head * G + member
         r = b * H + h
         g = tl.load(gamma + h)
         at, start, feature = r * M + end - 1, r * segments + segments - 1 - (end - 1) // segment, tl.arange(0, N)
-        norm = tl.load(dnorms + at * N + feature) + tl.load(later_norms + start * N + feature)
+        norm = tl.load(later_norms + start * N + feature)
+        if DECAY:
+            asked = entered + r * (T + 1)
+            of_later = kept(asked, sums_at, segment_end, T)
+            norm *= of_later
+            key = forgotten(asked, j * L, i + 1, T)
+        norm += tl.load(dnorms + at * N + feature)
         dphi = tl.zeros([L, N], tl.float32) + norm[None, :]
         for dv in range(0, Dv, PART_DV):
             part = tile(v + dv, j * L, v_time, T, Dv - dv, L, PART_DV)
             dphi += dot(part, tl.trans(tile(dsums + at * N * Dv + dv, 0, Dv, N, Dv - dv, N, PART_DV)), PRECISION)
-            dphi += dot(part, tl.trans(tile(later + start * N * Dv + dv, 0, Dv, N, Dv - dv, N, PART_DV)), PRECISION)
+            more = dot(part, tl.trans(tile(later + start * N * Dv + dv, 0, Dv, N, Dv - dv, N, PART_DV)), PRECISION)
+            if DECAY:
+                more *= of_later
+            dphi += more
+        if DECAY:
+            dphi *= kept(asked, i + 1, sums_at, T)[:, None]
         dphi = tl.where(summed, dphi, 0)
         for c in range(j, end):
             older = has_older(c, j, L, WINDOW, TERRACED)
@@ -274,6 +316,9 @@ def backward_keys(
                     dx_sum += dot(dscores * scaling * slope, queries, PRECISION)
                 if older:
                     dweights = tl.where(is_older(n[None, :], i[:, None], WINDOW, TERRACED), dweights, 0)
+                    if DECAY:
+                        query = forgotten(asked, j * L, window_start(n, WINDOW, TERRACED), T)
+                        dweights *= kept_of(key[:, None], query[None, :])
                     dphi += dot(dweights, tile(weighted_q + r * T * N, c * L, N, T, N, L, N), PRECISION)
         phi = features(x, k_weight, k_bias, h, D, F, ACTIVATION, HAS_WEIGHT, HAS_BIAS, BLOCK_D, BLOCK_F, PRECISION)
         if EXP:
@@ -282,6 +327,8 @@ def backward_keys(
             dlogits = tl.where(tl.abs(logits) < KEY_BOUND, tl.sum(phi * dphi, 1), 0)
             put_vector(dkey_logits + r * T, dlogits, j * L, T, L)
             dx_sum += dlogits[:, None] * head_slope(k_slope, h, D, BLOCK_D)
+        if DECAY:
+            put_vector(dentering + r * T, tl.sum(phi * dphi, 1), j * L, T, L)
         dx, dy_i = features_backward(phi, dphi, k_weight, h, D, F, GRADIENT, HAS_WEIGHT, BLOCK_D, BLOCK_F, PRECISION)
         dx_sum += dx
         if NEED_MAP:
@@ -302,6 +349,7 @@ def backward_values(
     weighted_q,
     dsums,
     later,
+    entered,
     dv,  # out [B, K, T, Dv]
     q_batch,
     q_head,
@@ -327,6 +375,7 @@ def backward_values(
     WINDOW: tl.constexpr,
     TERRACED: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    DECAY: tl.constexpr,
     L: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
@@ -341,6 +390,8 @@ def backward_values(
     end = end_chunk(j, M, L, WINDOW, TERRACED)
     x = tile(k + b * k_batch + head * k_head, j * L, k_time, T, D, L, BLOCK_D)
     total = tl.zeros([L, PART_DV], tl.float32)
+    if DECAY:
+        sums_at, segment_end = later_ends(end, M, T, segment, L, WINDOW, TERRACED)
     for member in range(0, G):
         h = head * G + member
         r = b * H + h
@@ -350,8 +401,16 @@ def backward_values(
             (r * M + end - 1) * N * Dv + first_dv,
             (r * segments + segments - 1 - (end - 1) // segment) * N * Dv + first_dv,
         )
-        total += dot(phi, tile(dsums + at, 0, Dv, N, width, N, PART_DV), PRECISION)
-        total += dot(phi, tile(later + start, 0, Dv, N, width, N, PART_DV), PRECISION)
+        if DECAY:
+            asked = entered + r * (T + 1)
+            key = forgotten(asked, j * L, i + 1, T)
+            of_sums = dot(phi, tile(later + start, 0, Dv, N, width, N, PART_DV), PRECISION)
+            of_sums *= kept(asked, sums_at, segment_end, T)
+            of_sums += dot(phi, tile(dsums + at, 0, Dv, N, width, N, PART_DV), PRECISION)
+            total += of_sums * kept(asked, i + 1, sums_at, T)[:, None]
+        else:
+            total += dot(phi, tile(dsums + at, 0, Dv, N, width, N, PART_DV), PRECISION)
+            total += dot(phi, tile(later + start, 0, Dv, N, width, N, PART_DV), PRECISION)
         for c in range(j, end):
             n = c * L + tl.arange(0, L)
             weights = tl.zeros([L, L], tl.float32)
@@ -363,6 +422,9 @@ def backward_values(
                 weights *= g * vector(inv_denominator + r * T, c * L, T, L)[None, :]
             if has_older(c, j, L, WINDOW, TERRACED):
                 linear = dot(phi, tl.trans(tile(weighted_q + r * T * N, c * L, N, T, N, L, N)), PRECISION)
+                if DECAY:
+                    query = forgotten(asked, j * L, window_start(n, WINDOW, TERRACED), T)
+                    linear *= kept_of(key[:, None], query[None, :])
                 weights += tl.where(is_older(n[None, :], i[:, None], WINDOW, TERRACED), linear, 0)
             dy = tile(grad + b * grad_batch + h * grad_head + first_dv, c * L, grad_time, T, width, L, PART_DV)
             total += dot(weights, dy, PRECISION)

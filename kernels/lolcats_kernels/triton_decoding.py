@@ -27,6 +27,8 @@ from .triton_parts import (
     map_arguments,
     padded,
     padded_features,
+    slope_logits,
+    softplus,
     tl,
     triton,
     window_arguments,
@@ -51,6 +53,8 @@ class Inputs(NamedTuple):
     linear_logit: Tensor | None  # [H], with "exp"
     q_slope: Tensor | None  # [H, D], with "exp"
     k_slope: Tensor | None
+    decay_slope: Tensor | None  # [H, D], with a decay
+    decay_bias: Tensor | None  # [H], with a decay
     gamma: Tensor  # [H]
     linear_weight: Tensor  # [H]
     sinks: Tensor | None  # [H]
@@ -65,7 +69,8 @@ class Inputs(NamedTuple):
 
 _INPUTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? q_weight, Tensor? k_weight, Tensor? q_bias, Tensor? k_bias, "
-    "Tensor? linear_logit, Tensor? q_slope, Tensor? k_slope, Tensor gamma, Tensor linear_weight, Tensor? sinks, "
+    "Tensor? linear_logit, Tensor? q_slope, Tensor? k_slope, Tensor? decay_slope, Tensor? decay_bias, Tensor gamma, "
+    "Tensor linear_weight, Tensor? sinks, "
     "Tensor(a!) sums, Tensor(b!) norms, Tensor(c!) keys, Tensor(d!) values, Tensor length, Tensor? valid, "
     "Tensor? slots"
 )
@@ -83,6 +88,8 @@ def decode(
     linear_logit,  # [H], with EXP
     q_slope,  # [H, D], with EXP
     k_slope,
+    decay_slope,  # [H, D], with DECAY
+    decay_bias,  # [H], with DECAY
     gamma,  # [H]
     linear_weight,  # [H]: constant λ
     sinks,  # [H], with HAS_SINKS
@@ -124,6 +131,7 @@ def decode(
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EXP: tl.constexpr,
+    DECAY: tl.constexpr,
     HAS_VALID: tl.constexpr,
     HAS_SLOTS: tl.constexpr,
     UPDATE: tl.constexpr,
@@ -239,6 +247,13 @@ def decode(
                 logits = tl.sum(y.to(tl.float32) * slope[None, :], 1)
                 phi *= key_weight(logits)[:, None]
             phi = tl.where(take[:, None], phi, 0)
+            if DECAY:
+                logits = slope_logits(y, decay_slope, h, D, BLOCK_D) + tl.load(decay_bias + h)
+                g = tl.where(take, softplus(logits), 0)
+                phi *= tl.exp(-tl.sum(tl.where(row[None, :] > row[:, None], g[None, :], 0), 1))[:, None]
+                shrink = tl.exp(-tl.sum(g, 0))
+                state *= shrink
+                norm *= shrink
             z = tl.where(take[:, None], z.to(tl.float32), 0)  # what lies in padding may be NaN
             state += dot(tl.trans(phi), z, PRECISION)
             norm += tl.sum(phi, 0)
@@ -293,6 +308,7 @@ def _decode(*arguments: Any) -> Tensor:
             **{"BLOCK_D": padded(size), "BLOCK_DV": padded(value_size), "BLOCK_F": padded(feature_dim)},
             **{"N": padded_features(record, feature_dim), "PRECISION": PRECISIONS[x.q.dtype]},
             **map_arguments(record, exp=spec.config.linear_factor == "exp"),
+            "DECAY": spec.config.decay,
             **window_arguments(spec),
             "HAS_SINKS": x.sinks is not None and spec.has_window,
         },
@@ -377,6 +393,8 @@ def _inputs(
         linear_logit=contiguous(linear_logit),
         q_slope=contiguous(q_slope),
         k_slope=contiguous(of_k.slope),
+        decay_slope=contiguous(maps.parameter("decay_slope", torch.float32)),
+        decay_bias=contiguous(maps.parameter("decay_bias", torch.float32)),
         gamma=gamma,
         linear_weight=linear_weight if spec.has_linear else torch.zeros_like(linear_weight),
         sinks=contiguous(sinks),

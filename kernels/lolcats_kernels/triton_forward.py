@@ -4,8 +4,11 @@ from .triton_parts import (
     dot,
     features,
     first_chunk,
+    forgotten,
     has_older,
     is_older,
+    kept,
+    kept_of,
     lambda_of,
     operand,
     put,
@@ -14,6 +17,7 @@ from .triton_parts import (
     tl,
     triton,
     window_scores,
+    window_start,
 )
 
 
@@ -34,6 +38,7 @@ def attend(
     norms,
     starts,  # [B, H, segments, N, Dv]: at s over all segments before s
     start_norms,  # [B, H, segments, N]
+    entered,  # [B, H, T + 1], with DECAY, see `forgotten`
     out,
     m,  # out [B, H, T]: c_n, the window's largest score (0 where there is no window)
     m_index,  # out [B, H, T], int32: the first key that has it; -1 for the sink. Not with EXP
@@ -71,6 +76,7 @@ def attend(
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EXP: tl.constexpr,
+    DECAY: tl.constexpr,
     L: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_F: tl.constexpr,
@@ -107,10 +113,20 @@ def attend(
     lambda_n = lambda_of(x, m_i, linear_weight, linear_logit, q_slope, h, D, EXP, HAS_WINDOW, BLOCK_D)[0]
     weighted_q = operand(phi_q * lambda_n[:, None], PRECISION)
     at, start, feature = r * M + first, r * segments + first // segment, tl.arange(0, N)
-    result = dot(weighted_q, tile(sums + at * N * Dv + first_dv, 0, Dv, N, width, N, PART_DV), PRECISION)
-    result += dot(weighted_q, tile(starts + start * N * Dv + first_dv, 0, Dv, N, width, N, PART_DV), PRECISION)
-    norm = tl.load(norms + at * N + feature) + tl.load(start_norms + start * N + feature)
+    result = dot(weighted_q, tile(starts + start * N * Dv + first_dv, 0, Dv, N, width, N, PART_DV), PRECISION)
+    norm = tl.load(start_norms + start * N + feature)
+    if DECAY:
+        entered += r * (T + 1)
+        of_start = kept(entered, first // segment * segment * L, first * L, T)
+        result *= of_start
+        norm *= of_start
+    result += dot(weighted_q, tile(sums + at * N * Dv + first_dv, 0, Dv, N, width, N, PART_DV), PRECISION)
+    norm += tl.load(norms + at * N + feature)
     total = tl.sum(weighted_q.to(tl.float32) * norm[None, :], 1)
+    if DECAY:
+        query = forgotten(entered, first * L, window_start(n, WINDOW, TERRACED), T)
+        result *= tl.exp(-query)[:, None]
+        total *= tl.exp(-query)
 
     g = tl.load(gamma + h)
     if HAS_SINKS:
@@ -124,6 +140,8 @@ def attend(
             weights += g * tl.exp(scores - m_i[:, None])
         if has_older(c, j, L, WINDOW, TERRACED):
             linear = dot(weighted_q, tl.trans(tile(phi_k, j * L, N, T, N, L, N)), PRECISION)
+            if DECAY:
+                linear *= kept_of(forgotten(entered, first * L, i + 1, T)[None, :], query[:, None])
             weights += tl.where(is_older(n[:, None], i[None, :], WINDOW, TERRACED), linear, 0)
         total += tl.sum(weights, 1)
         result += dot(weights, tile(v, j * L, v_time, T, width, L, PART_DV), PRECISION)

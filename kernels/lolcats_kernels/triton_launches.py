@@ -9,10 +9,12 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad, softplus
 
 from .spec import CallSpec, NoRoom
 from .state import KeySums
 from .triton_backward import backward_keys, backward_queries, backward_values, map_gradients
+from .triton_decay import decay_gradients
 from .triton_forward import attend
 from .triton_parts import (
     PRECISIONS,
@@ -62,6 +64,8 @@ class Inputs(NamedTuple):
     q_slope: Tensor | None  # [H, D], with "exp"
     k_slope: Tensor | None
     linear_logit: Tensor | None  # [H], with "exp"
+    decay_slope: Tensor | None  # [H, D], with a decay
+    decay_bias: Tensor | None  # [H], with a decay
     gamma: Tensor  # [H]
     linear_weight: Tensor  # [H]
     initial_sums: Tensor | None  # [B, H, N, Dv]
@@ -87,6 +91,14 @@ class Results(NamedTuple):
         out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], size).transpose(1, 2)
         index = new(0 if _exp(spec) else q.shape[:3], dtype=torch.int32)
         return cls(out, new(*sums, size), new(sums), new(q.shape[:3]), index, new(q.shape[:3]))
+
+
+class Keys(NamedTuple):
+    """What `key_features` leaves."""
+
+    phi_k: Tensor  # [B, H, T, N]; 0 for keys that enter no sums
+    decay_logits: Tensor | None  # [B, H, T], with a decay: b + a . k; -inf for keys that enter no sums
+    entered: Tensor | None  # [B, H, T + 1], with a decay: the sum of g over the keys before each, fp64
 
 
 class RunningSums(NamedTuple):
@@ -183,6 +195,15 @@ class Cut:
     def value_parts(self) -> int:
         return -(-self.inputs.v.shape[3] // self.part_dv)
 
+    @property
+    def bands(self) -> int:
+        """In how many chunks the windows of one chunk's queries begin, at most. The last of them begins less than a
+        chunk after the first, or in terraces by a multiple of the window."""
+        window, spread = self.spec.config.window, self.L - 1
+        if self.spec.config.layout == "terraced" and window:
+            spread = -(-spread // window) * window
+        return -(-spread // self.L) + 1
+
     def arguments(self) -> dict[str, Any]:
         """Of all kernels."""
         x, (_, heads, tokens, size) = self.inputs, self.inputs.q.shape
@@ -195,17 +216,20 @@ class Cut:
             **{"H": heads, "G": heads // x.k.shape[1], "L": self.L, "N": self.num_features},
             **{"BLOCK_D": padded(size), "BLOCK_DV": padded(value_size), "BLOCK_F": padded(features)},
             **{"PART_DV": self.part_dv, "PRECISION": PRECISIONS[x.q.dtype], "HAS_SINKS": x.sinks is not None},
+            **{"DECAY": self.spec.config.decay, "BANDS": self.bands},
             **map_arguments(self.spec.config.map, exp=_exp(self.spec)),
             **window_arguments(self.spec),
         }
 
-    def key_features(self, arguments: dict[str, Any], num_summed: Tensor) -> Tensor:
-        """φk, 0 for keys that enter no sums: [B, H, T, N]."""
+    def key_features(self, arguments: dict[str, Any], num_summed: Tensor) -> Keys:
         x = self.inputs
         phi_k = x.q.new_empty(*x.q.shape[:3], self.num_features, dtype=self.dtype)
+        logits = x.gamma.new_empty(x.q.shape[:3]) if self.spec.config.decay else None
         own = {"weight": arguments["k_weight"], "bias": x.k_bias, "slope": x.k_slope, "num_summed": num_summed}
-        launch(key_features, (self.num_chunks, self.rows), self.warps, {**arguments, **own, "phi_k": phi_k})
-        return phi_k
+        own |= {"phi_k": phi_k, "decay_logits": logits}
+        launch(key_features, (self.num_chunks, self.rows), self.warps, arguments | own)
+        entered = None if logits is None else pad(softplus(logits).cumsum(2, dtype=torch.float64), (1, 0))
+        return Keys(phi_k, logits, entered)
 
     def running_sums(
         self, arguments: dict[str, Any], a: Tensor, b: Tensor, initial: KeySums | None, delta: Tensor | None = None
@@ -216,18 +240,21 @@ class Cut:
         made = KeySums(a.new_empty(*shape, b.shape[3]), new(shape))
         shape = (*a.shape[:2], self.segments, self.num_features)
         totals = KeySums(new(*shape, b.shape[3]), new(shape))
+        shrinks = new(shape[:3]) if self.spec.config.decay else None
         part_n, part_dv = min(self.num_features, 128), min(padded(b.shape[3]), 64)
         own = {"a": a, "b": b, "delta": delta, "sums": made.sums, "norms": made.norms, **strides(b=b)}
-        own |= {"totals": totals.sums, "total_norms": totals.norms, "REVERSE": delta is not None}
+        own |= {"totals": totals.sums, "total_norms": totals.norms, "shrinks": shrinks, "REVERSE": delta is not None}
         own |= {"G": self.inputs.q.shape[1] // b.shape[1], "PART_N": part_n, "PART_DV": part_dv}
         grid = self.segments, self.rows, self.num_features // part_n * -(-b.shape[3] // part_dv)
         launch(run_sums, grid, 4, arguments | own)
         first = (None, None) if initial is None else initial
-        starts, total_sums = self._joined(totals.sums, first[0], self.dtype)
-        start_norms, total_norms = self._joined(totals.norms, first[1], torch.float32)
+        starts, total_sums = self._joined(totals.sums, first[0], shrinks, self.dtype)
+        start_norms, total_norms = self._joined(totals.norms, first[1], shrinks, torch.float32)
         return RunningSums(*made, starts, start_norms, KeySums(total_sums, total_norms))
 
-    def _joined(self, totals: Tensor, initial: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _joined(
+        self, totals: Tensor, initial: Tensor | None, shrinks: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
         """What comes before each segment, in `dtype`, and the sum of all: of totals [B, H, segments, ...]."""
         starts, last = torch.empty_like(totals, dtype=dtype), totals.new_empty(totals[:, :, 0].shape)
         size = last[0, 0].numel()
@@ -236,6 +263,8 @@ class Cut:
             "totals": totals,
             "initial": initial,
             "HAS_INITIAL": initial is not None,
+            "shrinks": shrinks,
+            "DECAY": shrinks is not None,
             "starts": starts,
         }
         given |= {"last": last, "SIZE": size, "segments": self.segments, "BLOCK": block}
@@ -267,9 +296,10 @@ def forward(inputs: Inputs, num_summed: Tensor, spec: CallSpec) -> Results:
 
 def _forward(num_summed: Tensor, cut: Cut) -> Results:
     made, arguments = Results.room(cut.inputs, cut.spec), cut.arguments()
-    phi_k = cut.key_features(arguments, num_summed)
-    of_keys = cut.running_sums(arguments, phi_k, cut.inputs.v, _initial(cut.inputs))
-    own = made._asdict() | of_keys._asdict() | {"phi_k": phi_k, **strides(out=made.out)}
+    keys = cut.key_features(arguments, num_summed)
+    arguments |= keys._asdict()
+    of_keys = cut.running_sums(arguments, keys.phi_k, cut.inputs.v, _initial(cut.inputs))
+    own = made._asdict() | of_keys._asdict() | strides(out=made.out)
     launch(attend, (cut.num_chunks, cut.rows, cut.value_parts), cut.warps, arguments | own)
     return made._replace(**of_keys.total._asdict())
 
@@ -303,33 +333,40 @@ def backward(
 
 def _backward(given: OfOutputs, made: Results, num_summed: Tensor, needs: Inputs, cut: Cut) -> Inputs:
     x, spec, exp = cut.inputs, cut.spec, _exp(cut.spec)
-    found, arguments = needed_room(x, needs), cut.arguments()
+    found, arguments, forgets = needed_room(x, needs), cut.arguments(), spec.config.decay
     q_map, k_map = needs.q_weight or needs.q_bias, needs.k_weight or needs.k_bias
+    decay = forgets and (needs.k or needs.decay_slope or needs.decay_bias)
     vector = partial(x.gamma.new_empty, x.q.shape[:3])
     dlog_weight, delta, dkey_logits = vector(), vector(), vector() if exp else None
-    phi_k = cut.key_features(arguments, num_summed)
-    weighted_q = torch.empty_like(phi_k)
-    dy_q, dy_k = (phi_k.new_empty(*x.q.shape[:3], feature_dim(x, spec)) if need else None for need in (q_map, k_map))
-    arguments |= made._asdict() | given._asdict() | strides(out=made.out, grad=given.grad)
-    arguments |= {"delta": delta, "dlog_weight": dlog_weight, "phi_k": phi_k, "weighted_q": weighted_q}
-    arguments |= {"num_summed": num_summed, "dq": found.q, "dk": found.k, "dv": found.v, "dy_q": dy_q, "dy_k": dy_k}
-    arguments["dkey_logits"] = dkey_logits
+    keys = cut.key_features(arguments, num_summed)
+    weighted_q = torch.empty_like(keys.phi_k)
+    dy_q, dy_k = (keys.phi_k.new_empty(*x.q.shape[:3], feature_dim(x, spec)) if n else None for n in (q_map, k_map))
+    arguments |= made._asdict() | given._asdict() | strides(out=made.out, grad=given.grad) | keys._asdict()
+    arguments |= {"delta": delta, "dlog_weight": dlog_weight, "weighted_q": weighted_q, "num_summed": num_summed}
+    arguments |= {"dq": found.q, "dk": found.k, "dv": found.v, "dy_q": dy_q, "dy_k": dy_k, "dkey_logits": dkey_logits}
+    arguments |= {name: vector() if forgets else None for name in ("dlinear", "dentering", "ddecay_logits")}
+    bands = *x.q.shape[:2], cut.num_chunks, cut.bands
+    arguments["straddling"] = x.gamma.new_empty(bands) if forgets else None
 
-    of_keys = cut.running_sums(arguments, phi_k, x.v, _initial(x))
-    own: dict[str, Any] = {**of_keys._asdict(), "NEED_X": needs.q, "NEED_MAP": q_map}
+    of_keys = cut.running_sums(arguments, keys.phi_k, x.v, _initial(x))._asdict()
+    own: dict[str, Any] = {**of_keys, "NEED_X": needs.q, "NEED_MAP": q_map}
     launch(backward_queries, (cut.num_chunks, cut.rows), cut.warps, arguments | own)
-    del of_keys, own
-    if needs.k or k_map or needs.k_slope or needs.v or needs.initial_sums or needs.initial_norms:
+    if not decay:
+        of_keys.clear()  # they are large
+    del own
+    if needs.k or k_map or needs.k_slope or decay or needs.v or needs.initial_sums or needs.initial_norms:
         last = KeySums(given.dsums, given.dnorms)
         later = cut.running_sums(arguments, weighted_q, given.grad, last, delta)
         arguments |= {"dsums": later.sums, "dnorms": later.norms}
         arguments |= {"later": later.starts, "later_norms": later.start_norms}
         grid = cut.num_chunks, x.k.shape[0] * x.k.shape[1]
-        if needs.k or k_map or needs.k_slope:
+        if needs.k or k_map or needs.k_slope or decay:
             launch(backward_keys, grid, cut.warps, arguments | {"NEED_X": needs.k, "NEED_MAP": k_map})
         if needs.v:
             launch(backward_values, (*grid, cut.value_parts), cut.warps, arguments)
         found = found._replace(initial_sums=later.total.sums, initial_norms=later.total.norms)
+        if decay:
+            found = _with_decay(found, cut, arguments | of_keys)
 
     of_q = _map_gradients(cut, arguments, x.q, dy_q, dlog_weight if needs.q_slope else None)
     of_k = _map_gradients(cut, arguments, x.k, dy_k, dkey_logits if needs.k_slope else None)
@@ -349,6 +386,18 @@ def _backward(given: OfOutputs, made: Results, num_summed: Tensor, needs: Inputs
     if needs.sinks:
         found = found._replace(sinks=_sink_gradient(x, made, delta, None if exp else dlog_weight))
     return Inputs(*(gradient if need else None for gradient, need in zip(found, needs, strict=True)))  # type: ignore[arg-type]
+
+
+def _with_decay(found: Inputs, cut: Cut, arguments: dict[str, Any]) -> Inputs:
+    """`found` with the gradients of the decay's parameters, and in that of k what comes by the decay."""
+    x, logits = cut.inputs, arguments["ddecay_logits"]
+    assert x.decay_slope is not None
+    launch(decay_gradients, (cut.num_chunks, cut.rows), 4, arguments)
+    if found.k is not None:
+        of_heads = logits.unflatten(1, (x.k.shape[1], -1)).transpose(2, 3)  # [B, K, T, G]
+        found.k.add_(of_heads @ x.decay_slope.unflatten(0, (x.k.shape[1], -1)))
+    slope = _map_gradients(cut, arguments, x.k, None, logits).slope
+    return found._replace(decay_slope=slope, decay_bias=logits.sum((0, 2)))
 
 
 class OfMap(NamedTuple):

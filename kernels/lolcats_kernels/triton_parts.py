@@ -310,6 +310,44 @@ def has_older(c, j, L: tl.constexpr, WINDOW: tl.constexpr, TERRACED: tl.constexp
 
 
 @triton.jit
+def sums_end(c, M, T, L: tl.constexpr, WINDOW: tl.constexpr, TERRACED: tl.constexpr):
+    """How many keys are in the sums that chunk c of the queries sees; those beyond the last chunk see all."""
+    return tl.where(c < M, first_chunk(c, L, WINDOW, TERRACED) * L, T)
+
+
+@triton.jit
+def later_ends(end, M, T, segment, L: tl.constexpr, WINDOW: tl.constexpr, TERRACED: tl.constexpr):
+    """The keys at which the sums of the queries from chunk `end` on are taken: those within a segment, and those of all
+    segments after it."""
+    next_segment = tl.minimum(((end - 1) // segment + 1) * segment, M)
+    return sums_end(end, M, T, L, WINDOW, TERRACED), sums_end(next_segment, M, T, L, WINDOW, TERRACED)
+
+
+@triton.jit
+def forgotten(entered, earlier, later, T):
+    """By a decay, between the entries of key `earlier` and of key `later`, as an exponent, fp32.
+
+    entered [T + 1]: the sum of g over the keys before each. It is in fp64, so that the differences are exact at any
+    length.
+    """
+    before = tl.load(entered + tl.minimum(earlier, T))
+    return (tl.load(entered + tl.minimum(later, T)) - before).to(tl.float32)
+
+
+@triton.jit
+def kept(entered, earlier, later, T):
+    """What a decay leaves between the entries of key `earlier` and of key `later`: at most 1."""
+    return tl.exp(-forgotten(entered, earlier, later, T))
+
+
+@triton.jit
+def kept_of(key, query):
+    """What a decay leaves of keys for queries, a row and a column, of their `forgotten` since the same key; of keys
+    that are older than the query's window. Others get 1 at most."""
+    return tl.exp(tl.minimum(key - query, 0))
+
+
+@triton.jit
 def slope_logits(x, slope, h, D, BLOCK_D: tl.constexpr):
     """x [tokens, BLOCK_D] . slope of head h: [tokens] fp32."""
     return tl.sum(x.to(tl.float32) * head_slope(slope, h, D, BLOCK_D), 1)
@@ -320,6 +358,15 @@ def head_slope(slope, h, D, BLOCK_D: tl.constexpr):
     """[1, BLOCK_D]."""
     d = tl.arange(0, BLOCK_D)
     return tl.load(slope + h * D + d, mask=d < D, other=0)[None, :]
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + e^x), with fp32's digits where it is small too."""
+    small = tl.exp(-tl.abs(x))
+    wide = 1 + small
+    log = tl.where(wide == 1, small, tl.log(wide) * (small / tl.where(wide == 1, 1, wide - 1)))
+    return tl.maximum(x, 0) + log
 
 
 @triton.jit

@@ -134,20 +134,13 @@ class OptionChecks:
                 "Speculative decoding removes tokens from the state again, which a student's state does not allow. "
                 "Leave out --speculative-config."
             )
-        model = vllm_config.model_config
-        decay = model.hf_config.lolcats["hybrid"].get("decay", False)
-        if decay and vllm_config.device_config.device_type == "cuda" and not model.enforce_eager:
-            raise ValueError(
-                "This student's linear term forgets (decay). Its decoding step cannot be a CUDA graph. Pass "
-                "--enforce-eager."
-            )
         cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
         if cache.enable_prefix_caching and cache.mamba_cache_mode == "all":
             raise ValueError("Prefix caching of students does not work with --mamba-cache-mode all. Choose align.")
         for name in ("mamba_cache_dtype", "mamba_ssm_cache_dtype"):
             if getattr(cache, name) not in ("auto", "float32"):
                 raise ValueError(f"A student's state is kept in float32. Leave out --{name.replace('_', '-')}.")
-        if parallel.tensor_parallel_size > 1 and model.hf_config.lolcats["hybrid"].get("kept_heads"):
+        if parallel.tensor_parallel_size > 1 and vllm_config.model_config.hf_config.lolcats["hybrid"].get("kept_heads"):
             raise ValueError(
                 "Single heads keep softmax attention in this student, and vLLM cannot share them out among processes. "
                 "Leave out --tensor-parallel-size."

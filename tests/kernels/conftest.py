@@ -184,7 +184,6 @@ _SMALL = {
     "time": st.integers(1, 44),
     "cuts": st.lists(st.integers(0, 44), max_size=2),
     "window": st.sampled_from((0, 1, 3, 8, 16, 20, 64)),
-    "decay": st.just(False),
 }
 
 
@@ -198,7 +197,6 @@ _GRID = {
     "feature_dim": st.sampled_from((1, 16, 64, 128, 256)),
     "cuts": st.sampled_from(((40,), (100, 101))),
     "window": st.sampled_from((0, 1, 16, 64, 70, 300)),
-    "decay": st.just(False),
 }
 
 

@@ -128,10 +128,11 @@ def test_decoding_from_the_first_token_in_a_slot_that_another_left(make_case, la
     torch.testing.assert_close(server.out, definition(case), rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("decay", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("window", [0, 3])
 @pytest.mark.parametrize("begin", [0, 1, 5, 8])
-def test_by_the_triton_kernel(make_case, numbers_of_gpus, layout, window, begin):
+def test_by_the_triton_kernel(make_case, numbers_of_gpus, layout, window, begin, decay):
     """A prompt of `begin` tokens, then token by token; with a padded row; then the rest at once after the kernel's
     states."""
     pytest.importorskip("triton")
@@ -140,6 +141,7 @@ def test_by_the_triton_kernel(make_case, numbers_of_gpus, layout, window, begin)
         window=window,
         layout=layout,
         linear_factor="exp",
+        decay=decay,
         softcap=2.0,
         sinks=1.0,
         dtype=torch.float32,

@@ -62,26 +62,43 @@ def test_gradients_are_the_references(small_cases, data):
         torch.testing.assert_close(found.double(), exact, rtol=1e-3, atol=1e-4 * (1 + size))
 
 
-@pytest.mark.parametrize("factor", ["affine", "exp"])
-def test_gradients_through_the_state(make_case, factor):
+@pytest.mark.parametrize(
+    "config",
+    [{"linear_factor": "affine"}, {"linear_factor": "exp"}, {"decay": True}, {"decay": True, "window": 0}],
+    ids=str,
+)
+def test_gradients_through_the_state(make_case, config):
     """Truncated backpropagation hands states on with their gradients."""
 
     def gradients(backend):
-        case = make_case(batch=1, time=50, linear_factor=factor, dtype=torch.float32)
+        case = make_case(batch=1, time=50, dtype=torch.float32, **config)
         leaves = [leaf.requires_grad_() for leaf in case.leaves]
         out, state = case.run_in_parts(backend, [30])
         found = (out, state.sums, state.norms, state.values)
         # Linear in what is large: the sine of a sum of thousands would turn its rounding into another gradient.
         weights = [torch.linspace(-1, 1, x.numel()).view(x.shape).cos() for x in found]
-        return torch.autograd.grad(sum((x * w).sum() for x, w in zip(found, weights, strict=True)), leaves)
+        total = sum((x * w).sum() for x, w in zip(found, weights, strict=True))
+        return torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
 
     for found, exact in zip(gradients("triton"), gradients("reference"), strict=True):
         torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-4 * (1 + exact.abs().max().item()))
 
 
-@pytest.mark.parametrize("wanted", [("q",), ("k",), ("v",), ("linear_logit",), ("q_weight", "k_weight"), ("k_slope",)])
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        ("q",),
+        ("k",),
+        ("v",),
+        ("linear_logit",),
+        ("q_weight", "k_weight"),
+        ("k_slope",),
+        ("decay_slope",),
+        ("decay_bias",),
+    ],
+)
 def test_only_the_gradients_asked_for(make_case, wanted):
-    case = make_case(batch=1, key_heads=1, time=40, linear_factor="exp", dtype=torch.float32)
+    case = make_case(batch=1, key_heads=1, time=40, linear_factor="exp", decay=True, dtype=torch.float32)
     named = {"q": case.q, "k": case.k, "v": case.v, **dict(case.maps.named_parameters())}
     everything = dict(zip(named, case.gradients("reference"), strict=True))
     for name, leaf in named.items():
@@ -111,19 +128,36 @@ def test_as_exact_as_the_reference_in_the_same_dtype(make_case, dtype, factor):
     assert error["triton"] < (2 if dtype == torch.bfloat16 else 1.5) * error["reference"]
 
 
+@pytest.mark.parametrize("decay", [False, True])
 @pytest.mark.parametrize("factor", ["one", "exp"])
-def test_gradients_of_bf16(make_case, factor):
+def test_gradients_of_bf16(make_case, factor, decay):
     """Near the reference's in bf16, which computes all but the inputs and the output in fp32."""
-    sizes = {"batch": 1, "key_heads": 1, "time": 60, "head_dim": 24, "feature_dim": 20, "window": 16}
+    sizes = {"batch": 1, "key_heads": 1, "time": 60, "head_dim": 24, "feature_dim": 20, "window": 16, "decay": decay}
     case = make_case(dtype=torch.bfloat16, linear_factor=factor, **sizes)
     double = make_case(linear_factor=factor, **sizes)
     with torch.no_grad():
+        if decay:  # of keys that forget most there is little gradient, and it is not exact
+            case.maps.decay_bias.sub_(3)
+            case.maps.decay_slope.mul_(0.2)
         for a, b in zip(double.leaves, case.leaves, strict=True):
             a.copy_(b)
     gradients = (case.gradients("triton"), case.gradients("reference"), double.gradients("reference"))
     for number, (found, plain, exact) in enumerate(zip(*gradients, strict=True)):
         allowed = 2 * (plain - exact).norm() + (1e-2 if number < 3 else 5e-2) * exact.norm()
         assert (found - exact).norm() < allowed, number
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_decay_over_many_chunks(make_case, layout):
+    """Sums shrink from chunk to chunk and from segment to segment, also where each key forgets little."""
+    case = make_case(batch=1, key_heads=1, time=150, window=20, layout=layout, decay=True)
+    with torch.no_grad():
+        case.maps.decay_bias.fill_(-4.0)
+        case.maps.decay_slope.mul_(0.3)
+    expected = [case.run("reference").detach(), *case.gradients("reference")]
+    case = case.to(torch.float32)
+    for found, exact in zip([case.run("triton"), *case.gradients("triton")], expected, strict=True):
+        assert (found - exact).norm() < 1e-5 * exact.norm()
 
 
 @pytest.mark.parametrize(
@@ -147,7 +181,11 @@ def test_fp64_is_refused(make_case):
         make_case().run("triton")
 
 
-@pytest.mark.parametrize("options", [{"linear_factor": "exp"}, {"feature_map": "t2r"}, {"feature_map": "elu"}])
+@pytest.mark.parametrize(
+    "options",
+    [{"linear_factor": "exp"}, {"feature_map": "t2r"}, {"feature_map": "elu"}, {"decay": True, "window": 3}],
+    ids=str,
+)
 def test_registered_ops(make_case, options, note_calls):
     """Schemas, fake kernels, autograd and compilation, as torch checks them."""
     forward, backward = triton_attention._forward, triton_attention._backward

@@ -56,6 +56,7 @@ def test_from_the_first_token(make_case, layout, window, feature_map):
     """Rings fill and turn, and terraces end: more keys at once than the kernel takes."""
     sizes = {"batch": 1, "key_heads": 1, "time": 45 if window == 20 else 10, "head_dim": 5, "value_dim": 7}
     factor = {0: "affine", 1: "one"}.get(window, "exp")
+    sizes["decay"] = feature_map == "hedgehog"
     case = make_case(window=window, layout=layout, feature_map=feature_map, linear_factor=factor, **sizes)
     case = case.to(torch.float32)
     begin = 36 if window == 20 else 0

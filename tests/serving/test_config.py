@@ -147,12 +147,9 @@ def options(**changes):
     cache = {"enable_prefix_caching": True, "mamba_cache_mode": "align"}
     cache |= {"mamba_cache_dtype": "auto", "mamba_ssm_cache_dtype": "auto"}
     parallel = {"decode_context_parallel_size": 1, "prefill_context_parallel_size": 1, "tensor_parallel_size": 1}
-    hybrid = changes.get("hybrid", HYBRID) | {"decay": changes.get("decay", False)}
+    lolcats = {"hybrid": changes.get("hybrid", HYBRID)}
     return SimpleNamespace(
-        model_config=SimpleNamespace(
-            hf_config=SimpleNamespace(lolcats={"hybrid": hybrid}), enforce_eager=changes.get("enforce_eager", False)
-        ),
-        device_config=SimpleNamespace(device_type="cuda"),
+        model_config=SimpleNamespace(hf_config=SimpleNamespace(lolcats=lolcats)),
         speculative_config=changes.pop("speculative_config", None),
         cache_config=SimpleNamespace(**{name: changes.get(name, value) for name, value in cache.items()}),
         parallel_config=SimpleNamespace(**{name: changes.get(name, value) for name, value in parallel.items()}),
@@ -166,13 +163,11 @@ def options(**changes):
         ({"mamba_cache_mode": "all"}, "align"),
         ({"mamba_ssm_cache_dtype": "bfloat16"}, "--mamba-ssm-cache-dtype"),
         ({"decode_context_parallel_size": 2}, "context"),
-        ({"decay": True}, "--enforce-eager"),
         ({"tensor_parallel_size": 2, "hybrid": KEPT}, "--tensor-parallel-size"),
     ],
 )
 def test_options_that_cannot_work_are_refused(changes, message):
     serving.OptionChecks.verify_and_update_config(options())
-    serving.OptionChecks.verify_and_update_config(options(decay=True, enforce_eager=True))
     serving.OptionChecks.verify_and_update_config(options(tensor_parallel_size=2))
     serving.OptionChecks.verify_and_update_config(options(hybrid=KEPT))
     with pytest.raises(ValueError, match=message):
