@@ -16,7 +16,7 @@ GROUPS = {
     "What is stored": "store store_dtype store_logits statistics disk memory",
     "Attention": "feature_map feature_dim feature_dims window windows layout linear_factor decay gamma layers "
     "keep_softmax",
-    "Adapter": "rank alpha dropout targets",
+    "Adapter": "rank alpha dropout targets full_attention",
     "Training": "recipe mse_factor xent_factor window_dropout train_maps match match_weight loss_on batch_size "
     "grad_accum epochs steps lr schedule eval_steps patience log_to",
     "Model and device": "teacher revision trust_remote_code dtype device devices device_map shard "

@@ -46,6 +46,14 @@ def lora(
             help="With --match teacher: its share of the loss, of which the text has the rest. 1 if not given.",
         ),
     ] = None,
+    full_attention: Annotated[
+        bool,
+        typer.Option(
+            "--full-attention",
+            help="Train all of the attentions' projections (--targets) instead of an adapter: for 100 M tokens and "
+            "more. 16 bytes of memory a weight.",
+        ),
+    ] = False,
     loss_on: Annotated[
         Literal["all", "completion"],
         typer.Option(help="Train on all tokens, or only on the answers to prompts and the assistant's turns."),
@@ -67,20 +75,22 @@ def lora(
     on_bad_row: o.OnBadRow = "error",
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 1,
     grad_accum: Annotated[
-        int | None, typer.Option(min=1, help="Forward passes per optimizer step: 2, or 8 (lolcats).")
+        int | None,
+        typer.Option(min=1, help="Forward passes per optimizer step: 2, 8 (lolcats), or 48 (--full-attention)."),
     ] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the rows.")] = 2,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps, instead of --epochs.")] = None,
     lr: Annotated[
         float | None,
-        typer.Option(min=0, max=1e6, help="AdamW's learning rate: 5e-4, or 1e-4 (lolcats)."),
+        typer.Option(min=0, max=1e6, help="AdamW's learning rate: 5e-4, 1e-4 (lolcats), or 1e-5 (--full-attention)."),
     ] = None,
     schedule: Annotated[
         Literal["plateau", "linear"],
         typer.Option(help="Lower --lr when the validation loss stops falling, or linearly to 0."),
     ] = "plateau",
     eval_steps: Annotated[
-        int | None, typer.Option(min=1, help="Optimizer steps between validations: 400, or 100 (lolcats).")
+        int | None,
+        typer.Option(min=1, help="Optimizer steps between validations: 400, or 100 (lolcats, --full-attention)."),
     ] = None,
     teacher: o.Teacher = None,
     trust_remote_code: o.TrustRemoteCode = False,
@@ -120,18 +130,21 @@ def lora(
     checks.tracker(log_to)
     if match_weight is not None and match == "text":
         raise UsageError("--match-weight is for --match teacher. Give both, or leave it out.")
+    if full_attention and (rank, alpha, dropout) != (8, 16.0, 0.0):
+        raise UsageError("--rank, --alpha and --dropout are of an adapter, and --full-attention trains none.")
     o.launch_on(devices, given)
 
     from lolcats_cli.stages.lora import lora as run
-    from lolcats_cli.stages.lora_options import RECIPES
+    from lolcats_cli.stages.lora_options import RECIPES, in_full
     from lolcats_cli.teacher.load import LoadOptions
     from lolcats_cli.teacher.records import DataOptions
 
     names = None if targets is None else tuple(targets.split(","))
+    defaults = in_full(RECIPES[recipe]) if full_attention else RECIPES[recipe]
     return run(
         given,
         output,
-        options=o.chosen(RECIPES[recipe], asked | {"targets": names}),
+        options=o.chosen(defaults, asked | {"targets": names}),
         data=data,
         data_options=o.chosen(DataOptions(), asked),
         teacher=teacher,

@@ -116,6 +116,11 @@ def _lines(found: Plan) -> list[str]:
         f"--store-logits {LOGITS} would add {logits} to the capture ({LOGITS * LOGIT_BYTES} bytes a token), and run "
         "the teacher over every row."
     )
+    trained = sum(layer.attention for layer in shape.layers)
+    sentences.append(
+        f"lora --full-attention would train {trained / 1e9:.3g} B weights, in {human(found.full_attention)} of each "
+        "device's memory."
+    )
     for sentence in sentences:
         lines += textwrap.wrap(sentence, WIDTH, break_on_hyphens=False)
     return lines + (["", *found.commands] if found.commands else [])

@@ -85,6 +85,7 @@ class Plan:
         commands: the shell commands of the four stages.
         state: the bytes that a student keeps of a sequence while it generates, for any length.
         cache: the bytes that the teacher keeps of every token.
+        full_attention: the device's bytes that `lora --full-attention` takes.
     """
 
     teacher: str
@@ -99,6 +100,7 @@ class Plan:
     commands: list[str]
     state: int
     cache: int
+    full_attention: float
 
 
 def plan(
@@ -157,6 +159,7 @@ def plan(
         commands,
         state=count * state,
         cache=cache_bytes([layer] * count, 1, shape.itemsize),
+        full_attention=work.lora_memory(False, work.lora_savings[1], full=True).device,
     )
 
 
@@ -324,12 +327,13 @@ class Work:
         fitting = (both for both in savings if fits(self.lora_memory(*both).on(self.machine.cpu), self.memory))
         return next(fitting, savings[-1])
 
-    def lora_memory(self, spread: bool, again: bool) -> Memory:
+    def lora_memory(self, spread: bool, again: bool, full: bool = False) -> Memory:
         """The memory of LoRA: the weights, the activations that a row's layers keep for the backward pass, the row's
         logits, and the trained parameters with AdamW's states.
 
         spread: each device holds its part of the weights, and two layers that it fetches.
         again: a layer keeps its input alone. It computes its other activations again, one layer at a time.
+        full: the projections of the attentions are trained, and no adapter.
         """
         shape, layers = self.shape, self.shape.layers
         weights = float(shape.weights * shape.itemsize)
@@ -341,8 +345,9 @@ class Work:
         if again:
             activations = len(layers) * self.seq_len * shape.hidden_token + max(per_layer)
         logits = self.seq_len * shape.vocab_size * (shape.itemsize + LOGITS)
-        trained = len(layers) * (self.maps + RANK * 4 * (shape.hidden_size + self.heads)) * STATES
-        return Memory(weights + activations + logits + trained + PROCESS, PROCESS)
+        adapter = len(layers) * RANK * 4 * (shape.hidden_size + self.heads)
+        trained = len(layers) * self.maps + (sum(layer.attention for layer in layers) if full else adapter)
+        return Memory(weights + activations + logits + trained * STATES + PROCESS, PROCESS)
 
     def merge(self) -> Step:
         """Reads and writes every weight once, and reads it again for the golden logits."""
@@ -435,6 +440,7 @@ def to_dict(found: Plan) -> dict[str, Any]:
         ],
         "student_state": found.state,
         "teacher_cache_per_token": found.cache,
+        "full_attention_device_memory": found.full_attention,
         "store": found.choice and found.choice.store,
         "block_size": found.choice and found.choice.block_size,
         "reason": found.choice.reason if found.choice else found.refusal,

@@ -30,8 +30,8 @@ ACCENT, WARM, COOL = "var(--accent)", "var(--warm)", "var(--cool)"
 SETTINGS = {
     "capture": ("samples", "store", "stored", "logits", "dtype", "select", "keep", "seed"),
     "transfer": ("hybrid", "keep_softmax", "lr", "batch_size", "grad_accum", "epochs", "steps", "seed"),
-    "lora": ("rank", "alpha", "targets", "train_maps", "match", "match_weight", "logits", "loss_on", "lr", "batch_size",
-             "grad_accum", "epochs", "steps", "seed"),
+    "lora": ("rank", "alpha", "targets", "full_attention", "train_maps", "match", "match_weight", "logits",
+             "loss_on", "lr", "batch_size", "grad_accum", "epochs", "steps", "seed"),
     "student": ("keep_softmax",),
 }  # fmt: skip
 

@@ -1,5 +1,5 @@
 """lora: low-rank linearizing (LoLCATs, arXiv 2410.10254, section 3.2). It trains PEFT's LoRA on the attention
-projections of the student with its trained maps, by next-token cross-entropy.
+projections of the student with its trained maps, by next-token cross-entropy. It can also train all of the projections.
 
 The artifact holds `adapter/`, a plain PEFT folder, and `maps/`, the feature maps that go with it.
 """
@@ -11,16 +11,18 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from lolcats_formats import Artifact, ArtifactWriter
 from lolcats_formats.place import Resume
 
 from lolcats_cli import ranks
+from lolcats_cli.artifacts.disk import human
 from lolcats_cli.artifacts.maps import kept_config, maps_file
-from lolcats_cli.errors import BadInput, UsageError
+from lolcats_cli.errors import BadInput, NotEnoughSpace, UsageError
 from lolcats_cli.loading.student import check_on_devices, load_student, teacher_folder
 from lolcats_cli.progress import Progress
+from lolcats_cli.stages.auto_store import device_memory
 from lolcats_cli.stages.curves import trainer_callback
 from lolcats_cli.stages.lora_data import LikeliestTokens, TrainingData, training_data
 from lolcats_cli.stages.lora_options import LoraOptions
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     import torch
     from peft import PeftModel
     from transformers import PreTrainedModel, TrainerCallback
+
+OPTIMIZER = 12  # bytes per trained weight: its gradient, and AdamW's two moments, in fp32
 
 
 def lora(
@@ -63,9 +67,12 @@ def lora(
 
     Raises:
         FormatError, BadInput, IdentityMismatch, UsageError: something cannot be used. Raised before any training.
+        NotEnoughSpace: all of the projections are trained, and the device has too little memory for that.
         BadInput: the training diverged.
     """
     options.share(ranks.size())
+    if options.full_attention and load.shard:
+        raise UsageError("--full-attention cannot be combined with --shard. Use larger GPUs, or train an adapter.")
     if ranks.size() > 1 and "-" in ([data] if isinstance(data, str) else data or ()):
         raise UsageError("Several processes cannot all read --data from stdin. Name a file.")
     for engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
@@ -92,7 +99,7 @@ def lora(
         options = replace(options, targets=_targets(student, options.targets))
         if gradient_checkpointing:
             student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model = _with_adapter(student, options, parent)
+        model = _trainable(student, options, parent, device, progress)
         fields = {
             "config": {
                 **_config(options, parent),
@@ -117,6 +124,11 @@ def _predictions(given: TrainingData, options: LoraOptions, progress: Progress) 
     if options.match == "text":
         return None
     likeliest = given.likeliest()
+    if likeliest is None and options.full_attention:
+        raise UsageError(
+            "--full-attention changes the weights that the teacher needs, so --match teacher needs stored predictions. "
+            "Capture with --store-logits, or pass such a capture with --data."
+        )
     if likeliest is None:
         progress.note("--match teacher runs the teacher on every row, as no capture stores its predictions on them")
     else:
@@ -125,14 +137,16 @@ def _predictions(given: TrainingData, options: LoraOptions, progress: Progress) 
 
 
 def _config(options: LoraOptions, parent: Artifact) -> dict[str, Any]:
-    given = {key: value for key, value in asdict(options).items() if value is not None}
-    if options.match_weight == LoraOptions.match_weight:
-        del given["match_weight"]  # it is newer, and earlier artifacts keep their configuration
+    unused = {"rank", "alpha", "dropout"} if options.full_attention else set()
+    for newer in ("match_weight", "full_attention"):  # earlier artifacts keep their configuration
+        if getattr(options, newer) == getattr(LoraOptions, newer):
+            unused.add(newer)
+    given = {key: value for key, value in asdict(options).items() if value is not None and key not in unused}
     return {**given, "targets": list(options.targets or ()), "hybrid": parent.config["hybrid"], **kept_config(parent)}
 
 
 def _train(
-    model: PeftModel,
+    model: PreTrainedModel | PeftModel,
     given: TrainingData,
     likeliest: LikeliestTokens | None,
     options: LoraOptions,
@@ -146,10 +160,10 @@ def _train(
 
     figures = train(model, given.splits, likeliest, options, device, writer, progress, tracker)
     if writer is not None:
-        for hybrid in hybrid_modules(model.get_base_model()):
+        for hybrid in hybrid_modules(model):
             tensors = {name: tensor.cpu() for name, tensor in hybrid.state_dict().items()}
             writer.save(maps_file(hybrid.layer_idx), tensors)
-        _save_adapter(model, writer)
+        _save_adapter(model, options, writer)
     return figures
 
 
@@ -170,12 +184,41 @@ def _targets(student: PreTrainedModel, asked: tuple[str, ...] | None) -> tuple[s
     return asked
 
 
-def _with_adapter(student: PreTrainedModel, options: LoraOptions, parent: Artifact) -> PeftModel:
-    from peft import LoraConfig, get_peft_model
+def _trainable(
+    student: PreTrainedModel, options: LoraOptions, parent: Artifact, device: torch.device, progress: Progress
+) -> PreTrainedModel | PeftModel:
+    """The student with what is trained: an adapter, or all of the projections; and the maps."""
     from transformers import set_seed
 
     set_seed(options.seed)
-    model = get_peft_model(
+    if options.full_attention:
+        from lolcats_cli.student.full_rank import train_in_full
+
+        number = train_in_full(student, options.targets or ())
+        _check_memory(number, device)
+        progress.note(f"training {number:,} weights in fp32, with {human(OPTIMIZER * number)} of AdamW's states")
+        model: PreTrainedModel | PeftModel = student
+    else:
+        model = _with_adapter(student, options, parent)
+    for hybrid in hybrid_modules(student):
+        hybrid.requires_grad_(options.train_maps)
+    return model
+
+
+def _check_memory(number: int, device: torch.device) -> None:
+    """Raises NotEnoughSpace unless the device has memory for the gradients and AdamW's states of so many weights."""
+    needed, free = OPTIMIZER * number, device_memory(device)
+    if needed > free:
+        raise NotEnoughSpace(
+            f"--full-attention needs {human(needed)} more of the device's memory for gradients and AdamW's states, and "
+            f"{human(free)} are free. Leave it out, or name fewer modules with --targets."
+        )
+
+
+def _with_adapter(student: PreTrainedModel, options: LoraOptions, parent: Artifact) -> PeftModel:
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(
         student,
         LoraConfig(
             r=options.rank,
@@ -186,21 +229,25 @@ def _with_adapter(student: PreTrainedModel, options: LoraOptions, parent: Artifa
         ),
         revision=parent.teacher["revision"],
     )
-    for hybrid in hybrid_modules(student):
-        hybrid.requires_grad_(options.train_maps)
-    return model
 
 
-def _save_adapter(model: PeftModel, writer: ArtifactWriter) -> None:
-    """Writes PEFT's own folder. It holds LoRA alone, because the artifact keeps the maps in files of its own."""
-    from lolcats_cli.stages.lora_training import save_adapter
-
+def _save_adapter(model: PreTrainedModel | PeftModel, options: LoraOptions, writer: ArtifactWriter) -> None:
+    """Writes PEFT's own folder: LoRA, or weights in full. The maps are not in it, as they have files of their own."""
     adapter = writer.path / "adapter"
-    save_adapter(model, adapter)
+    if options.full_attention:
+        from lolcats_cli.student.full_rank import save_full_adapter
+
+        save_full_adapter(model, options.targets or (), adapter)
+    else:
+        from lolcats_cli.stages.lora_training import save_adapter
+
+        save_adapter(cast("PeftModel", model), adapter)
     config = adapter / "adapter_config.json"
     written = json.loads(config.read_text())
     # Otherwise the id would depend on the teacher's path, and on the order of a Python set.
-    written |= {"base_model_name_or_path": None, "target_modules": sorted(written["target_modules"])}
+    written["base_model_name_or_path"] = None
+    if not options.full_attention:
+        written["target_modules"] = sorted(written["target_modules"])
     config.write_text(json.dumps(written, indent=2) + "\n")
     for file in sorted(adapter.iterdir()):
         writer.adopt(f"adapter/{file.name}")

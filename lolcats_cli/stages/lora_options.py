@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lolcats_cli.errors import UsageError
 
@@ -21,6 +21,7 @@ class LoraOptions:
         match_weight: the share that matching the teacher has in the loss (Hinton's α, arXiv 1503.02531). Next-token
             cross-entropy has the rest.
         loss_on: "all" tokens, or those of a "completion" alone: the answers to prompts, the assistant's turns.
+        full_attention: train all of the `targets` and the maps, without LoRA; `rank`, `alpha` and `dropout` do nothing.
         batch_size, grad_accum: rows per forward pass, and passes per optimizer step.
         epochs, steps: length of the training; `steps` wins.
         lr, clip: AdamW's learning rate; the largest gradient norm.
@@ -38,6 +39,7 @@ class LoraOptions:
     match: str = "text"
     match_weight: float = 1.0
     loss_on: str = "all"
+    full_attention: bool = False
     batch_size: int = 1
     grad_accum: int = 2
     epochs: int = 2
@@ -70,3 +72,10 @@ RECIPES = {
     "best": LoraOptions(),
     "lolcats": LoraOptions(train_maps=False, grad_accum=8, lr=1e-4, eval_steps=100),
 }
+
+
+def in_full(options: LoraOptions) -> LoraOptions:
+    """The options for training all of the attentions' projections. The rate and the tokens of a step are RADLADS'
+    (arXiv 2505.03005, its published distill2.yaml) where it matches logits: 96 rows of 512 tokens at a rate that stays
+    the same, 250 to 700 M tokens in all."""
+    return replace(options, full_attention=True, lr=1e-5, grad_accum=48, eval_steps=100)

@@ -31,18 +31,19 @@ from lolcats_cli.stages.checkpoints import Checkpoints
 from lolcats_cli.stages.lora_data import LikeliestTokens
 from lolcats_cli.stages.lora_losses import IGNORED, divergence, divergence_of_likeliest, negative_log_likelihood
 from lolcats_cli.stages.lora_options import LoraOptions
-from lolcats_cli.student.build import as_teacher, hybrid_modules
+from lolcats_cli.student.build import as_teacher
 from lolcats_cli.teacher.data import Rows
 
 if TYPE_CHECKING:
-    from lolcats_kernels.hf_attention import HybridAttention
     from peft import PeftModel
+    from transformers import PreTrainedModel
 
+TRAINED = "trained.safetensors"  # what is trained, in a checkpoint
 POINTS = 200  # roughly the number of training losses that are logged of a run
 
 
 def train(
-    model: PeftModel,
+    model: PreTrainedModel | PeftModel,
     splits: dict[str, Rows],
     likeliest: LikeliestTokens | None,
     options: LoraOptions,
@@ -54,7 +55,7 @@ def train(
     """Trains the parameters that require gradients. If there is a checkpoint, it continues from there.
 
     Args:
-        model: the student with PEFT's adapter.
+        model: the student, with PEFT's adapter if one is trained.
         splits: the rows of "train" and of "validation".
         likeliest: the teacher's predictions on the former, if `options.match` needs them and they are stored.
         writer: writes the artifact on rank 0. It is None on the other ranks.
@@ -81,8 +82,7 @@ def train(
     )
     trainer.match_weight = options.match_weight
     trainer.remove_callback(PrinterCallback)
-    maps = hybrid_modules(model.get_base_model()) if options.train_maps else []
-    reporter = Reporter(writer, options, trainer.order, maps)
+    reporter = Reporter(writer, options, trainer.order)
     trainer.add_callback(reporter)
     if tracker is not None:
         trainer.add_callback(tracker)
@@ -257,9 +257,25 @@ class StudentTrainer(Trainer):
         return Order(len(eval_dataset), self.args.eval_batch_size, None)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves the adapter alone. Trainer's own method would gather all weights of the ranks and add a pickle."""
+        """Saves what is trained. Trainer's own method would gather all weights of the ranks and add a pickle."""
         if self.args.should_save:
-            save_adapter(cast("PeftModel", self.model), Path(output_dir or str(self.args.output_dir)))
+            folder = Path(output_dir or str(self.args.output_dir))
+            folder.mkdir(parents=True, exist_ok=True)
+            tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in self._trained().items()}
+            save_file(tensors, folder / TRAINED)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Restores what is trained. Trainer restores the rest."""
+        if not (saved := Path(resume_from_checkpoint) / TRAINED).exists():
+            raise BadInput("An earlier lolcats began this training and saved it in another way. Begin it with --force.")
+        tensors = load_file(saved)
+        with torch.no_grad():
+            for name, parameter in self._trained().items():
+                parameter.copy_(tensors[name])
+
+    def _trained(self) -> dict[str, Tensor]:
+        model = cast("PreTrainedModel", self.model)
+        return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
     def evaluation_loop(
         self,
@@ -270,7 +286,7 @@ class StudentTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Computes the mean loss over all tokens. Trainer's own method takes the mean of the batches' means."""
-        model = cast("PeftModel", self.model).eval()
+        model = cast("PreTrainedModel", self.model).eval()
         total, count = 0.0, 0
         with torch.no_grad():
             for batch in dataloader:
@@ -330,10 +346,8 @@ class Reporter(TrainerCallback):
         since: when the work that the next checkpoint saves ended. Checkpoints measure their own cost from there.
     """
 
-    def __init__(
-        self, writer: ArtifactWriter | None, options: LoraOptions, order: Order, maps: list[HybridAttention]
-    ) -> None:
-        self.writer, self.options, self.order, self.maps = writer, options, order, maps
+    def __init__(self, writer: ArtifactWriter | None, options: LoraOptions, order: Order) -> None:
+        self.writer, self.options, self.order = writer, options, order
         self.checkpoints = None if writer is None else Checkpoints(writer)
         self.advance: Advance = lambda done=1, **figures: None
         self.initial, self.loss, self.evaluated = math.nan, math.nan, -1
@@ -341,10 +355,8 @@ class Reporter(TrainerCallback):
         self.since = 0.0
 
     def load(self, folder: Path) -> None:
-        """Restores this object's state and the feature maps from a checkpoint. Trainer restores the rest."""
+        """Restores this object's state from a checkpoint. Trainer restores the rest."""
         vars(self).update(json.loads((folder / "reporter.json").read_text()))
-        for hybrid in self.maps:
-            hybrid.load_state_dict(load_file(folder / f"maps-{hybrid.layer_idx}.safetensors"))
 
     def log(self, **event: Any) -> None:
         if self.writer is not None:
@@ -402,7 +414,4 @@ class Reporter(TrainerCallback):
     def _record(self, folder: Path, checkpoints: Checkpoints) -> None:
         numbers = {name: getattr(self, name) for name in ("initial", "loss", "evaluated", "losses")}
         (folder / "reporter.json").write_text(json.dumps(numbers))
-        for hybrid in self.maps:
-            tensors = {name: tensor.cpu() for name, tensor in hybrid.state_dict().items()}
-            save_file(tensors, folder / f"maps-{hybrid.layer_idx}.safetensors")
         checkpoints.record(folder, self.since)

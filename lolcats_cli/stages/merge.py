@@ -91,7 +91,7 @@ def merge(
             "tensors": len(plan.sizes),
             "bytes": sum(plan.sizes.values()),
             "shards": len(shards),
-            "folded": len(plan.adapter.modules) if plan.adapter else 0,
+            "folded": len(plan.folded),
         }
 
     return make_artifact(output, "student", fields, work, resume=resume, force=force, progress=progress)

@@ -1,4 +1,6 @@
-"""Folding a LoRA adapter (a plain PEFT folder) into weights, one tensor at a time.
+"""Folding an adapter (a plain PEFT folder) into weights, one tensor at a time.
+
+An adapter changes weights by LoRA, or holds other weights in their place (PEFT's `modules_to_save`). LoRA:
 
 W' = W + s · (B @ A), with s = alpha / r, or alpha / sqrt(r) for rsLoRA. DoRA (arXiv 2402.09353) then scales the row of
 each output to its learned length, m · W' / |W'|. Everything is computed in fp32 and rounded once.
@@ -12,7 +14,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -39,6 +41,7 @@ UNDERSTOOD = {
     "fan_in_fan_out",
     "bias",
     "init_lora_weights",
+    "modules_to_save",
 }
 # Other initialisations (PiSSA, OLoRA, LoftQ, CorDA …) change the base weights when training starts.
 PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
@@ -52,7 +55,13 @@ _NAME = re.compile(r"\w+(\.\w+)*", re.ASCII)
 
 
 class Adapter:
-    """A LoRA adapter that is read from `folder`. It knows which weights it changes, and by how much.
+    """An adapter that is read from `folder`. It knows which weights it changes, and by how much.
+
+    Tensors stay in the file until they are used.
+
+    Attributes:
+        modules: the names of the tensors of LoRA, by the module that they change.
+        replaced: the names of the tensors that take the place of others, by the name of those.
 
     Raises BadInput naming the field, variant or tensor that cannot be folded.
     """
@@ -62,13 +71,15 @@ class Adapter:
         self.config = _read_config(folder)
         path = folder / WEIGHTS_FILE
         try:
-            with safe_open(path, framework="pt") as file:
-                self._tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            self._file = cast(Any, safe_open(path, framework="pt"))
+            self._shapes = {name: self._file.get_slice(name).get_shape() for name in self._file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise BadInput(f"{path} cannot be read ({error}). Adapters are read as safetensors only.") from error
+        self.replaced = self._whole()
         self.modules = self._by_module()
         self._scales = {module: self._scaling(module) for module in self.modules}
-        for name, tensor in self._tensors.items():
+        for name in self._shapes:
+            tensor = self._file.get_tensor(name)
             if not tensor.is_floating_point() or not tensor.isfinite().all():
                 raise BadInput(
                     f"{path}: {name} holds NaN or infinity, or is not of floating point. Train again with a lower --lr."
@@ -77,11 +88,11 @@ class Adapter:
     @property
     def weights(self) -> set[str]:
         """The names of the weights that change, in the model's state dict."""
-        return {f"{module}.weight" for module in self.modules}
+        return {*(f"{module}.weight" for module in self.modules), *self.replaced}
 
     def _scaling(self, module: str) -> float:
         """The factor s of one module, with PEFT's rank and alpha patterns."""
-        rank = self._tensors[self.modules[module][0]].shape[0]
+        rank = self._shapes[self.modules[module][0]][0]
         stated = _by_pattern(self.config.get("rank_pattern"), module, self.config["r"])
         if rank != stated:
             raise BadInput(f"{self.folder}: The adapter of {module} has rank {rank}. Its configuration says {stated}.")
@@ -89,7 +100,8 @@ class Adapter:
         return float(alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank))
 
     def fold(self, name: str, weight: Tensor) -> Tensor:
-        """The weight `name` with its change added, in the weight's dtype; [O, I], or [I, O] with fan_in_fan_out.
+        """The weight `name` with its change added, in the weight's dtype; [O, I], or [I, O] with fan_in_fan_out. One
+        that is replaced has any shape.
 
         Raises BadInput if the shapes do not fit, the weight is quantised, or the result is beyond its dtype.
         """
@@ -97,8 +109,10 @@ class Adapter:
             raise BadInput(
                 f"{name} is stored as {weight.dtype}. An adapter can be folded into fp32, bf16 or fp16 weights only."
             )
+        if name in self.replaced:
+            return self._replace(name, weight)
         module = name.removesuffix(".weight")
-        a, b, *length = (self._tensors[key].to(weight.device).float() for key in self.modules[module])
+        a, b, *length = (self._file.get_tensor(key).to(weight.device).float() for key in self.modules[module])
         scaling, transposed = self._scales[module], bool(self.config.get("fan_in_fan_out"))
         changed = [b.shape[0], a.shape[1]] if not transposed else [a.shape[1], b.shape[0]]
         if a.shape[0] != b.shape[1] or list(weight.shape) != changed or any(m.shape != b[:, 0].shape for m in length):
@@ -114,12 +128,27 @@ class Adapter:
             if length:
                 folded *= (length[0][i : i + rows] / torch.linalg.norm(folded, dim=1))[:, None]
             result[i : i + rows] = folded
+        self._check_finite(name, result)
+        return (result.T if transposed else result).contiguous()
+
+    def _replace(self, name: str, weight: Tensor) -> Tensor:
+        """What takes the place of the weight `name`, in its dtype."""
+        found: Tensor = self._file.get_tensor(self.replaced[name])
+        if found.shape != weight.shape:
+            raise BadInput(
+                f"{name} has the shape {list(weight.shape)}, and in the adapter {list(found.shape)}. So the adapter "
+                "belongs to another model."
+            )
+        result = found.to(weight.device, weight.dtype)
+        self._check_finite(name, result)
+        return result
+
+    def _check_finite(self, name: str, result: Tensor) -> None:
         if not result.isfinite().all():
             raise BadInput(
-                f"{self.folder}: With the adapter, {name} holds NaN, or numbers that are too large for {weight.dtype}. "
+                f"{self.folder}: With the adapter, {name} holds NaN, or numbers that are too large for {result.dtype}. "
                 "Train the adapter again with a lower --lr."
             )
-        return (result.T if transposed else result).contiguous()
 
     def fold_into(self, model: nn.Module) -> None:
         """Folds every weight of a model in memory, in place. Raises BadInput for a weight that the model lacks."""
@@ -129,11 +158,27 @@ class Adapter:
                 raise BadInput(f"{self.folder} changes {name}, but {type(model).__name__} has no such weight.")
             parameters[name].data.copy_(self.fold(name, parameters[name].data))
 
+    def _whole(self) -> dict[str, str]:
+        """For every weight that is replaced, the name of the tensor in the file."""
+        saved = tuple(f".{name}" for name in self.config.get("modules_to_save") or ())
+        found = {}
+        for key in self._shapes:
+            module, _, part = key.removeprefix(PREFIX).rpartition(".")
+            if key.startswith(PREFIX) and part in ("weight", "bias") and f".{module}".endswith(saved):
+                found[f"{module}.{part}"] = key
+        lacking = [name for name in saved if not any(f".{key}".rpartition(".")[0].endswith(name) for key in found)]
+        if lacking:
+            raise BadInput(
+                f"{self.folder} lacks the weights of {_shown(lacking[0][1:])}, which its modules_to_save names: the "
+                "adapter is incomplete."
+            )
+        return found
+
     def _by_module(self) -> dict[str, list[str]]:
         """For every module, the names of its A [r, I] and B [O, r], and with DoRA of the lengths of its rows [O]."""
         parts = ["lora_A.weight", "lora_B.weight", *["lora_magnitude_vector"] * bool(self.config.get("use_dora"))]
         modules: dict[str, set[str]] = {}
-        for key in self._tensors:
+        for key in self._shapes.keys() - self.replaced.values():
             match = re.fullmatch(re.escape(PREFIX) + rf"(.+)\.({'|'.join(map(re.escape, parts))})", key)
             if not match:
                 raise BadInput(
@@ -144,9 +189,9 @@ class Adapter:
             if missing := sorted(set(parts) - found):
                 raise BadInput(f"{self.folder} lacks {missing[0]} of {module}: the adapter is incomplete.")
             for part in parts:
-                if self._tensors[f"{PREFIX}{module}.{part}"].ndim != (1 if part == "lora_magnitude_vector" else 2):
+                if len(self._shapes[f"{PREFIX}{module}.{part}"]) != (1 if part == "lora_magnitude_vector" else 2):
                     raise BadInput(f"{self.folder}: The {part} of {module} has the wrong number of dimensions.")
-        if not modules:
+        if not modules and not self.replaced:
             raise BadInput(f"{self.folder} holds no LoRA weights.")
         return {module: [f"{PREFIX}{module}.{part}" for part in parts] for module in sorted(modules)}
 
@@ -190,6 +235,9 @@ def _check_numbers(folder: Path, config: dict[str, Any]) -> None:
     for alpha in (config.get("lora_alpha"), *alphas.values()):
         if type(alpha) not in (int, float) or not abs(alpha) <= MAX_ALPHA:  # NaN is not either
             raise BadInput(f"{folder} has the alpha {_shown(alpha)}; it must be a number of at most {MAX_ALPHA:g}.")
+    saved = config.get("modules_to_save") or []
+    if not isinstance(saved, list) or not all(isinstance(name, str) and _NAME.fullmatch(name) for name in saved):
+        raise BadInput(f"{folder} has modules_to_save={_shown(saved)}; it must be a list of names of modules.")
     for name in SWITCHES:
         if type(config.get(name, False)) is not bool:
             raise BadInput(f"{folder} has {name}={_shown(config[name])}; it must be true or false.")

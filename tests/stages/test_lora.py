@@ -21,7 +21,7 @@ from transformers.training_args import ParallelMode
 import lolcats_cli.stages.lora as module
 from lolcats_cli.artifacts import layout
 from lolcats_cli.artifacts.maps import maps_file
-from lolcats_cli.errors import BadInput, IdentityMismatch, Stopped, UsageError
+from lolcats_cli.errors import BadInput, IdentityMismatch, NotEnoughSpace, Stopped, UsageError
 from lolcats_cli.loading.any_model import load_any
 from lolcats_cli.loading.student import load_student
 from lolcats_cli.stages import checkpoints, lora_training
@@ -31,6 +31,7 @@ from lolcats_cli.stages.lora import lora
 from lolcats_cli.stages.lora_data import LikeliestTokens
 from lolcats_cli.stages.lora_options import LoraOptions
 from lolcats_cli.stages.lora_training import arguments
+from lolcats_cli.stages.merge import merge
 from lolcats_cli.stages.transfer import transfer
 from lolcats_cli.stages.transfer_options import TransferOptions
 from lolcats_cli.student.build import as_teacher
@@ -238,6 +239,7 @@ def test_stopped_and_run_again(pipeline: SimpleNamespace, tmp_path: Path, monkey
         (2, {"train_maps": True, "dropout": 0.2, "steps": None, "epochs": 1}),
         (2, {"train_maps": True, "match": "teacher", "schedule": "linear"}),
         (3, {"match": "teacher", "match_weight": 0.5, "batch_size": 2, "stored": 4}),
+        (2, {"full_attention": True, "match": "teacher", "lr": 1e-3, "stored": 4}),
     ],
 )
 def test_resumed_at_every_step_is_the_same_to_the_byte(
@@ -269,6 +271,58 @@ def test_resumed_at_every_step_is_the_same_to_the_byte(
     assert resumed.metrics() == whole.metrics()
     assert resumed.id == whole.id
     assert {n: resumed.read(n) for n in resumed.files} == {n: whole.read(n) for n in whole.files}
+
+
+FULL = LoraOptions(steps=4, grad_accum=2, eval_steps=2, lr=2e-3, full_attention=True)
+
+
+def test_all_of_the_projections_are_trained(pipeline: SimpleNamespace, tmp_path: Path) -> None:
+    """What PEFT loads, what eval loads, and what is merged are one student; and it is better than before."""
+    made = lora(pipeline.transfer, tmp_path / "l", options=FULL, load=CPU)
+    made.verify()
+    assert made.summary["loss"] < made.summary["initial_loss"]
+    assert made.config["full_attention"] is True
+    assert not {"rank", "alpha", "dropout"} & made.config.keys()
+    tensors = made.load("adapter/adapter_model.safetensors")
+    assert {tuple(tensor.shape) for tensor in tensors.values()} == {(64, 64), (32, 64)}
+    assert len(tensors) == 2 * 4
+    student = load_student(made, pipeline.teacher, CPU)
+    bare = logits(student)
+    adapted = logits(PeftModel.from_pretrained(student, made.path / "adapter"))
+    found = logits(load_any(str(made.path), CPU).model)
+    assert torch.equal(found, adapted)
+    assert (adapted - bare).abs().max() > 0.1
+    merged = merge(made.path, tmp_path / "student")
+    assert merged.summary["folded"] == 8
+    torch.testing.assert_close(logits(load_any(str(merged.path), CPU).model), found)
+
+
+def test_steps_that_16_bits_do_not_resolve_add_up(pipeline: SimpleNamespace, tmp_path: Path) -> None:
+    """Weights in bf16 are trained in fp32, and only some of them round to another number."""
+    options = replace(FULL, lr=1e-4)
+    load = replace(CPU, dtype="bfloat16")
+    made = lora(pipeline.transfer, tmp_path / "l", options=options, load=load)
+    teacher = load_file(pipeline.teacher / "model.safetensors")
+    tensors = made.load("adapter/adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    moved = [
+        (tensor != teacher[name.removeprefix("base_model.model.")].bfloat16()).float().mean()
+        for name, tensor in tensors.items()
+    ]
+    assert 0.01 < min(moved) < max(moved) < 0.9
+
+
+def test_what_all_of_the_projections_do_not_go_with(
+    pipeline: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UsageError, match="--match teacher needs stored predictions"):
+        lora(pipeline.transfer, tmp_path / "l", options=replace(FULL, match="teacher"), load=CPU)
+    with pytest.raises(UsageError, match="cannot be combined with --shard"):
+        lora(pipeline.transfer, tmp_path / "l", options=FULL, load=replace(CPU, shard=True))
+    monkeypatch.setattr(module, "device_memory", lambda _: 100.0)
+    with pytest.raises(NotEnoughSpace, match="needs 295 kB more of the device's memory"):
+        lora(pipeline.transfer, tmp_path / "l", options=FULL, load=CPU)
+    assert not (tmp_path / "l").exists()
 
 
 def test_half_written_and_damaged_checkpoints_are_not_used(

@@ -109,6 +109,8 @@ def save_adapter(folder: Path, teacher: Path, **options: object) -> Path:
             torch.nn.init.normal_(parameter, std=0.05)
         if "magnitude" in name:
             parameter.data *= torch.rand(parameter.shape) + 0.5
+        if "modules_to_save" in name:
+            parameter.data += 0.1
     peft.save_pretrained(folder)
     (folder / "README.md").unlink(missing_ok=True)
     return folder
@@ -333,8 +335,9 @@ def test_plan_shards_keeps_order_and_never_cuts_a_tensor():
         {"target_modules": ["v_proj", "down_proj"], "lora_dropout": 0.5},
         {"use_dora": True},
         {"use_dora": True, "use_rslora": True, "rank_pattern": {"k_proj": 2}, "target_modules": ["k_proj", "up_proj"]},
+        {"modules_to_save": ["down_proj"]},
     ],
-    ids=["rslora", "patterns", "other targets", "dora", "dora, rslora, patterns"],
+    ids=["rslora", "patterns", "other targets", "dora", "dora, rslora, patterns", "lora and whole weights"],
 )
 def test_folds_as_peft_does_to_the_bit(tmp_path, teacher, options):
     adapter = save_adapter(tmp_path / "adapter", teacher, **options)
@@ -349,7 +352,6 @@ def test_folds_as_peft_does_to_the_bit(tmp_path, teacher, options):
     "options, message",
     [
         ({"bias": "lora_only"}, "bias"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"init_lora_weights": "pissa"}, "pissa"),
         ({"target_modules": ["embed_tokens", "q_proj"]}, "embed_tokens"),
     ],
