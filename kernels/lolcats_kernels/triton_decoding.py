@@ -35,6 +35,8 @@ from .triton_parts import (
     window_start,
 )
 
+# The numbers of bf16 are TF32's too. W takes one product of TF32, and two of bf16, for which there are no registers.
+_PRECISIONS = PRECISIONS | {torch.bfloat16: "tf32"}
 # By the largest head.
 WARPS = {128: 8, 256: 16}
 
@@ -306,7 +308,7 @@ def _decode(*arguments: Any) -> Tensor:
             **{"HAS_VALID": x.valid is not None, "HAS_SLOTS": x.slots is not None, "UPDATE": update, "L": 16},
             "BLOCK_C": min(padded(slots), 64),
             **{"BLOCK_D": padded(size), "BLOCK_DV": padded(value_size), "BLOCK_F": padded(feature_dim)},
-            **{"N": padded_features(record, feature_dim), "PRECISION": PRECISIONS[x.q.dtype]},
+            **{"N": padded_features(record, feature_dim), "PRECISION": _PRECISIONS[x.q.dtype]},
             **map_arguments(record, exp=spec.config.linear_factor == "exp"),
             "DECAY": spec.config.decay,
             **window_arguments(spec),
