@@ -80,6 +80,8 @@ TUNING: dict[str, dict[str, Any]] = {
     "falling learning rate": {"schedule": "linear"},
     "matching the teacher, falling rate": {"match": "teacher", "schedule": "linear"},
     "matching the teacher, falling rate, lr 1e-3": {"match": "teacher", "schedule": "linear", "lr": 1e-3},
+    "half of the loss matches the teacher": {"match": "teacher", "match_weight": 0.5},
+    "all of the projections, lr 1e-4": {"full_attention": True, "lr": 1e-4},
 }
 # Name -> options of the paper's transfer; without any rows the maps stay as they start.
 PAPER: dict[str, dict[str, Any]] = {
