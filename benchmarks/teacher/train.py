@@ -7,6 +7,7 @@ The number of steps is fixed and every draw comes from the seed. The state goes 
 the same command continues from it.
 
 What makes recall appear so soon is the start: two layers begin as a rough induction circuit (``start_with_induction``).
+``--layers 4 --from-nothing --steps 700`` makes the third teacher of docs/quality.md, which has no such start.
 The rows are prose with facts woven in (``corpus.weave``), prose alone, and spans of random tokens that come again.
 """
 
