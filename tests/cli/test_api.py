@@ -120,8 +120,8 @@ def test_the_defaults_of_options_are_those_of_the_stages(
         ("lora", DataOptions, {"first", "completion"}),
         ("eval", DataOptions, {"first", "completion"}),
         ("lora", LoadOptions, set()),
-        ("transfer", TransferOptions, {"hybrid", "clip"}),
-        ("transfer", HybridConfig, set()),
+        ("transfer", TransferOptions, {"hybrid", "clip", "kept_heads"}),
+        ("transfer", HybridConfig, {"kept_heads"}),  # of --keep-softmax
         ("lora", LoraOptions, {"clip"}),
     ],
 )
