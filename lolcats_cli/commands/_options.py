@@ -127,7 +127,7 @@ def parse_size(text: str | None, option: str) -> float | None:
     return size
 
 
-def parse_layers(text: str | None, option: str = "--layers") -> list[int] | None:
+def parse_layers(text: str | None, option: str = "--layers", like: str = "0-3,7") -> list[int] | None:
     """ "0-3,7" as [0, 1, 2, 3, 7]. Raises `UsageError` on anything else."""
     if text is None:
         return None
@@ -142,7 +142,7 @@ def parse_layers(text: str | None, option: str = "--layers") -> list[int] | None
                 raise ValueError(f"{part} ends before it begins.")
             layers.update(found)
     except ValueError as error:
-        raise UsageError(f"{option} {text} is not a list like 0-3,7.") from error
+        raise UsageError(f"{option} {text} is not a list like {like}.") from error
     return sorted(layers)
 
 
@@ -160,6 +160,9 @@ def launch_on(devices: str | None, artifact: str | None = None) -> None:
     raise typer.Exit(launch.launch(numbers, command))
 
 
+KEPT = "0-3,7,2.0,sliding,auto:2,heads:2"  # what --keep-softmax takes
+
+
 class KeptOption(NamedTuple):
     """What --keep-softmax asks for: layers, "sliding" and pairs of a layer and a key head; and how many other layers
     and key heads are chosen."""
@@ -172,7 +175,7 @@ class KeptOption(NamedTuple):
 def parse_kept(text: str | None) -> KeptOption:
     """ "0,2.1,sliding,auto:2,heads:3" as ([0, (2, 1), "sliding"], 2, 3). Raises `UsageError` on anything but layers,
     layers with a key head behind a dot, and these words."""
-    parts = [] if text is None else text.split(",")
+    parts = [] if text is None else [part.strip() for part in text.split(",")]
     counts = {"auto": 0, "heads": 0}
     named: list[int | str | tuple[int, int]] = []
     layers = []
@@ -187,7 +190,7 @@ def parse_kept(text: str | None) -> KeptOption:
             named.append(part)
         else:
             layers.append(part)
-    found = parse_layers(",".join(layers), "--keep-softmax") if layers else None
+    found = parse_layers(",".join(layers), "--keep-softmax", KEPT) if layers else None
     return KeptOption([*(found or []), *named], **counts)
 
 

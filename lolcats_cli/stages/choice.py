@@ -76,6 +76,10 @@ def _check_automatic(
         raise UsageError(f"{_option(min(auto))} auto looks at all layers. With --layers, give every layer's.")
     if "feature_dims" in auto and options.hybrid.feature_map != "hedgehog":
         raise UsageError("--feature-dims auto is for Hedgehog's maps; those of others have the size of a head.")
+    if "feature_dims" in auto and not options.hybrid.window:
+        raise UsageError(
+            "--feature-dims auto goes by what layers lose with a window, and --window is 0. Name the sizes."
+        )
     if "windows" in auto and not options.hybrid.window:
         raise UsageError("--windows auto shares out the memory of --window, which is 0. Give it a window.")
 

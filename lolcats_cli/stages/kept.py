@@ -50,10 +50,12 @@ class Kept(NamedTuple):
                 )
         return cls.of(infos, layers.union(i for i, info in enumerate(infos) if not info.has_attention), heads)
 
-    def check_rest(self, infos: list[LayerInfo], others: int = 0) -> None:
-        """Raises UsageError if no layer is left to be converted when so many others are kept too."""
-        if len(self.layers) + others >= len(infos):
-            raise UsageError("--keep-softmax leaves no layer to convert. Keep fewer layers.")
+    def check_rest(self, infos: list[LayerInfo], layers: int = 0, heads: int = 0) -> None:
+        """Raises UsageError if no layer is left to be converted when so many more layers and heads are kept."""
+        taken = Counter(layer for layer, _ in self.heads)
+        counts = (info.num_key_value_heads - taken[i] for i, info in enumerate(infos) if i not in self.layers)
+        if sum(sorted(counts)[layers:]) <= heads:
+            raise UsageError("--keep-softmax leaves no layer to convert. Keep fewer layers or heads.")
 
     def words(self) -> Iterator[str]:
         """Sentences that say what is kept."""

@@ -132,7 +132,7 @@ def _predictions(given: TrainingData, options: LoraOptions, progress: Progress) 
     if likeliest is None:
         progress.note("--match teacher runs the teacher on every row, as no capture stores its predictions on them")
     else:
-        progress.note(f"--match teacher takes the {likeliest.count} likeliest next tokens that {given.source} stores")
+        progress.note(f"--match teacher takes the {likeliest.count} likeliest next tokens that {likeliest.path} stores")
     return likeliest
 
 

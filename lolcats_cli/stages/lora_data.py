@@ -31,10 +31,11 @@ class LikeliestTokens:
 
     Attributes:
         count: L.
+        path: the capture's.
     """
 
     def __init__(self, capture: Artifact, split: str, rows: Tensor) -> None:
-        layout = Layout.of(capture.manifest)
+        layout, self.path = Layout.of(capture.manifest), capture.path
         self.count, self._rows, self._vocab_size = layout.logits, rows, capture.teacher["vocab_size"]
         self._files: list[Path] = []
         self._starts: list[int] = []  # the number of the first row of each file
@@ -75,7 +76,7 @@ class TrainingData:
     Attributes:
         source: where they come from.
         capture: the capture that they come from, if they do.
-        numbers: by split, the numbers that the rows have in the capture's split.
+        numbers: by split, the numbers that the rows have in the capture's split, if it is a capture of this teacher.
     """
 
     splits: dict[str, Rows]
@@ -122,11 +123,12 @@ def training_data(
         rows, _ = _to_train(rows, options)
         return TrainingData(dict(zip(SPLITS, split_rows(rows, 0.05, seed), strict=True)), data)
     stored = {split: _to_train(Rows.from_tensors(capture.load(tokens_name(split))), options) for split in SPLITS}
+    own = capture.teacher["weights_sha256"] == parent.teacher["weights_sha256"]  # or its predictions are another's
     return TrainingData(
         {split: rows for split, (rows, _) in stored.items()},
         data,
         capture,
-        {split: numbers for split, (_, numbers) in stored.items()},
+        {split: numbers for split, (_, numbers) in stored.items()} if own else None,
     )
 
 

@@ -91,7 +91,7 @@ def transfer(
         rolling = Path(output) / f".hidden-{ranks.rank()}"
         source = _source(parent, teacher, load, device, block_size, rolling, progress)
         kept = Kept.named(source.layers, keep_softmax)
-        kept.check_rest(source.layers, keep_auto)
+        kept.check_rest(source.layers, keep_auto, keep_heads)
         chosen, importance = choose(source, options, layers, kept, keep_auto, keep_heads, auto), None
         if keep_auto or keep_heads or auto:
             window = options.hybrid.window if keep_heads else None

@@ -63,6 +63,7 @@ MISTAKES = [
     ("capture {teacher} {text} -o {transfer}", 4, "holds a transfer artifact, and a capture would be written there"),
     ("merge {lora} -o {transfer}", 4, "holds a transfer artifact, and a student would be written there"),
     ("transfer {capture} -o new --layers 1-0", 2, "--layers 1-0 is not a list like 0-3,7"),
+    ("transfer {capture} -o new --keep-softmax 2.", 2, "2. is not a list like 0-3,7,2.0,sliding,auto:2,heads:2"),
     ("--config nowhere.yaml transfer {capture} -o new", 2, "nowhere.yaml cannot be read: No such file or directory"),
 ]
 CHILD = """

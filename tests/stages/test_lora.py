@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from math import inf
 from pathlib import Path
@@ -171,6 +172,16 @@ def test_stored_predictions_of_the_whole_vocabulary_are_the_teachers(
     assert losses[0] == pytest.approx(losses[1], rel=2e-3)
     assert (live.config.get("logits"), stored.config["logits"]) == (None, 260)
     assert stored.config["match_weight"] == 0.7
+
+
+def test_predictions_of_another_teacher_are_not_taken(
+    pipeline: SimpleNamespace, tmp_path: Path, new_teacher: Callable[..., Path]
+) -> None:
+    other = new_teacher(tmp_path / "other", seed=7)
+    options = DataOptions(seq_len=64, samples=20)
+    given = capture(str(other), str(pipeline.text), tmp_path / "c", options=options, store_logits=4, load=CPU).path
+    made = lora(pipeline.transfer, tmp_path / "l", options=replace(QUICK, match="teacher"), data=str(given), load=CPU)
+    assert "logits" not in made.config
 
 
 def test_the_loss_is_shared_by_the_teacher_and_the_text(pipeline: SimpleNamespace, tmp_path: Path) -> None:
