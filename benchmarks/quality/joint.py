@@ -40,7 +40,7 @@ class Jointly:
 
 def train(source: Source, options: TransferOptions, device: torch.device) -> list[LayerRun]:
     """Every layer's training, in lockstep to the end."""
-    layers, total = range(len(source.layers)), options.total_steps(source.rows["train"])
+    layers, total = range(len(source.layers)), options.total_steps(0, source.rows["train"])
     runs = [begin(source, [layer], options, device)[layer] for layer in layers]
     batches = [_endless(source, [layer], options) for layer in layers]
     # AdamW takes steps of the same size whatever the loss is multiplied by: the sum over the layers, and a clip that is
@@ -65,7 +65,7 @@ def train(source: Source, options: TransferOptions, device: torch.device) -> lis
         if step == total:
             break
         for layer, run in enumerate(runs):
-            accumulate({layer: run}, batches[layer], source.layers, options, total, device)
+            accumulate({layer: run}, batches[layer], source.layers, options, device)
         torch.nn.utils.clip_grad_norm_(parameters, clip, error_if_nonfinite=True)
         for run in runs:
             run.optimizer.step()

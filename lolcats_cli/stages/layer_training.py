@@ -36,8 +36,9 @@ RUN_NUMBERS = ("step", "best_mse", "best_step", "initial_mse", "stopped", "losse
 class LayerRun:
     """The state of one layer's training, which a checkpoint holds."""
 
-    def __init__(self, maps: HybridMaps, options: TransferOptions) -> None:
+    def __init__(self, maps: HybridMaps, options: TransferOptions, total: int) -> None:
         self.maps = maps
+        self.total = total  # optimizer steps to do
         self.optimizer = torch.optim.AdamW(maps.parameters(), lr=options.lr, weight_decay=0.0)
         self.schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
             self.optimizer, factor=0.1, patience=options.patience, min_lr=min(1e-5, options.lr)
@@ -49,6 +50,15 @@ class LayerRun:
         self.losses: list[float] = []  # of the steps since the last event that tells them
         self.events: list[dict[str, Any]] = []  # what `metrics.jsonl` will say, so far
         self.log: Callable[[dict[str, Any]], None] = lambda event: None
+
+    @property
+    def training(self) -> bool:
+        """Whether there are steps to do."""
+        return not self.stopped and self.step < self.total
+
+    def due(self, options: TransferOptions) -> bool:
+        """Whether the layer is measured after this step."""
+        return not self.stopped and (self.step % options.eval_steps == 0 or self.step == self.total)
 
     @property
     def lr(self) -> float:
@@ -126,7 +136,7 @@ def train_layers(
     for layer, run in runs.items():
         if log is not None:
             run.log = partial(log, layer)
-    total, step = options.total_steps(source.rows["train"]), 0
+    step = 0
     saved = checkpoints.folder(_checkpoint_name(layers)) if checkpoints else None
     if saved:
         step = int(saved.name.rpartition("-")[2])
@@ -136,15 +146,16 @@ def train_layers(
     batches = _endless(source, layers, options, skip=step * options.grad_accum)
     while True:
         # A checkpoint is taken after the validation of its step, which is not done again.
-        if not saved and (step % options.eval_steps == 0 or step == total):
-            validate(source, runs, options, device)
+        due = {layer: run for layer, run in runs.items() if run.step == step and run.due(options)}
+        if due and not saved:
+            validate(source, due, options, device)
         if checkpoints and not saved and step and checkpoints.due():
             checkpoints.save(f"{_checkpoint_name(layers)}{step:07d}", partial(_save, runs))
         saved = None
-        training = {layer: run for layer, run in runs.items() if not run.stopped}
-        if step == total or not training:
+        training = {layer: run for layer, run in runs.items() if run.training}
+        if not training:
             break
-        accumulate(training, batches, source.layers, options, total, device)
+        accumulate(training, batches, source.layers, options, device)
         for layer, run in training.items():
             norm = torch.nn.utils.clip_grad_norm_(run.maps.parameters(), options.clip)
             if not torch.isfinite(norm):
@@ -154,13 +165,13 @@ def train_layers(
                 )
             run.optimizer.step()
             run.step += 1
-            if run.step % max(1, total // POINTS) == 0:
+            if run.step % max(1, run.total // POINTS) == 0:
                 mean = sum(run.losses) / len(run.losses)
                 run.tell("train", loss=mean, grad_norm=norm.item())
                 run.losses = []
             advance(1, layer=layer, mse=run.best_mse)
         step += 1
-    advance(sum(total - run.step for run in runs.values()))
+    advance(sum(run.total - run.step for run in runs.values()))
     return finish(source, runs, options, device)
 
 
@@ -186,15 +197,15 @@ def begin(source: Source, layers: list[int], options: TransferOptions, device: t
         start_at_softmax_distance(maps, source.batches(layers, "train", 1), source.layers)
     if options.hybrid.linear_factor == "exp":
         start_at_softmax_mass(maps, source.batches(layers, "train", 1), source.layers)
-    return {layer: LayerRun(maps[layer], options) for layer in layers}
+    rows = source.rows["train"]
+    return {layer: LayerRun(maps[layer], options, options.total_steps(layer, rows)) for layer in layers}
 
 
 def validate(source: Source, runs: dict[int, LayerRun], options: TransferOptions, device: torch.device) -> None:
-    """Measures the layers that are still trained: keeps their best state, lowers their rates, stops finished layers."""
-    training = {layer: run for layer, run in runs.items() if not run.stopped}
-    maps = {layer: run.maps for layer, run in training.items()}
+    """Measures the layers: keeps their best state, lowers their rates, stops those that no longer improve."""
+    maps = {layer: run.maps for layer, run in runs.items()}
     found = measure(source, maps, options.batch_size, terms=("both",), device=device)
-    for layer, run in training.items():
+    for layer, run in runs.items():
         mse = found[layer]["mse"]
         run.tell("validation", mse=mse)
         run.initial_mse = mse if run.step == 0 else run.initial_mse
@@ -211,18 +222,17 @@ def accumulate(
     batches: Iterator[dict[int, Batch]],
     layers: Sequence[LayerInfo],
     options: TransferOptions,
-    total: int,
     device: torch.device,
 ) -> None:
-    """The gradients of the layers' next step, of `total`, from the next of `batches`. The loss joins a run's losses."""
+    """The gradients of the layers' next step, from the next of `batches`. The loss joins a run's losses."""
     for run in runs.values():
         run.optimizer.zero_grad(set_to_none=True)
     losses = {layer: torch.zeros((), device=device) for layer in runs}
     step = next(iter(runs.values())).step
     for index in range(step * options.grad_accum, (step + 1) * options.grad_accum):
-        terms = "linear" if drops_window(options, index, total * options.grad_accum) else "both"
         found = next(batches)
         for layer, run in runs.items():
+            terms = "linear" if drops_window(options, index, run.total * options.grad_accum) else "both"
             loss = layer_loss(found[layer].to(device), run.maps, layers[layer], options, terms) / options.grad_accum
             loss.backward()
             losses[layer] += loss.detach()

@@ -139,17 +139,18 @@ def _train(
     """Trains this rank's share of the layers."""
     mapped = MappedHeads(source, options.kept_heads) if options.kept_heads else source
     written = making.completed_files()
-    steps, mine = options.total_steps(source.rows["train"]), _share(_together(source, chosen))
+    steps = {layer: options.total_steps(layer, source.rows["train"]) for layer in chosen}
+    mine = _share(_together(source, chosen))
     with (
         making.part() as (writer, _),
-        progress.task("transfer", sum(map(len, mine)) * steps, "steps") as advance,
+        progress.task("transfer", sum(steps[layer] for together in mine for layer in together), "steps") as advance,
         stopping.deferred(),
     ):
         checkpoints = Checkpoints(writer)
         for together in mine:
             missing = [layer for layer in together if maps_file(layer) not in written.union(writer.files)]
             if not missing:
-                advance(len(together) * steps)
+                advance(sum(steps[layer] for layer in together))
                 continue
             stopping.check()
             with mapped.running(together):

@@ -27,7 +27,8 @@ class TransferOptions:
         window_dropout: the probability that a batch is trained with the linear term alone; it falls linearly from this
             to 0 over the training (scheduled window dropout, arXiv 2510.05901).
         batch_size, grad_accum: rows per forward pass, and passes per optimizer step.
-        epochs, steps: length of the training; `steps` wins. 0 keeps the initial maps.
+        epochs, steps: length of the training; `steps` wins: of every layer, or of each layer of the teacher. 0 keeps the
+            initial maps.
         lr, clip: AdamW's learning rate; the largest gradient norm of a layer.
         eval_steps: optimizer steps between validations.
         patience: validations without improvement before the learning rate falls tenfold; after twice as many
@@ -46,7 +47,7 @@ class TransferOptions:
     batch_size: int = 1
     grad_accum: int = 2
     epochs: int = 2
-    steps: int | None = None
+    steps: int | tuple[int, ...] | None = None
     lr: float = 2e-2
     clip: float = 1.0
     eval_steps: int = 400
@@ -75,8 +76,10 @@ class TransferOptions:
             config["hybrid"]["kept_heads"] = {str(i): [head for j, head in kept if j == i] for i, _ in kept}
         return config
 
-    def total_steps(self, rows: int) -> int:
-        """Optimizer steps that training on `rows` rows takes."""
+    def total_steps(self, layer: int, rows: int) -> int:
+        """Optimizer steps that training this layer on `rows` rows takes."""
+        if isinstance(self.steps, tuple):
+            return self.steps[layer]
         return self.epochs * ceil(rows / (self.batch_size * self.grad_accum)) if self.steps is None else self.steps
 
 

@@ -403,8 +403,8 @@ def test_batches_and_accumulation_give_the_same_maps(pipeline: SimpleNamespace) 
 
 
 def test_epochs_count_every_row() -> None:
-    assert TransferOptions(HYBRID, epochs=3, batch_size=2, grad_accum=2).total_steps(9) == 9
-    assert TransferOptions(HYBRID, epochs=3, steps=5).total_steps(9) == 5
+    assert TransferOptions(HYBRID, epochs=3, batch_size=2, grad_accum=2).total_steps(0, 9) == 9
+    assert TransferOptions(HYBRID, epochs=3, steps=5).total_steps(0, 9) == 5
 
 
 def test_every_epoch_sees_every_row_once_in_another_order(pipeline: SimpleNamespace) -> None:
