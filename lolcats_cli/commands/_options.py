@@ -202,7 +202,7 @@ def parse_by_layer(option: str, text: str | None, least: int) -> tuple[tuple[int
     sizes = tuple(map(int, text.split(","))) if re.fullmatch(r"\d{1,9}(,\d{1,9})*", text) else ()
     if not sizes or min(sizes) < least:
         raise UsageError(
-            f"{option} {text} is neither auto nor a size of at least {least} for every layer, such as 16,64,16."
+            f"{option} {text} is neither auto nor a number of at least {least} for every layer, such as 16,64,16."
         )
     return sizes, False
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from lolcats_formats import Artifact
@@ -93,7 +93,12 @@ def transfer(
     ] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the rows.")] = 2,
     steps: Annotated[
-        int | None, typer.Option(min=0, help="Optimizer steps, instead of --epochs; 0 trains nothing.")
+        str | None,
+        typer.Option(
+            help="Optimizer steps, instead of --epochs; 0 trains nothing. Or a number for every layer, such as "
+            "100,400,100; auto: as many in all as --epochs gives, more of them for layers whose conversion costs most. "
+            "auto needs the teacher."
+        ),
     ] = None,
     lr: Annotated[
         float | None,
@@ -131,8 +136,12 @@ def transfer(
     parsed = {
         "windows": o.parse_by_layer("--windows", windows, 0),
         "feature_dims": o.parse_by_layer("--feature-dims", feature_dims, 1),
+        "steps": o.parse_by_layer("--steps", steps, 0),
     }
-    by_layer, auto = {name: sizes for name, (sizes, _) in parsed.items()}, [name for name in parsed if parsed[name][1]]
+    auto = [name for name in parsed if parsed[name][1]]
+    by_layer: dict[str, Any] = {name: sizes for name, (sizes, _) in parsed.items()}
+    if by_layer["steps"] and len(by_layer["steps"]) == 1:
+        by_layer["steps"] = by_layer["steps"][0]
     if gamma is not None and not 0 < gamma < 1:
         raise UsageError(f"--gamma {gamma} must lie between 0 and 1.")
     if not mse_factor and not xent_factor:

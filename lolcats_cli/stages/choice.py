@@ -10,7 +10,7 @@ from lolcats_kernels.spec import BY_LAYER
 
 from lolcats_cli.errors import UsageError
 from lolcats_cli.stages.activations import Source
-from lolcats_cli.stages.importance import Importance, share_out
+from lolcats_cli.stages.importance import Importance, loss_at, share_out, share_steps
 from lolcats_cli.stages.kept import Kept
 from lolcats_cli.stages.transfer_options import TransferOptions
 from lolcats_cli.student.memory import cache_bytes, student_bytes
@@ -29,10 +29,12 @@ def choose(
 ) -> list[int]:
     """The layers to train, before more are kept. Raises UsageError for options that do not fit this capture."""
     _check_automatic(options, layers, kept, keep_auto, keep_heads, auto)
-    for name in BY_LAYER:
+    for name in (*BY_LAYER, "steps"):
         given = getattr(options, name)
-        if given is not None and len(given) != len(source.layers):
-            raise UsageError(f"{_option(name)} gives {len(given)} sizes; the teacher has {len(source.layers)} layers.")
+        if isinstance(given, tuple) and len(given) != len(source.layers):
+            raise UsageError(
+                f"{_option(name)} gives {len(given)} numbers; the teacher has {len(source.layers)} layers."
+            )
     seq_len = source.capture.data["seq_len"]
     if options.window_dropout and not 0 < options.hybrid.slots < seq_len:
         raise UsageError(
@@ -76,10 +78,11 @@ def _check_automatic(
         raise UsageError(f"{_option(min(auto))} auto looks at all layers. With --layers, give every layer's.")
     if "feature_dims" in auto and options.hybrid.feature_map != "hedgehog":
         raise UsageError("--feature-dims auto is for Hedgehog's maps; those of others have the size of a head.")
-    if "feature_dims" in auto and not options.hybrid.window:
-        raise UsageError(
-            "--feature-dims auto goes by what layers lose with a window, and --window is 0. Name the sizes."
-        )
+    for name in ("feature_dims", "steps"):
+        if name in auto and not options.hybrid.window:
+            raise UsageError(
+                f"{_option(name)} auto goes by what layers lose with a window, and --window is 0. Give every layer's."
+            )
     if "windows" in auto and not options.hybrid.window:
         raise UsageError("--windows auto shares out the memory of --window, which is 0. Give it a window.")
 
@@ -132,3 +135,11 @@ def with_sizes(
     if memory(options) > budget:
         raise UsageError("--feature-dims leave no memory for --windows auto. Give fewer columns, or a longer --window.")
     return options
+
+
+def with_steps(source: Source, chosen: list[int], options: TransferOptions, importance: Importance) -> TransferOptions:
+    """The options with as many steps in all, more of them for the layers that lose most with their windows."""
+    rows = source.rows["train"]
+    losses = {layer: loss_at(importance.curve(layer), options.layer_hybrid(layer).window) for layer in chosen}
+    found = share_steps(losses, sum(options.total_steps(layer, rows) for layer in chosen))
+    return replace(options, steps=tuple(found.get(layer, 0) for layer in range(len(source.layers))))

@@ -215,6 +215,13 @@ def share_out(
         windows[layer] = longer
 
 
+def share_steps(losses: Mapping[int, float], total: int) -> dict[int, int]:
+    """Steps of the layers, about `total` together: half of them in equal parts, half in proportion to the losses."""
+    mean = sum(losses.values()) / len(losses)
+    even = total / len(losses)
+    return {layer: round(even * (1 + (loss / mean if mean else 1)) / 2) for layer, loss in losses.items()}
+
+
 def loss_at(measured: Mapping[int, float], window: int) -> float:
     """The loss with a window, from those with the measured ones."""
     points = [(math.log(w), math.log(max(loss, 1e-9))) for w, loss in sorted(measured.items())]

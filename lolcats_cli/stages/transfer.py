@@ -28,7 +28,7 @@ from lolcats_cli.loading.student import load_captured
 from lolcats_cli.progress import Progress
 from lolcats_cli.stages.activations import ComputedActivations, MappedHeads, Source, StoredActivations
 from lolcats_cli.stages.checkpoints import Checkpoints
-from lolcats_cli.stages.choice import choose, keep_most_needed, with_sizes
+from lolcats_cli.stages.choice import choose, keep_most_needed, with_sizes, with_steps
 from lolcats_cli.stages.curves import LayerCurves, tensorboard_folder
 from lolcats_cli.stages.importance import Importance, measure_importance
 from lolcats_cli.stages.kept import Kept
@@ -73,7 +73,8 @@ def transfer(
             layer whose key heads are all kept is a kept layer.
         auto: the sizes that are chosen for each layer by what the predictions need. "feature_dims": layers that need
             little beyond any window get half of the columns. "windows": the memory that is left, if all layers are to
-            take no more than with `options.hybrid` in each, goes to layers that need longer ones.
+            take no more than with `options.hybrid` in each, goes to layers that need longer ones. "steps": half of the
+            steps of all layers go to those whose conversion costs most.
         block_size: train this number of layers at a time from a capture of tokens. Only their weights are in memory,
             and the hidden states in front of them are on disk.
         teacher: the teacher's folder, if it is needed and has moved.
@@ -103,6 +104,8 @@ def transfer(
         options = replace(options, kept_heads=tuple(sorted(kept.heads)))
         if importance is not None:
             options = with_sizes(source, chosen, options, importance, auto)
+            if "steps" in auto:
+                options = with_steps(source, chosen, options, importance)
             _tell(chosen, kept, options, progress)
         layers_kept = {"keep_softmax": sorted(kept.layers)} if kept.layers else {}
         fields: dict[str, Any] = {
@@ -194,9 +197,9 @@ def _tell(chosen: list[int], kept: Kept, options: TransferOptions, progress: Pro
     """Say what was chosen by importance."""
     for words in kept.words():
         progress.note(words)
-    for name, what in (("windows", "windows"), ("feature_dims", "feature sizes")):
+    for name, what in (("windows", "windows"), ("feature_dims", "feature sizes"), ("steps", "steps")):
         sizes = getattr(options, name)
-        if sizes is not None:
+        if isinstance(sizes, tuple):
             progress.note(f"{what}: {', '.join(f'{sizes[layer]} in layer {layer}' for layer in chosen)}")
 
 

@@ -27,8 +27,8 @@ class TransferOptions:
         window_dropout: the probability that a batch is trained with the linear term alone; it falls linearly from this
             to 0 over the training (scheduled window dropout, arXiv 2510.05901).
         batch_size, grad_accum: rows per forward pass, and passes per optimizer step.
-        epochs, steps: length of the training; `steps` wins: of every layer, or of each layer of the teacher. 0 keeps the
-            initial maps.
+        epochs, steps: length of the training; `steps` wins. One number, or one for each layer of the teacher; 0
+            keeps the initial maps.
         lr, clip: AdamW's learning rate; the largest gradient norm of a layer.
         eval_steps: optimizer steps between validations.
         patience: validations without improvement before the learning rate falls tenfold; after twice as many

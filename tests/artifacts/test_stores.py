@@ -253,12 +253,12 @@ def test_a_capture_stopped_after_every_batch_is_the_same_to_the_byte(
     assert stops >= len(computed) - 1
 
 
-@pytest.mark.parametrize("store", ["block", "tokens"])
+@pytest.mark.parametrize(("store", "steps"), [("block", 6), ("tokens", 6), ("tokens", (2, 6, 0, 5, 3))])
 def test_a_transfer_stopped_at_every_step_is_the_same_to_the_byte(
-    deep: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: str
+    deep: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: str, steps: int | tuple[int, ...]
 ) -> None:
     run(deep, tmp_path / "c", **STORES[store])
-    options = replace(OPTIONS, eval_steps=2, patience=0)
+    options = replace(OPTIONS, eval_steps=2, patience=0, steps=steps)
     whole = transfer(tmp_path / "c", tmp_path / "whole", options=options)
     monkeypatch.setattr(checkpoints, "SECONDS", 0)
     monkeypatch.setattr(checkpoints, "COST", inf)

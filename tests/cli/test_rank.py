@@ -60,4 +60,31 @@ def test_windows_from_the_command_line(pipeline: SimpleNamespace, invoke, tmp_pa
     shown = json.loads(invoke("inspect", str(tmp_path / "u"), "--json").out)["layers"][0]
     assert shown["window"] >= 16 and shown["loss@16"] > 0
     result = invoke("transfer", str(pipeline.capture), "-o", str(tmp_path / "v"), "--windows", "8;24")
-    assert result.code == 2 and "neither auto nor a size of at least 0 for every layer" in result.err
+    assert result.code == 2 and "neither auto nor a number of at least 0 for every layer" in result.err
+
+
+def test_steps_from_the_command_line(pipeline: SimpleNamespace, invoke, tmp_path: Path) -> None:
+    def made(name: str, steps: str) -> list[int] | int:
+        result = invoke("transfer", str(pipeline.capture), "-o", str(tmp_path / name), "--steps", steps)
+        assert result.code == 0, result.err
+        return Artifact.open(tmp_path / name).config["steps"]
+
+    assert made("t", "1") == 1
+    assert made("u", "1,2") == [1, 2]
+    result = invoke(
+        "transfer",
+        str(pipeline.capture),
+        "-o",
+        str(tmp_path / "v"),
+        "--steps",
+        "auto",
+        "--epochs",
+        "1",
+        "--window",
+        "8",
+    )
+    assert result.code == 0 and "steps: " in result.err
+    assert abs(sum(Artifact.open(tmp_path / "v").config["steps"]) - 2 * 10) <= 1  # 2 layers, 19 rows, 2 a step
+    for wrong in ("-1", "1.5", "some"):
+        result = invoke("transfer", str(pipeline.capture), "-o", str(tmp_path / "w"), "--steps", wrong)
+        assert result.code == 2 and f"--steps {wrong} is neither auto nor" in result.err

@@ -15,7 +15,7 @@ from lolcats_cli.progress import Progress
 from lolcats_cli.stages import divergence
 from lolcats_cli.stages.activations import Batch
 from lolcats_cli.stages.divergence import Trained, Untrained, divergences
-from lolcats_cli.stages.importance import loss_at, measured_windows, share_out
+from lolcats_cli.stages.importance import loss_at, measured_windows, share_out, share_steps
 from lolcats_cli.stages.layer_start import start_at_softmax_mass
 from lolcats_cli.student.build import linearize
 from lolcats_cli.teacher.data import Rows
@@ -104,6 +104,15 @@ def test_what_needs_most_gets_most() -> None:
     losses = {0: {16: 0.1, 64: 0.01}, 1: {16: 1.0, 64: 0.4}, 2: {16: 0.1, 64: 0.01}}
     found = share_out(losses, dict.fromkeys(losses, 8), 64, 512)
     assert found[1] > 100 > 64 > found[0] == found[2]
+
+
+@given(st.lists(st.floats(0, 2), min_size=1, max_size=40), st.integers(0, 10_000))
+def test_half_of_the_steps_go_where_the_loss_is(losses: list[float], steps: int) -> None:
+    found = share_steps(dict(enumerate(losses)), steps * len(losses))
+    assert abs(sum(found.values()) - steps * len(losses)) <= len(losses) / 2
+    assert all(given >= steps // 2 for given in found.values())
+    by_loss = [found[i] for i in sorted(found, key=lambda i: losses[i])]
+    assert by_loss == sorted(by_loss)
 
 
 @settings(deadline=None, max_examples=50)

@@ -193,6 +193,15 @@ def test_columns_go_where_no_window_reaches(deep: SimpleNamespace, tmp_path: Pat
     assert given <= alike
 
 
+def test_steps_go_where_the_loss_is(deep: SimpleNamespace, tmp_path: Path, monkeypatch) -> None:
+    """By the loss with each layer's own window: layer 1 has none left with 16 keys."""
+    needs = Importance((8, 16), {0: (0.1, 0.1), 1: (0.9, 0.0), 2: (0.3, 0.3)}, 40)
+    monkeypatch.setattr("lolcats_cli.stages.transfer.measure_importance", lambda *_: needs)
+    options = replace(OPTIONS, hybrid=replace(HYBRID, window=8), steps=8, windows=(8, 16, 8))
+    made = transfer(deep.capture, tmp_path / "one", options=options, auto=["steps"])
+    assert made.config["steps"] == [7, 4, 13] == [made.summary["layers"][str(i)]["steps"] for i in range(3)]
+
+
 def test_sizes_by_layer_travel_through_every_stage(deep: SimpleNamespace, tmp_path: Path) -> None:
     windows, sizes = (4, 12, 6), (8, 2, 5)
     options = replace(OPTIONS, windows=windows, feature_dims=sizes)
@@ -258,8 +267,11 @@ def test_the_windows_of_parts_are_named(deep: SimpleNamespace, tmp_path: Path) -
         ({"auto": ["windows"], "options": replace(OPTIONS, hybrid=replace(HYBRID, window=0))}, "which is 0"),
         ({"auto": ["feature_dims"], "options": replace(OPTIONS, hybrid=replace(HYBRID, window=0))}, "--window is 0"),
         ({"keep_heads": 99, "teacher": "not there"}, "leaves no layer"),
-        ({"options": replace(OPTIONS, windows=(4, 4))}, "--windows gives 2 sizes; the teacher has 3 layers"),
-        ({"options": replace(OPTIONS, feature_dims=(4,))}, "--feature-dims gives 1 sizes; the teacher has 3 layers"),
+        ({"auto": ["steps"], "layers": [0]}, r"--steps auto looks at all layers\."),
+        ({"auto": ["steps"], "options": replace(OPTIONS, hybrid=replace(HYBRID, window=0))}, "--window is 0"),
+        ({"options": replace(OPTIONS, steps=(4, 4))}, "--steps gives 2 numbers; the teacher has 3 layers"),
+        ({"options": replace(OPTIONS, windows=(4, 4))}, "--windows gives 2 numbers; the teacher has 3 layers"),
+        ({"options": replace(OPTIONS, feature_dims=(4,))}, "--feature-dims gives 1 numbers; the teacher has 3 layers"),
     ],
 )
 def test_what_cannot_be_chosen(deep: SimpleNamespace, tmp_path: Path, arguments: dict, message: str) -> None:

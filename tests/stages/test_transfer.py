@@ -407,6 +407,17 @@ def test_epochs_count_every_row() -> None:
     assert TransferOptions(HYBRID, epochs=3, steps=5).total_steps(0, 9) == 5
 
 
+def test_layers_with_their_own_steps_are_trained_as_alone(pipeline: SimpleNamespace) -> None:
+    source, done = StoredActivations(Artifact.open(pipeline.capture)), []
+    options = replace(OPTIONS, steps=(2, 7), window_dropout=0.5)
+    both = train_layers(source, [0, 1], options, device=CPU, advance=lambda n=1, **_: done.append(n))
+    assert sum(done) == 9
+    for layer, steps in enumerate((2, 7)):
+        alone = train_layer(source, layer, replace(options, steps=steps))
+        assert both[layer].figures == alone.figures and both[layer].events == alone.events
+        assert all(torch.equal(both[layer].maps[name], alone.maps[name]) for name in alone.maps)
+
+
 def test_every_epoch_sees_every_row_once_in_another_order(pipeline: SimpleNamespace) -> None:
     source = StoredActivations(Artifact.open(pipeline.capture))
     plain = torch.cat([batch[0].q[:, 0, 3] for batch in source.batches([0], "train", 4)])
