@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from lolcats_kernels.spec import BY_LAYER
@@ -18,17 +18,34 @@ from lolcats_cli.student.memory import cache_bytes, student_bytes
 LONGEST_WINDOW = 3  # an automatic window is at most this part of a row: maps learn from the keys before it
 
 
-def choose(
-    source: Source,
-    options: TransferOptions,
-    layers: list[int] | None,
-    kept: Kept,
-    keep_auto: int,
-    keep_heads: int,
-    auto: Collection[str],
-) -> list[int]:
+@dataclass(frozen=True)
+class Asked:
+    """What a transfer is asked to convert, and what it is to choose by importance.
+
+    Attributes:
+        layers: convert these alone.
+        kept: what keeps softmax attention.
+        keep_auto, keep_heads: how many more layers and key heads are to keep it.
+        auto: the names, in `TransferOptions`, of the sizes by layer that are to be chosen.
+    """
+
+    layers: list[int] | None
+    kept: Kept
+    keep_auto: int
+    keep_heads: int
+    auto: Collection[str]
+
+    @property
+    def importance(self) -> bool:
+        """Whether the importance of layers is needed."""
+        return bool(self.keep_auto or self.keep_heads or self.auto)
+
+
+def choose(source: Source, options: TransferOptions, asked: Asked) -> list[int]:
     """The layers to train, before more are kept. Raises UsageError for options that do not fit this capture."""
-    _check_automatic(options, layers, kept, keep_auto, keep_heads, auto)
+    layers, kept = asked.layers, asked.kept
+    kept.check_rest(source.layers, asked.keep_auto, asked.keep_heads)
+    _check_importance(options, asked)
     for name in (*BY_LAYER, "steps"):
         given = getattr(options, name)
         if isinstance(given, tuple) and len(given) != len(source.layers):
@@ -53,55 +70,43 @@ def choose(
     return chosen
 
 
-def _check_automatic(
-    options: TransferOptions,
-    layers: list[int] | None,
-    kept: Kept,
-    keep_auto: int,
-    keep_heads: int,
-    auto: Collection[str],
-) -> None:
+def _check_importance(options: TransferOptions, asked: Asked) -> None:
     """Raises UsageError for choices by importance that do not fit the other options."""
-    for word, what, wanted in (("auto:N", "layers", keep_auto), ("heads:N", "heads", keep_heads)):
-        if wanted and layers is not None:
+    auto, partial, window = asked.auto, asked.layers is not None, options.hybrid.window
+    for word, what, wanted in (("auto:N", "layers", asked.keep_auto), ("heads:N", "heads", asked.keep_heads)):
+        if wanted and partial:
             raise UsageError(f"--keep-softmax {word} looks at all layers. With --layers, name the {what} to keep.")
-        if wanted and not options.hybrid.window:
+        if wanted and not window:
             raise UsageError(
                 f"--keep-softmax {word} measures what layers lose with a window, and --window is 0. Name the {what}."
             )
-    if "windows" in auto and (keep_heads or kept.heads):
+    if "windows" in auto and (asked.keep_heads or asked.kept.heads):
         raise UsageError(
             "--windows auto goes by what whole layers lose, and --keep-softmax keeps some of their heads. Leave one of "
             "them out."
         )
-    if auto and layers is not None:
+    if auto and partial:
         raise UsageError(f"{_option(min(auto))} auto looks at all layers. With --layers, give every layer's.")
     if "feature_dims" in auto and options.hybrid.feature_map != "hedgehog":
         raise UsageError("--feature-dims auto is for Hedgehog's maps; those of others have the size of a head.")
     for name in ("feature_dims", "steps"):
-        if name in auto and not options.hybrid.window:
+        if name in auto and not window:
             raise UsageError(
                 f"{_option(name)} auto goes by what layers lose with a window, and --window is 0. Give every layer's."
             )
-    if "windows" in auto and not options.hybrid.window:
+    if "windows" in auto and not window:
         raise UsageError("--windows auto shares out the memory of --window, which is 0. Give it a window.")
 
 
-def keep_most_needed(
-    source: Source,
-    chosen: list[int],
-    kept: Kept,
-    keep_auto: int,
-    keep_heads: int,
-    window: int,
-    importance: Importance,
-) -> Kept:
-    """With so many more layers, and then key heads, of those that the loss needs most. Raises UsageError if no layer is
-    left to be converted."""
-    worst = importance.by_loss(chosen, window)
-    heads = importance.heads_by_loss(worst[keep_auto:]) if keep_heads else []
-    heads = [one for one in heads if one not in kept.heads][:keep_heads]
-    return Kept.of(source.layers, {*kept.layers, *worst[:keep_auto]}, {*kept.heads, *heads})
+def keep_most_needed(source: Source, chosen: list[int], asked: Asked, window: int, importance: Importance) -> Kept:
+    """What keeps softmax: also those layers, and then those key heads of the others, that the loss needs most.
+
+    Raises UsageError if no layer is left to be converted.
+    """
+    worst, kept = importance.by_loss(chosen, window), asked.kept
+    heads = importance.heads_by_loss(worst[asked.keep_auto :]) if asked.keep_heads else []
+    heads = [one for one in heads if one not in kept.heads][: asked.keep_heads]
+    return Kept.of(source.layers, {*kept.layers, *worst[: asked.keep_auto]}, {*kept.heads, *heads})
 
 
 def _option(name: str) -> str:

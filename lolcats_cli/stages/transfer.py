@@ -28,7 +28,7 @@ from lolcats_cli.loading.student import load_captured
 from lolcats_cli.progress import Progress
 from lolcats_cli.stages.activations import ComputedActivations, MappedHeads, Source, StoredActivations
 from lolcats_cli.stages.checkpoints import Checkpoints
-from lolcats_cli.stages.choice import choose, keep_most_needed, with_sizes, with_steps
+from lolcats_cli.stages.choice import Asked, choose, keep_most_needed, with_sizes, with_steps
 from lolcats_cli.stages.curves import LayerCurves, tensorboard_folder
 from lolcats_cli.stages.importance import Importance, measure_importance
 from lolcats_cli.stages.kept import Kept
@@ -91,15 +91,14 @@ def transfer(
     with ranks.joined(device.type):
         rolling = Path(output) / f".hidden-{ranks.rank()}"
         source = _source(parent, teacher, load, device, block_size, rolling, progress)
-        kept = Kept.named(source.layers, keep_softmax)
-        kept.check_rest(source.layers, keep_auto, keep_heads)
-        chosen, importance = choose(source, options, layers, kept, keep_auto, keep_heads, auto), None
-        if keep_auto or keep_heads or auto:
+        asked = Asked(layers, Kept.named(source.layers, keep_softmax), keep_auto, keep_heads, auto)
+        chosen, kept, importance = choose(source, options, asked), asked.kept, None
+        if asked.importance:
             window = options.hybrid.window if keep_heads else None
             importance = ranks.share(
                 lambda: _importance(source, window, output, force, teacher, load, device, progress)
             )
-            kept = keep_most_needed(source, chosen, kept, keep_auto, keep_heads, options.hybrid.window, importance)
+            kept = keep_most_needed(source, chosen, asked, options.hybrid.window, importance)
             chosen = [layer for layer in chosen if layer not in kept.layers]
         options = replace(options, kept_heads=tuple(sorted(kept.heads)))
         if importance is not None:
