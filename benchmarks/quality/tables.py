@@ -114,6 +114,7 @@ KEPT: dict[str, dict[str, Any]] = {
 IMPORTANCE: dict[str, dict[str, Any]] = {
     "best": {},
     "windows auto": {"auto": ["windows"]},
+    "steps auto": {"auto": ["steps"]},
     "auto:1": {"keep_auto": 1},
     "heads:1": {"keep_heads": 1},
     "heads:2": {"keep_heads": 2},
@@ -127,6 +128,8 @@ STATE: dict[str, dict[str, Any]] = {
     "32 columns, windows auto": {"feature_dim": 32, "auto": ["windows"]},
     "16 columns": {"feature_dim": 16},
     "columns and windows auto": {"auto": ["feature_dims", "windows"]},
+    "columns, windows and steps auto": {"auto": ["feature_dims", "windows", "steps"]},
+    "64 columns, terraced": {"layout": "terraced"},
 }
 KEYS_A_COLUMN, UNIT = 2.0625, 16  # a column of 8 heads takes 528 numbers; a key of 4 heads, and its value, 256
 # Name -> recipe, and whether there is a decay.
@@ -239,6 +242,8 @@ def importance(lab: Lab, name: str, window: int, seed: int) -> Row:
 
 def state(lab: Lab, name: str, window: int, seed: int) -> Row:
     keys = window + int((64 - STATE[name].get("feature_dim", 64)) * KEYS_A_COLUMN // UNIT * UNIT)
+    if "layout" in STATE[name]:
+        keys //= 2  # a terraced window of w keys has a ring of 2 w
     known = {"64 columns": "best", "64 columns, windows auto": "importance/windows auto"}
     folder = f"window {window}/" + known.get(name, f"state/{name}")
     maps = lab.transfer(folder, seed, window=keys, **STATE[name])
