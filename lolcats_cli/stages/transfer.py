@@ -9,9 +9,9 @@ The artifact holds `maps/layer-LLL.safetensors` for every layer: a `HybridMaps` 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
-from itertools import pairwise
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -142,7 +142,7 @@ def _train(
     mapped = MappedHeads(source, options.kept_heads) if options.kept_heads else source
     written = making.completed_files()
     steps = {layer: options.total_steps(layer, source.rows["train"]) for layer in chosen}
-    mine = _share(_together(source, chosen))
+    mine = _share(_together(source, chosen), steps)
     with (
         making.part() as (writer, _),
         progress.task("transfer", sum(steps[layer] for together in mine for layer in together), "steps") as advance,
@@ -202,18 +202,22 @@ def _tell(chosen: list[int], kept: Kept, options: TransferOptions, progress: Pro
             progress.note(f"{what}: {', '.join(f'{sizes[layer]} in layer {layer}' for layer in chosen)}")
 
 
-def _share(groups: list[list[int]]) -> list[list[int]]:
-    """This rank's neighbouring groups of layers. If there are more ranks than groups, groups are cut into pieces."""
+def _share(groups: list[list[int]], steps: Mapping[int, int]) -> list[list[int]]:
+    """This rank's neighbouring groups of layers, of which each takes so many steps. If there are more ranks than groups, groups
+    are cut into pieces."""
     if len(groups) < ranks.size():
         pieces = -(-ranks.size() // len(groups))
-        groups = [part for layers in groups for part in _pieces(layers, pieces) if part]
-    return _pieces(groups, ranks.size())[ranks.rank()]
+        groups = [part for layers in groups for part in _pieces(layers, pieces, [1] * len(layers)) if part]
+    costs = [1 + sum(steps[layer] for layer in layers) for layers in groups]
+    return _pieces(groups, ranks.size(), costs)[ranks.rank()]
 
 
-def _pieces(items: list[T], count: int) -> list[list[T]]:
-    """The items in order, cut into `count` pieces of nearly equal length. Some pieces may be empty."""
-    ends = [len(items) * number // count for number in range(count + 1)]
-    return [items[start:stop] for start, stop in pairwise(ends)]
+def _pieces(items: list[T], count: int, costs: list[int]) -> list[list[T]]:
+    """The items in order, cut into `count` pieces of nearly equal cost. Some pieces may be empty."""
+    found: list[list[T]] = [[] for _ in range(count)]
+    for item, cost, end in zip(items, costs, accumulate(costs), strict=True):
+        found[int((end - cost / 2) * count / sum(costs))].append(item)  # where its middle lies
+    return found
 
 
 def _source(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 from math import inf
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from lolcats_formats import Artifact, ArtifactWriter, ConfigMismatch, NotAnArtifact, WrongKind
 from lolcats_kernels import HybridConfig, HybridMaps, hybrid_attention
 from lolcats_kernels.softmax import softmax_attention, softmax_weights
@@ -24,7 +26,7 @@ from lolcats_cli.stages.checkpoints import Checkpoints
 from lolcats_cli.stages.layer_losses import errors_of, layer_loss, measure
 from lolcats_cli.stages.layer_start import OFF
 from lolcats_cli.stages.layer_training import Trained, train_layers
-from lolcats_cli.stages.transfer import transfer
+from lolcats_cli.stages.transfer import _pieces, transfer
 from lolcats_cli.stages.transfer_options import RECIPES, TransferOptions
 from lolcats_cli.teacher.records import DataOptions
 
@@ -416,6 +418,13 @@ def test_layers_with_their_own_steps_are_trained_as_alone(pipeline: SimpleNamesp
         alone = train_layer(source, layer, replace(options, steps=steps))
         assert both[layer].figures == alone.figures and both[layer].events == alone.events
         assert all(torch.equal(both[layer].maps[name], alone.maps[name]) for name in alone.maps)
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=12), st.integers(1, 8))
+def test_ranks_share_the_steps(costs: list[int], count: int) -> None:
+    found = _pieces(costs, count, costs)
+    assert len(found) == count and list(chain(*found)) == costs
+    assert max(map(sum, found)) <= sum(costs) / count + max(costs)
 
 
 def test_every_epoch_sees_every_row_once_in_another_order(pipeline: SimpleNamespace) -> None:
