@@ -203,8 +203,10 @@ def _tell(chosen: list[int], kept: Kept, options: TransferOptions, progress: Pro
 
 
 def _share(groups: list[list[int]], steps: Mapping[int, int]) -> list[list[int]]:
-    """This rank's neighbouring groups of layers, of which each takes so many steps. If there are more ranks than groups, groups
-    are cut into pieces."""
+    """This rank's neighbouring groups of layers. If there are more ranks than groups, groups are cut into pieces.
+
+    steps: of every layer.
+    """
     if len(groups) < ranks.size():
         pieces = -(-ranks.size() // len(groups))
         groups = [part for layers in groups for part in _pieces(layers, pieces, [1] * len(layers)) if part]
