@@ -16,9 +16,9 @@ from .errors import (
     WrongKind,
 )
 from .limits import GOLDEN, KINDS, VERSION
-from .place import check_place, holds_artifact
+from .place import begun_config, check_config, check_place, holds_artifact
 from .tensors import TensorInfo
-from .writer import ArtifactWriter, begun_config
+from .writer import ArtifactWriter
 
 __all__ = [
     "GOLDEN",
@@ -38,6 +38,7 @@ __all__ = [
     "artifact_id",
     "begun_config",
     "canonical",
+    "check_config",
     "check_place",
     "differences",
     "holds_artifact",

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from .artifact import recorded_kind
+from .artifact import read_small, recorded_kind
+from .canonical import canonical, differences, parse, plain
 from .errors import ConfigMismatch, FormatError, NotAnArtifact
-from .limits import MANIFEST, PROGRESS
+from .limits import MANIFEST, PROGRESS, REPLACEMENT_SUFFIX
 
 Resume = Literal["auto", "required", "never"]
 
@@ -58,3 +61,63 @@ def check_place(path: Path, kind: str, resume: Resume, force: bool) -> None:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(place))
     if not os.access(place, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(place))
+
+
+def begun_config(path: str | os.PathLike[str], force: bool = False) -> dict[str, Any] | None:
+    """The configuration of the artifact that `ArtifactWriter.create` would find finished or continue in `path`.
+
+    With `force` that is the unfinished artifact which is to replace another. None if there is no artifact that can be
+    read.
+    """
+    target = Path(os.path.realpath(path))
+    beside = target.with_name(f".{target.name}{REPLACEMENT_SUFFIX}")
+    for file in (beside / PROGRESS, target / PROGRESS) if force else (target / MANIFEST, target / PROGRESS):
+        with contextlib.suppress(OSError, FormatError):
+            config = parse(read_small(file), str(file)).get("config")
+            if isinstance(config, dict):
+                return config
+    return None
+
+
+def check_config(
+    path: str | os.PathLike[str],
+    kind: str,
+    config: Mapping[str, Any],
+    *,
+    force: bool = False,
+    unknown: Collection[str] = (),
+) -> bool:
+    """Whether `ArtifactWriter.create` would find a finished artifact in `path`.
+
+    unknown: the entries of the configuration that are not known yet. They are not compared.
+    Raises ConfigMismatch, as `create` would, for an artifact with another configuration. So this is told before there
+    is all that `create` needs.
+    """
+    begun, finished = None if force else begun_config(path), os.path.lexists(Path(path) / MANIFEST)
+    if begun is not None:
+        check_kind(Path(path), str(recorded_kind(Path(path))), kind)
+        state = "a finished" if finished else "an unfinished"
+        there, here = ({k: v for k, v in x.items() if k not in unknown} for x in (begun, plain(config, "config")))
+        check_same(Path(path), state, kind, {"config": there}, {"config": here})
+    return begun is not None and finished
+
+
+def check_same(path: Path, state: str, kind: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Raises ConfigMismatch if the settings of the artifact in `path` are not those that it is to be made with.
+
+    state: "a finished" or "an unfinished".
+    """
+    fields = differences(there, here)
+    if fields:
+        shown = "; ".join(f"{n} is {_short(a)} there and {_short(b)} here" for n, (a, b) in list(fields.items())[:5])
+        more = f"; and {len(fields) - 5} more" if len(fields) > 5 else ""
+        raise ConfigMismatch(
+            f"{path} holds {state} {kind} artifact with other settings: {shown}{more}. "
+            f"Choose another output directory, give the settings it was made with, or replace it with --force.",
+            list(fields),
+        )
+
+
+def _short(value: Any) -> str:
+    text = canonical(value).decode()
+    return text if len(text) <= 60 else text[:57] + "..."

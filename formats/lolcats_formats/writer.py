@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from . import atomic, schema
 from .artifact import AGAIN, Artifact, check_names, hash_file, lineage, read_small, unlisted, walk
-from .canonical import artifact_id, canonical, differences, parse, plain, plain_metrics, pretty
+from .canonical import artifact_id, canonical, parse, plain, plain_metrics, pretty
 from .errors import ConfigMismatch, Damaged, FormatError, NotAnArtifact
 from .limits import (
     FORMAT,
@@ -37,7 +37,7 @@ from .limits import (
     check_name,
 )
 from .lock import DirectoryLock
-from .place import Resume, check_kind, check_place
+from .place import Resume, check_kind, check_place, check_same
 from .tensors import CHUNK, serialize
 
 if TYPE_CHECKING:
@@ -481,17 +481,7 @@ class ArtifactWriter:
 
     def _compare(self, found: Mapping[str, Any], state: str) -> None:
         check_kind(self.path, found["kind"], self._record["kind"])
-        fields = differences({k: found[k] for k in _IDENTITY}, {k: self._record[k] for k in _IDENTITY})
-        if fields:
-            shown = "; ".join(
-                f"{n} is {_short(a)} there and {_short(b)} here" for n, (a, b) in list(fields.items())[:5]
-            )
-            more = f"; and {len(fields) - 5} more" if len(fields) > 5 else ""
-            raise ConfigMismatch(
-                f"{self.path} holds {state} {found['kind']} artifact with other settings: {shown}{more}. "
-                f"Choose another output directory, give the settings it was made with, or replace it with --force.",
-                list(fields),
-            )
+        check_same(self.path, state, found["kind"], *({k: x[k] for k in _IDENTITY} for x in (found, self._record)))
 
     def _write(self, name: str, chunks: Any) -> None:
         self._assert_open()
@@ -561,33 +551,12 @@ class ArtifactWriter:
         assert self._lock is not None, "the writer is closed"
 
 
-def begun_config(path: str | os.PathLike[str], force: bool = False) -> dict[str, Any] | None:
-    """The configuration of the artifact that `ArtifactWriter.create` would find finished or continue in `path`.
-
-    With `force` that is the unfinished artifact which is to replace another. None if there is no artifact that can be
-    read.
-    """
-    target = Path(os.path.realpath(path))
-    beside = target.with_name(f".{target.name}{REPLACEMENT_SUFFIX}")
-    for file in (beside / PROGRESS, target / PROGRESS) if force else (target / MANIFEST, target / PROGRESS):
-        with contextlib.suppress(OSError, FormatError):
-            config = parse(read_small(file), str(file)).get("config")
-            if isinstance(config, dict):
-                return config
-    return None
-
-
 def _hashed(path: Path) -> atomic.Written:
     return atomic.Written(*hash_file(path))
 
 
 def _entry(written: atomic.Written) -> dict[str, Any]:
     return {"size": written.size, "sha256": written.sha256}
-
-
-def _short(value: Any) -> str:
-    text = canonical(value).decode()
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _chunks(path: Path, sha256: str | None = None) -> Iterator[bytes]:

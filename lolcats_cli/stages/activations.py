@@ -10,9 +10,10 @@ Shapes: N rows, B batch, H query heads, K key heads, T time, D head, E hidden si
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -64,9 +65,8 @@ class Source(ABC):
         self.tokens = {split: Rows.from_tensors(capture.load(tokens_name(split))) for split in SPLITS}
         self.rows = {split: len(rows) for split, rows in self.tokens.items()}
 
-    @property
     def teacher(self) -> PreTrainedModel | None:
-        """The model that computes them; None where they are stored."""
+        """The model that computes them, which the first call loads; None where they are stored."""
         return None
 
     @contextmanager
@@ -175,22 +175,26 @@ class ComputedActivations(Source):
     """
 
     def __init__(
-        self, capture: Artifact, teacher: PreTrainedModel, device: torch.device, layout: Layout | None = None
+        self,
+        capture: Artifact,
+        load: Callable[[], PreTrainedModel],
+        device: torch.device,
+        layout: Layout | None = None,
     ) -> None:
+        """load: loads the teacher."""
         super().__init__(capture)
         self._layout = layout = layout or Layout.of(capture.manifest)
         self._stored = capture  # the hidden states
         self.together = layout.blocks
-        self._teacher, self._device = teacher, device
+        self._model, self._device = cache(load), device
         self._batch_size: int = capture.config["batch_size"]
         self._groups = {split: layout.groups(split) for split in SPLITS}
         self._units = [list(layout.units(number)) for number in range(len(layout.blocks))]
         self._run: Run | None = None
         self._seen: Activations = {}  # what the attentions of the forward pass got
 
-    @property
     def teacher(self) -> PreTrainedModel:
-        return self._teacher
+        return self._model()
 
     @contextmanager
     def running(self, layers: list[int]) -> Iterator[None]:
@@ -200,7 +204,7 @@ class ComputedActivations(Source):
         def keep(layer: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> None:
             self._seen[layer] = (q, k, v)
 
-        with block(self._teacher, reached, self._device) as run, recording(self._teacher, keep):
+        with block(self.teacher(), reached, self._device) as run, recording(self.teacher(), keep):
             self._run = run
             try:
                 yield
@@ -248,9 +252,8 @@ class MappedHeads(Source):
             info.take(self._heads[layer]) if layer in self._heads else info for layer, info in enumerate(source.layers)
         ]
 
-    @property
     def teacher(self) -> PreTrainedModel | None:
-        return self._source.teacher
+        return self._source.teacher()
 
     @contextmanager
     def running(self, layers: list[int]) -> Iterator[None]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lolcats_formats import Artifact, holds_artifact
+from lolcats_formats import Artifact, check_config, holds_artifact
 from lolcats_formats.place import Resume
 from safetensors.torch import load_file
 from torch import Tensor
@@ -114,6 +114,17 @@ def capture(
     device = load.resolved_device()
     memory = memory or device_memory(device)
     with ranks.joined(device.type):
+        settings = {
+            "data": options.to_config(),
+            **({} if keep is None else {"select": "top-esl", "keep": keep}),
+            **({} if store_dtype == "teacher" else {"stored": store_dtype}),
+            **({} if store_logits is None else {"logits": store_logits}),
+            **({} if statistics == "all" else {"statistics": statistics}),
+            "val_fraction": val_fraction,
+            "seed": seed,
+        }
+        unknown = ("samples", "dtype", "store", "block_size", "batch_size")
+        ranks.share(lambda: check_config(output, "capture", settings, force=force, unknown=unknown))
         found = ranks.share(lambda: _read(data, folder, options, config, load, progress))
         if keep is not None and keep > len(found):
             raise UsageError(f"--keep {keep} is more than the {len(found)} rows of the data. Choose a smaller number.")
@@ -123,16 +134,9 @@ def capture(
         progress.note(f"{teacher}: {len(layers)} attention layers, every one recorded and reproduced")
         with ranks.one_first():  # it hashes the teacher, and the others find its hashes
             described = describe_teacher(model, folder, revision, layers)
-        settings = {
-            "data": options.to_config(),
+        settings |= {
             "samples": [options.first, options.first + len(found) - 1],
-            **({} if keep is None else {"select": "top-esl", "keep": keep}),
-            **({} if store_dtype == "teacher" else {"stored": store_dtype}),
-            **({} if store_logits is None else {"logits": store_logits}),
-            **({} if statistics == "all" else {"statistics": statistics}),
             "dtype": str(model.dtype).removeprefix("torch."),
-            "val_fraction": val_fraction,
-            "seed": seed,
         }
         sizes = sizes_of(model, layers, keep or len(found), options.seq_len, batch_size, store_logits or 0)
         if store == "auto":

@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from lolcats_formats import Artifact, ArtifactWriter
+from lolcats_formats import Artifact, ArtifactWriter, check_config
 from lolcats_formats.place import Resume
 
 from lolcats_cli import ranks
@@ -83,6 +83,8 @@ def lora(
     device = load.resolved_device()
     parent = Artifact.open(transfer, "transfer")
     with ranks.joined(device.type):
+        config, unknown = _config(options, parent), ("targets", "logits", "dtype")
+        ranks.share(lambda: check_config(output, "lora", config, force=force, unknown=unknown))
         with ranks.one_first():  # it hashes the teacher, and the others find its hashes
             folder = teacher_folder(parent, teacher)
         data_options = replace(data_options, completion=options.loss_on == "completion")

@@ -7,7 +7,7 @@ front of two blocks on disk.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +38,7 @@ class RollingActivations(ComputedActivations):
     def __init__(
         self,
         capture: Artifact,
-        teacher: PreTrainedModel,
+        load: Callable[[], PreTrainedModel],
         device: torch.device,
         block_size: int,
         folder: Path,
@@ -47,7 +47,7 @@ class RollingActivations(ComputedActivations):
         config = capture.config | {"store": "block", "block_size": block_size, "statistics": "none"}
         config.pop("logits", None)  # the transfer does not need them
         self._fields: dict[str, Any] = {"config": config, "teacher": capture.teacher, "data": capture.data}
-        super().__init__(capture, teacher, device, Layout.of(self._fields))
+        super().__init__(capture, load, device, Layout.of(self._fields))
         self._folder, self._progress = folder, progress
 
     @contextmanager
@@ -81,7 +81,7 @@ class RollingActivations(ComputedActivations):
                 advance(sum(self.rows.values()) - sum(len(unit.rows) for unit in units))
                 before = self._place(number - 1)
                 record_units(
-                    self._teacher, layout, units, self.tokens, self._device, self._batch_size, writer, before, advance
+                    self.teacher(), layout, units, self.tokens, self._device, self._batch_size, writer, before, advance
                 )
             writer.finish({})
         if number > 1:

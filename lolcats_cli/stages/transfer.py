@@ -13,17 +13,17 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from lolcats_formats import Artifact, ArtifactWriter, begun_config
+from lolcats_formats import Artifact, ArtifactWriter, begun_config, check_config
 from lolcats_formats.place import Resume
 from safetensors import safe_open
 
 from lolcats_cli import ranks, stopping
 from lolcats_cli.artifacts.describe import IMPORTANCE_FILE
 from lolcats_cli.artifacts.maps import maps_file
-from lolcats_cli.errors import UsageError
+from lolcats_cli.errors import IdentityMismatch, UsageError
 from lolcats_cli.loading.student import load_captured
 from lolcats_cli.progress import Progress
 from lolcats_cli.stages.activations import ComputedActivations, MappedHeads, Source, StoredActivations
@@ -38,6 +38,9 @@ from lolcats_cli.stages.transfer_options import TransferOptions
 from lolcats_cli.stages.writing import Making, make_artifact
 from lolcats_cli.teacher.load import LoadOptions
 from lolcats_cli.teacher.record import LayerInfo
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CARRIED = ("entropy", "head_entropy", "esl")  # of a layer's figures in the capture: shown without it too
 T = TypeVar("T")
@@ -113,6 +116,8 @@ def transfer(
             "data": parent.data,
             "parents": [parent],
         }
+        if not ranks.share(lambda: check_config(output, "transfer", fields["config"], force=force)):
+            source.teacher()  # loaded before anything is written
 
         def work(making: Making) -> dict[str, Any]:
             curves = LayerCurves(tensorboard_folder(output)) if log_to else None
@@ -182,13 +187,22 @@ def _importance(
     device: torch.device,
     progress: Progress,
 ) -> Importance:
-    """What every layer's loss needs of the keys before a window. A transfer that is continued has it already."""
-    begun = Path(output) / IMPORTANCE_FILE
-    if begun.is_file() and begun_config(output, force) is not None and not force:
-        found = Importance.from_json(json.loads(begun.read_text(encoding="utf-8")))
-        if heads_window is None or found.heads:
+    """What every layer's loss needs of the keys before a window. A transfer that is continued has it already.
+
+    Raises IdentityMismatch if `output` holds a transfer that was made without it.
+    """
+    file = Path(output) / IMPORTANCE_FILE
+    if not force and begun_config(output) is not None:
+        found = Importance.from_json(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+        if found is not None and (heads_window is None or found.heads):
             return found
-    model = source.teacher or load_captured(source.capture, teacher, load, progress)
+        if found is not None or (Path(output) / maps_file(0)).parent.is_dir():
+            what = "anything chosen by importance (auto, heads:N)" if found is None else "--keep-softmax heads:N"
+            raise IdentityMismatch(
+                f"{output} holds a transfer that was made without {what}. Choose another output directory, give the "
+                "settings it was made with, or replace it with --force."
+            )
+    model = source.teacher() or load_captured(source.capture, teacher, load, progress)
     return measure_importance(model, source.tokens["validation"], source.layers, device, progress, heads_window)
 
 
@@ -239,7 +253,10 @@ def _source(
         )
     if capture.config.get("store", "attention") == "attention":
         return StoredActivations(capture)
-    model = load_captured(capture, teacher, load, progress)
+
+    def model() -> PreTrainedModel:
+        return load_captured(capture, teacher, load, progress)
+
     if block_size:
         return RollingActivations(capture, model, device, block_size, folder, progress)
     return ComputedActivations(capture, model, device)

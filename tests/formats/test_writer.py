@@ -23,6 +23,7 @@ from lolcats_formats import (
     NotAnArtifact,
     Unfinished,
     atomic,
+    check_config,
 )
 
 FOLDER = str(Path(lolcats_formats.__file__).parents[1])
@@ -192,6 +193,25 @@ def test_other_settings_are_refused_with_the_fields_that_differ(create, kit, fin
     with pytest.raises(ConfigMismatch) as error:
         create(kind="lora")
     assert error.value.fields == ["kind"]
+
+
+def test_another_configuration_is_refused_before_the_rest_is_known(create, kit, tmp_path):
+    place = tmp_path / "a"
+    assert not check_config(place, "transfer", kit.CONFIG)
+    with create():
+        assert not check_config(place, "transfer", kit.CONFIG)
+        with pytest.raises(ConfigMismatch, match=r"an unfinished .* config\.lr is 0\.01 there and 1"):
+            check_config(place, "transfer", kit.CONFIG | {"lr": 1})
+    with create() as writer:
+        kit.write_layers(writer)
+    assert check_config(place, "transfer", kit.CONFIG) and not check_config(place, "transfer", {}, force=True)
+    assert check_config(place, "transfer", {**kit.CONFIG, "lr": 1, "new": 2}, unknown=("lr", "new"))
+    for config, field in (({**kit.CONFIG, "new": 2}, "config.new"), ({"hybrid": kit.CONFIG["hybrid"]}, "config.lr")):
+        with pytest.raises(ConfigMismatch, match="a finished") as error:
+            check_config(place, "transfer", config, unknown=("seed",))
+        assert error.value.fields == [field]
+    with pytest.raises(ConfigMismatch, match="a lora would be written there"):
+        check_config(place, "lora", kit.CONFIG)
 
 
 def test_foreign_directories_are_left_alone(create, tmp_path):

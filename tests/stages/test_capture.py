@@ -154,8 +154,9 @@ def test_finished_is_returned_without_running_the_teacher(
     assert contents(pipeline.capture) == before
 
 
-def test_other_settings_in_the_same_place_are_named(pipeline: SimpleNamespace) -> None:
+def test_other_settings_in_the_same_place_are_named(pipeline: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     before = contents(pipeline.capture)
+    monkeypatch.setattr("lolcats_cli.stages.capture.load_model", lambda *_: pytest.fail("loaded the teacher"))
     with pytest.raises(ConfigMismatch) as caught:
         capture(
             str(pipeline.teacher), str(pipeline.text), pipeline.capture, options=DataOptions(seq_len=32, samples=20)

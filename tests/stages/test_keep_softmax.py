@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lolcats_formats import Artifact
+from lolcats_formats import Artifact, ConfigMismatch
 from lolcats_kernels import HybridConfig
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
@@ -167,6 +167,27 @@ def test_a_continued_transfer_measures_nothing_again(
     made = transfer(deep.capture, tmp_path / "one", options=OPTIONS, auto=["windows"])
     monkeypatch.setattr("lolcats_cli.stages.transfer.measure_importance", None)
     assert transfer(deep.capture, tmp_path / "one", options=OPTIONS, auto=["windows"]).id == made.id
+
+
+def test_other_choices_are_refused_before_the_teacher_is_loaded(
+    deep: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = DataOptions(seq_len=48, samples=10)
+    tokens = capture(str(deep.teacher), str(deep.text), tmp_path / "capture", options=data, store="tokens").path
+    for name, asked in (("plain", {}), ("auto", {"keep_auto": 1}), ("windows", {"auto": ["windows"]})):
+        transfer(tokens, tmp_path / name, options=OPTIONS, **asked)
+    monkeypatch.setattr("lolcats_cli.stages.transfer.load_captured", lambda *_: pytest.fail("loaded the teacher"))
+    for name, asked, message in (
+        ("plain", {"options": replace(OPTIONS, lr=1.0)}, "lr"),
+        ("plain", {"keep_auto": 1}, r"without anything chosen by importance \(auto, heads:N\)"),
+        ("auto", {"keep_auto": 2}, "keep_softmax"),
+        ("auto", {"keep_heads": 1}, "without --keep-softmax heads:N"),
+        ("auto", {}, "keep_softmax"),
+        ("windows", {}, "windows"),
+    ):
+        with pytest.raises((ConfigMismatch, IdentityMismatch), match=message):
+            transfer(tokens, tmp_path / name, **{"options": OPTIONS, **asked})
+    assert transfer(tokens, tmp_path / "plain", options=OPTIONS).config["layers"] == [0, 1, 2]
 
 
 def test_an_automatic_window_leaves_keys_to_learn_from(

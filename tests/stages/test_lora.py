@@ -544,7 +544,10 @@ def test_a_part_of_the_layers_is_not_a_student(pipeline: SimpleNamespace, tmp_pa
     assert not (tmp_path / "l").exists()
 
 
-def test_wrong_kind_and_other_settings(pipeline: SimpleNamespace, tmp_path: Path) -> None:
+def test_wrong_kind_and_other_settings(
+    pipeline: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lolcats_cli.stages.lora.load_student", lambda *_: pytest.fail("loaded the student"))
     with pytest.raises(WrongKind, match="is a capture artifact, but a transfer artifact"):
         lora(pipeline.capture, tmp_path / "l", options=QUICK, load=CPU)
     with pytest.raises(ConfigMismatch) as caught:
