@@ -52,7 +52,7 @@ def transfer(
         bool | None,
         typer.Option(
             "--decay/--no-decay",
-            help="Let the linear term forget, as it learns to from each key: on if --window is 0, else off.",
+            help="Let the linear term forget, as it learns to from each key: off; on if --window is 0 (best).",
         ),
     ] = None,
     gamma: Annotated[

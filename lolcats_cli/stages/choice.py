@@ -10,7 +10,7 @@ from lolcats_kernels.spec import BY_LAYER
 
 from lolcats_cli.errors import UsageError
 from lolcats_cli.stages.activations import Source
-from lolcats_cli.stages.importance import Importance, loss_at, share_out, share_steps
+from lolcats_cli.stages.importance import Importance, loss_at, share_out, share_steps, unit
 from lolcats_cli.stages.kept import Kept
 from lolcats_cli.stages.transfer_options import TransferOptions
 from lolcats_cli.student.memory import cache_bytes, student_bytes
@@ -67,6 +67,8 @@ def choose(source: Source, options: TransferOptions, asked: Asked) -> list[int]:
         raise UsageError(f"Layer {other[0]} has no softmax attention to convert. Leave it out of --layers.")
     if both := kept.layers.intersection(chosen):
         raise UsageError(f"Layer {min(both)} is in --layers and in --keep-softmax. Choose one.")
+    if "windows" in asked.auto:
+        _check_memory(source, chosen, options, asked.keep_auto)
     return chosen
 
 
@@ -120,26 +122,41 @@ def with_sizes(
 
     Raises UsageError if feature sizes that were given leave no memory for windows.
     """
-    layers, hybrid = range(len(source.layers)), options.hybrid
+    layers, infos, hybrid = range(len(source.layers)), source.capture.teacher["layers"], options.hybrid
     if "feature_dims" in auto:
         wide, half = importance.beyond_windows(chosen), -(-hybrid.feature_dim // 2)
         options = replace(options, feature_dims=tuple(hybrid.feature_dim if i in wide else half for i in layers))
     if "windows" not in auto:
         return options
-    infos, itemsize = source.capture.teacher["layers"], getattr(torch, source.capture.config["dtype"]).itemsize
-
-    def memory(options: TransferOptions) -> int:
-        return student_bytes(infos, options.to_config()["hybrid"], set(layers) - set(chosen), 0, itemsize)
-
-    budget = memory(replace(options, feature_dims=None))
-    costs = {layer: cache_bytes([infos[layer]], 1, itemsize) * hybrid.slots // hybrid.window for layer in chosen}
+    _check_memory(source, chosen, options)
+    left = sum(_memory(source, i, replace(options, feature_dims=None)) - _memory(source, i, options) for i in chosen)
+    costs = {i: cache_bytes([infos[i]], 1, _itemsize(source)) * hybrid.slots // hybrid.window for i in chosen}
     losses = {layer: importance.curve(layer) for layer in chosen}
     longest = max(hybrid.window, source.capture.data["seq_len"] // LONGEST_WINDOW)
-    found = share_out(losses, costs, hybrid.window, longest, budget - memory(options))
-    options = replace(options, windows=tuple(found.get(layer, 0) for layer in layers))
-    if memory(options) > budget:
+    found = share_out(losses, costs, hybrid.window, longest, left)
+    return replace(options, windows=tuple(found.get(layer, 0) for layer in layers))
+
+
+def _check_memory(source: Source, layers: list[int], options: TransferOptions, fewer: int = 0) -> None:
+    """Raises UsageError if the shortest automatic windows of these layers, or of any that are so many fewer, take more
+    memory than all layers alike: feature sizes were given that leave none."""
+    alike = replace(options, feature_dims=None)
+    least = replace(options, windows=(unit(options.hybrid.window),) * len(source.layers))
+    left = sorted(_memory(source, layer, alike) - _memory(source, layer, least) for layer in layers)
+    if sum(left[fewer:]) < 0:
         raise UsageError("--feature-dims leave no memory for --windows auto. Give fewer columns, or a longer --window.")
-    return options
+
+
+def _memory(source: Source, layer: int, options: TransferOptions) -> int:
+    """The bytes that a sequence takes in this layer."""
+    infos = source.capture.teacher["layers"]
+    others = set(range(len(infos))) - {layer}
+    return student_bytes(infos, options.to_config()["hybrid"], others, 0, _itemsize(source))
+
+
+def _itemsize(source: Source) -> int:
+    """The bytes of an element of a key."""
+    return int(getattr(torch, source.capture.config["dtype"]).itemsize)
 
 
 def with_steps(source: Source, chosen: list[int], options: TransferOptions, importance: Importance) -> TransferOptions:

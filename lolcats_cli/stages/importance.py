@@ -178,6 +178,11 @@ def _by_layer(
     return {number: tuple(next(found) for _ in several) for number, several in changes.items()}
 
 
+def unit(window: int) -> int:
+    """The shortest window that `share_out` gives, by which it makes others longer."""
+    return max(1, window // UNITS)
+
+
 def share_out(
     losses: Mapping[int, Mapping[int, float]], costs: Mapping[int, int], window: int, most: int, spare: int = 0
 ) -> dict[int, int]:
@@ -193,8 +198,8 @@ def share_out(
     Between and beyond the measured windows, the logarithm of a loss is a straight line over that of the window. Windows
     grow from a fourth of `window` in steps of that size, where a byte saves most.
     """
-    unit = max(1, window // UNITS)
-    windows = dict.fromkeys(losses, min(unit, most))
+    step = unit(window)
+    windows = dict.fromkeys(losses, min(step, most))
     left = spare + sum(costs[layer] * (window - windows[layer]) for layer in losses)
 
     @cache
@@ -204,7 +209,7 @@ def share_out(
     while True:
         best: tuple[float, int, int] | None = None
         for layer, now in windows.items():
-            for longer in range(now + unit, min(most, now + left // costs[layer]) + 1, unit):
+            for longer in range(now + step, min(most, now + left // costs[layer]) + 1, step):
                 saved = (loss(layer, now) - loss(layer, longer)) / (costs[layer] * (longer - now))
                 if saved > 0 and (best is None or saved > best[0]):
                     best = saved, layer, longer

@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator
-from typing import NamedTuple
+from collections.abc import Collection, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from lolcats_cli.errors import UsageError
-from lolcats_cli.teacher.record import LayerInfo
+
+if TYPE_CHECKING:
+    from lolcats_cli.teacher.record import LayerInfo
+
+
+def check_there(option: str, given: Collection[int | str | tuple[int, int]], key_heads: Sequence[int]) -> None:
+    """Raises UsageError for a layer, or a layer and key head, that is not there.
+
+    key_heads: their number in every layer of the teacher.
+    """
+    for one in given:
+        layer, head = one if isinstance(one, tuple) else (one, None)
+        written = layer if head is None else f"{layer}.{head}"
+        if isinstance(layer, int) and not 0 <= layer < len(key_heads):
+            raise UsageError(f"{option} {written}: The layers are 0 to {len(key_heads) - 1}.")
+        if isinstance(layer, int) and head is not None and head >= key_heads[layer]:
+            raise UsageError(f"{option} {written}: Layer {layer} has {key_heads[layer]} key heads, counted from 0.")
 
 
 class Kept(NamedTuple):
@@ -35,19 +51,11 @@ class Kept(NamedTuple):
 
         Raises UsageError for a layer or head that does not exist, or if no layer is left to be converted.
         """
+        check_there("--keep-softmax", given, [info.num_key_value_heads for info in infos])
         layers = {layer for layer in given if isinstance(layer, int)}
         heads = {one for one in given if isinstance(one, tuple)}
         if "sliding" in given:
             layers |= {layer for layer, info in enumerate(infos) if info.spec.sliding_window is not None}
-        unknown = layers.union(layer for layer, _ in heads) - set(range(len(infos)))
-        if unknown:
-            raise UsageError(f"--keep-softmax {min(unknown)}: The layers are 0 to {len(infos) - 1}.")
-        for layer, head in sorted(heads):
-            if head >= infos[layer].num_key_value_heads:
-                raise UsageError(
-                    f"--keep-softmax {layer}.{head}: Layer {layer} has {infos[layer].num_key_value_heads} key heads, "
-                    "counted from 0."
-                )
         return cls.of(infos, layers.union(i for i, info in enumerate(infos) if not info.has_attention), heads)
 
     def check_rest(self, infos: list[LayerInfo], layers: int = 0, heads: int = 0) -> None:

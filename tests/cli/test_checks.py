@@ -34,6 +34,8 @@ MISTAKES = [
     ("transfer {capture} -o {teacher}", 3, "holds other files"),
     ("transfer {capture} -o new --layers 0-7", 2, "--layers 2: The layers are 0 to 1"),
     ("transfer {capture} -o new --keep-softmax 7", 2, "--keep-softmax 7: The layers are 0 to 1"),
+    ("transfer {capture} -o new --keep-softmax 9.0", 2, "--keep-softmax 9.0: The layers are 0 to 1"),
+    ("transfer {capture} -o new --keep-softmax 1.9", 2, "--keep-softmax 1.9: Layer 1 has 2 key heads"),
     ("transfer {capture} -o new --gamma 1", 2, "--gamma 1.0 must lie between"),
     ("transfer {capture} -o new --teacher nowhere", 3, "nowhere is not a folder"),
     ("lora {capture} -o new", 3, "a transfer artifact is needed here"),

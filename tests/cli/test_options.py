@@ -61,7 +61,7 @@ def test_recipes_of_lora(pipeline: SimpleNamespace, invoke, tmp_path: Path, opti
         ("heads:1,heads:1", 2, "heads more than once"),
         ("heads:0", 2, "--keep-softmax heads:0"),
         ("0.2", 2, "--keep-softmax 0.2: Layer 0 has 2 key heads"),
-        ("7.0", 2, "--keep-softmax 7: The layers are 0 to 1"),
+        ("7.0", 2, "--keep-softmax 7.0: The layers are 0 to 1"),
         ("0.0-1", 2, "--keep-softmax 0.0-1"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -283,6 +284,10 @@ def test_the_windows_of_parts_are_named(deep: SimpleNamespace, tmp_path: Path) -
             {"auto": ["windows"], "options": replace(OPTIONS, feature_dims=(64, 64, 64))},
             "leave no memory for --windows",
         ),
+        (
+            {"auto": ["windows"], "keep_auto": 1, "options": replace(OPTIONS, feature_dims=(64, 64, 1))},
+            "leave no memory for --windows",
+        ),
         ({"auto": ["feature_dims"], "layers": [0]}, r"--feature-dims auto looks at all layers\."),
         ({"auto": ["feature_dims"], "options": replace(OPTIONS, hybrid=HybridConfig("elu"))}, "is for Hedgehog's maps"),
         ({"auto": ["windows"], "options": replace(OPTIONS, hybrid=replace(HYBRID, window=0))}, "which is 0"),
@@ -295,7 +300,21 @@ def test_the_windows_of_parts_are_named(deep: SimpleNamespace, tmp_path: Path) -
         ({"options": replace(OPTIONS, feature_dims=(4,))}, "--feature-dims gives 1 numbers; the teacher has 3 layers"),
     ],
 )
-def test_what_cannot_be_chosen(deep: SimpleNamespace, tmp_path: Path, arguments: dict, message: str) -> None:
+def test_what_cannot_be_chosen(
+    deep: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: dict, message: str
+) -> None:
+    monkeypatch.setattr("lolcats_cli.stages.transfer.measure_importance", lambda *_: pytest.fail("measured first"))
     with pytest.raises(UsageError, match=message):
         transfer(deep.capture, tmp_path / "t", **{"options": OPTIONS, **arguments})
     assert not (tmp_path / "t").exists()
+
+
+def test_memory_that_depends_on_the_kept_layer(deep: SimpleNamespace, tmp_path: Path, monkeypatch) -> None:
+    """The layer with many columns leaves no memory for the others' windows, unless it is the one that keeps softmax."""
+    asked = {"options": replace(OPTIONS, feature_dims=(64, 1, 1)), "keep_auto": 1, "auto": ["windows"]}
+    for worst, refused in ((1, True), (0, False)):
+        needs = Importance((8, 16), {layer: (0.2 + (layer == worst), 0.1) for layer in range(3)}, 40)
+        monkeypatch.setattr("lolcats_cli.stages.transfer.measure_importance", lambda *_, needs=needs: needs)
+        with pytest.raises(UsageError, match="leave no memory") if refused else nullcontext():
+            made = transfer(deep.capture, tmp_path / "t", **asked)
+    assert made.config["keep_softmax"] == [0] and min(made.config["hybrid"]["windows"][1:]) > 2
