@@ -75,13 +75,14 @@ class Lab:
         options = replace(options, steps=steps, eval_steps=steps)
         return lora(maps.path, self._folder(name, "lora", seed), options=options, load=LOAD)
 
-    def gap(self, student: Path, term: str = "both") -> float:
-        """Nats per token that a student loses against the teacher on held-out text."""
-        return self.text(student, term)["nats_per_token"] - self.text(self.teacher)["nats_per_token"]
+    def gap(self, student: Path, term: str = "both", exact_keys: int = 0) -> float:
+        """Nats per token that a student loses against the teacher on held-out text. It may keep so many exact keys
+        beside its window."""
+        return self.text(student, term, exact_keys)["nats_per_token"] - self.text(self.teacher)["nats_per_token"]
 
-    def text(self, path: Path, term: str = "both") -> dict[str, Any]:
+    def text(self, path: Path, term: str = "both", exact_keys: int = 0) -> dict[str, Any]:
         """A model's figures on held-out text, with one term of its attention or both."""
-        return self._evaluated(path, term, "text", recall_count=0)
+        return self._evaluated(path, term, "text", 0, exact_keys)
 
     def recall(self, path: Path, term: str = "both") -> dict[str, float]:
         """The share of facts that a model recalls, by distance."""
@@ -89,12 +90,13 @@ class Lab:
 
     def recall_with(self, path: Path, exact_keys: int) -> dict[str, float]:
         """The same of a student that keeps so many exact keys beside its window; and the seconds that it took."""
-        found = self._evaluated(path, "both", f"recall-{exact_keys}-keys", RECALL_ROWS, exact_keys)
+        found = self._evaluated(path, "both", "recall", RECALL_ROWS, exact_keys)
         return {**_by_distance(found), "CPU seconds": found["seconds"]}
 
     def _evaluated(self, path: Path, term: str, kind: str, recall_count: int, exact_keys: int = 0) -> dict[str, Any]:
         name = "teacher" if path == self.teacher else str(path.relative_to(self.work)).replace("/", "-")
-        kept = self.work / "figures" / f"{name}-{term}-{kind}.json"
+        keys = f"-{exact_keys}-keys" if exact_keys else ""
+        kept = self.work / "figures" / f"{name}-{term}-{kind}{keys}.json"
         if not kept.exists():
             kept.parent.mkdir(exist_ok=True)
             # Recall takes its filler from the text: some rows will do.

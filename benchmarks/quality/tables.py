@@ -16,7 +16,7 @@ kept        layers left softmax: transfer alone
 state       fewer columns and longer windows, in the memory that the state of `best` takes: through both stages
 pure        pure linear attention with and without a decay, through both stages (--windows 0)
 importance  windows by layer, a layer and key heads left softmax, chosen by what the loss needs: through both stages
-cache       recall with a sparse exact cache beside the window (LoLA), after LoRA
+cache       gap and recall with a sparse exact cache beside the window (LoLA), after LoRA
 """
 
 from __future__ import annotations
@@ -267,7 +267,8 @@ def _gaps(lab: Lab, maps: Artifact, tuned: Artifact) -> Row:
 
 
 def cache(lab: Lab, name: str, window: int, seed: int) -> Row:
-    return lab.recall_with(both_stages(lab, "best", window, seed)[1].path, CACHE[name])
+    path, keys = both_stages(lab, "best", window, seed)[1].path, CACHE[name]
+    return {"gap": lab.gap(path, exact_keys=keys), **lab.recall_with(path, keys)}
 
 
 TERMS = [
