@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,13 @@ from .errors import ConfigMismatch, FormatError, NotAnArtifact
 from .limits import MANIFEST, PROGRESS, REPLACEMENT_SUFFIX
 
 Resume = Literal["auto", "required", "never"]
+Say = Callable[[Mapping[str, tuple[Any, Any]]], str]  # puts what `differences` finds into words
+
+
+def by_field(found: Mapping[str, tuple[Any, Any]]) -> str:
+    """Differences by the names of their fields."""
+    shown = "; ".join(f"{n} is {_short(a)} there and {_short(b)} here" for n, (a, b) in list(found.items())[:5])
+    return shown + (f"; and {len(found) - 5} more" if len(found) > 5 else "")
 
 
 def holds_artifact(path: str | os.PathLike[str]) -> bool:
@@ -86,10 +93,12 @@ def check_config(
     *,
     force: bool = False,
     unknown: Collection[str] = (),
+    say: Say = by_field,
 ) -> bool:
     """Whether `ArtifactWriter.create` would find a finished artifact in `path`.
 
     unknown: the entries of the configuration that are not known yet. They are not compared.
+    say: as for `create`.
     Raises ConfigMismatch, as `create` would, for an artifact with another configuration. So this is told before there
     is all that `create` needs.
     """
@@ -98,21 +107,19 @@ def check_config(
         check_kind(Path(path), str(recorded_kind(Path(path))), kind)
         state = "a finished" if finished else "an unfinished"
         there, here = ({k: v for k, v in x.items() if k not in unknown} for x in (begun, plain(config, "config")))
-        check_same(Path(path), state, kind, {"config": there}, {"config": here})
+        check_same(Path(path), state, kind, {"config": there}, {"config": here}, say)
     return begun is not None and finished
 
 
-def check_same(path: Path, state: str, kind: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+def check_same(path: Path, state: str, kind: str, there: Mapping[str, Any], here: Mapping[str, Any], say: Say) -> None:
     """Raises ConfigMismatch if the settings of the artifact in `path` are not those that it is to be made with.
 
     state: "a finished" or "an unfinished".
     """
     fields = differences(there, here)
     if fields:
-        shown = "; ".join(f"{n} is {_short(a)} there and {_short(b)} here" for n, (a, b) in list(fields.items())[:5])
-        more = f"; and {len(fields) - 5} more" if len(fields) > 5 else ""
         raise ConfigMismatch(
-            f"{path} holds {state} {kind} artifact with other settings: {shown}{more}. "
+            f"{path} holds {state} {kind} artifact with other settings: {say(fields)}. "
             f"Choose another output directory, give the settings it was made with, or replace it with --force.",
             list(fields),
         )

@@ -37,7 +37,7 @@ from .limits import (
     check_name,
 )
 from .lock import DirectoryLock
-from .place import Resume, check_kind, check_place, check_same
+from .place import Resume, Say, by_field, check_kind, check_place, check_same
 from .tensors import CHUNK, serialize
 
 if TYPE_CHECKING:
@@ -58,12 +58,12 @@ class ArtifactWriter:
     finished: the artifact, when `create` found a finished one in the directory; nothing can be written then.
     """
 
-    def __init__(self, path: Path, record: dict[str, Any], tool: str) -> None:
+    def __init__(self, path: Path, record: dict[str, Any], tool: str, say: Say) -> None:
         self.path = path
         self.finished: Artifact | None = None
         self._record = record  # the content of progress.json
         self._by_lower: dict[str, str] = {}  # lower-case name -> name of the recorded files
-        self._tool = tool
+        self._tool, self._say = tool, say
         self._lock: DirectoryLock | None = None
         self._recording = threading.RLock()  # held while the record changes
         self._log: int | None = None
@@ -82,6 +82,7 @@ class ArtifactWriter:
         tool: str,
         resume: Resume = "auto",
         force: bool = False,
+        say: Say = by_field,
     ) -> Self:
         """Starts the artifact in `path`, or continues it, or finds it finished there (`.finished`).
 
@@ -89,6 +90,7 @@ class ArtifactWriter:
         resume: "required" demands an artifact of these settings there, "never" refuses an unfinished one.
         force: the artifact in `path` is replaced. A finished artifact stays until `finish`, which exchanges the two in
         one step. Until then the new one is written, and continued, beside it in `.NAME.lolcats-new`.
+        say: puts into words how the settings of an artifact that is there differ, by field (there, here).
         Raises ConfigMismatch when the directory holds an artifact with other settings, NotAnArtifact when it holds
         something else, Locked when another process writes into it, and FormatError for settings that JSON cannot hold
         or that `resume` forbids.
@@ -106,7 +108,7 @@ class ArtifactWriter:
             "files": {},
             "metrics": 0,
         }
-        writer = cls(Path(path), record, tool)
+        writer = cls(Path(path), record, tool, say)
         try:
             schema.check(writer._manifest({}, {}), kind, f"The new {kind} artifact")
         except Damaged as error:
@@ -481,7 +483,8 @@ class ArtifactWriter:
 
     def _compare(self, found: Mapping[str, Any], state: str) -> None:
         check_kind(self.path, found["kind"], self._record["kind"])
-        check_same(self.path, state, found["kind"], *({k: x[k] for k in _IDENTITY} for x in (found, self._record)))
+        there, here = ({name: record[name] for name in _IDENTITY} for record in (found, self._record))
+        check_same(self.path, state, found["kind"], there, here, self._say)
 
     def _write(self, name: str, chunks: Any) -> None:
         self._assert_open()

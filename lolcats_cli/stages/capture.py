@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lolcats_formats import Artifact, check_config, holds_artifact
+from lolcats_formats import Artifact, holds_artifact
 from lolcats_formats.place import Resume
 from safetensors.torch import load_file
 from torch import Tensor
@@ -28,7 +28,7 @@ from lolcats_cli.progress import Progress
 from lolcats_cli.stages.auto_store import device_memory, pick, sizes_of, store_config
 from lolcats_cli.stages.mergeable import check_mergeable
 from lolcats_cli.stages.units import Statistics, record_units
-from lolcats_cli.stages.writing import Making, make_artifact
+from lolcats_cli.stages.writing import Making, check_config, make_artifact
 from lolcats_cli.teacher import identity
 from lolcats_cli.teacher.blocks import Run, block
 from lolcats_cli.teacher.data import Rows, describe_rows, read_rows, split_numbers, split_rows
@@ -124,7 +124,7 @@ def capture(
             "seed": seed,
         }
         unknown = ("samples", "dtype", "store", "block_size", "batch_size")
-        ranks.share(lambda: check_config(output, "capture", settings, force=force, unknown=unknown))
+        check_config(output, "capture", settings, force=force, unknown=unknown)
         found = ranks.share(lambda: _read(data, folder, options, config, load, progress))
         if keep is not None and keep > len(found):
             raise UsageError(f"--keep {keep} is more than the {len(found)} rows of the data. Choose a smaller number.")

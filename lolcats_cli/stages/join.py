@@ -23,6 +23,7 @@ from lolcats_cli.artifacts.maps import kept_layers, maps_file
 from lolcats_cli.errors import IdentityMismatch, UsageError
 from lolcats_cli.progress import Progress
 from lolcats_cli.stages.capture import ADVICE
+from lolcats_cli.stages.differing import in_words
 from lolcats_cli.stages.writing import Making, make_artifact
 from lolcats_cli.teacher.data import Rows, describe_rows, split_numbers
 
@@ -58,18 +59,20 @@ def join(
         raise UsageError("`lolcats join` takes two or more parts of one kind: captures, or transfers.")
     for other in opened[1:]:
         if different := differences(_identity(opened[0]), _identity(other)):
+            names = ", ".join(dict.fromkeys(in_words(kind, field) for field in different))
             raise IdentityMismatch(
-                f"{other.path} does not belong to {opened[0].path}: They differ in {', '.join(different)}. Make them "
-                "with the same settings."
+                f"{other.path} does not belong to {opened[0].path}: They differ in {names}. Make them with the same "
+                "settings."
             )
     if "select" in opened[0].config:
         raise IdentityMismatch(
             f"The rows of {opened[0].path} were selected from its own part of the data, so they may not be the best of "
             "all rows. Capture without --select, or capture all the data on one machine."
         )
-    lacking = [key for key in NEEDED[kind] if key not in opened[0].config]
+    lacking = [f"config.{key}" for key in NEEDED[kind] if key not in opened[0].config]
     if lacking:
-        raise IdentityMismatch(f"{opened[0].path} does not state its {', '.join(lacking)}. Make the parts again.")
+        names = ", ".join(in_words(kind, field) for field in lacking)
+        raise IdentityMismatch(f"{opened[0].path} does not state its {names}. Make the parts again.")
     joined = _Captures(opened) if kind == "capture" else _Transfers(opened)
     fields = {
         "config": {**opened[0].config, PART[kind]: joined.covered},

@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from lolcats_formats import Artifact, ArtifactWriter, check_config
+from lolcats_formats import Artifact, ArtifactWriter
 from lolcats_formats.place import Resume
 
 from lolcats_cli import ranks
@@ -26,7 +26,7 @@ from lolcats_cli.stages.auto_store import device_memory
 from lolcats_cli.stages.curves import trainer_callback
 from lolcats_cli.stages.lora_data import LikeliestTokens, TrainingData, training_data
 from lolcats_cli.stages.lora_options import LoraOptions
-from lolcats_cli.stages.writing import Making, make_artifact
+from lolcats_cli.stages.writing import Making, check_config, make_artifact
 from lolcats_cli.student.build import hybrid_modules, linear_layers, projections
 from lolcats_cli.teacher.data import describe_rows
 from lolcats_cli.teacher.load import LoadOptions, model_limit
@@ -84,7 +84,7 @@ def lora(
     parent = Artifact.open(transfer, "transfer")
     with ranks.joined(device.type):
         config, unknown = _config(options, parent), ("targets", "logits", "dtype")
-        ranks.share(lambda: check_config(output, "lora", config, force=force, unknown=unknown))
+        check_config(output, "lora", config, force=force, unknown=unknown)
         with ranks.one_first():  # it hashes the teacher, and the others find its hashes
             folder = teacher_folder(parent, teacher)
         data_options = replace(data_options, completion=options.loss_on == "completion")

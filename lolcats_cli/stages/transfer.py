@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from lolcats_formats import Artifact, ArtifactWriter, begun_config, check_config
+from lolcats_formats import Artifact, ArtifactWriter, begun_config
 from lolcats_formats.place import Resume
 from safetensors import safe_open
 
@@ -35,7 +35,7 @@ from lolcats_cli.stages.kept import Kept
 from lolcats_cli.stages.layer_training import Trained, train_layers
 from lolcats_cli.stages.rolling import RollingActivations
 from lolcats_cli.stages.transfer_options import TransferOptions
-from lolcats_cli.stages.writing import Making, make_artifact
+from lolcats_cli.stages.writing import Making, check_config, make_artifact
 from lolcats_cli.teacher.load import LoadOptions
 from lolcats_cli.teacher.record import LayerInfo
 
@@ -116,7 +116,7 @@ def transfer(
             "data": parent.data,
             "parents": [parent],
         }
-        if not ranks.share(lambda: check_config(output, "transfer", fields["config"], force=force)):
+        if not check_config(output, "transfer", fields["config"], force=force):
             source.teacher()  # loaded before anything is written
 
         def work(making: Making) -> dict[str, Any]:

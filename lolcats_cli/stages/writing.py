@@ -6,18 +6,21 @@ If several ranks run a stage, rank 0 has the artifact's writer. Every other rank
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lolcats_formats as formats
 from lolcats_formats import Artifact, ArtifactWriter
 from lolcats_formats.limits import PART_PREFIX
 from lolcats_formats.place import Resume
 
 from lolcats_cli import __version__, ranks
 from lolcats_cli.progress import Progress
+from lolcats_cli.stages.differing import say
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,19 @@ class Making:
         return set(self.writer.files)
 
 
+def check_config(
+    output: Path | str, kind: str, config: Mapping[str, Any], *, force: bool, unknown: Collection[str] = ()
+) -> bool:
+    """Whether `make_artifact` would find a finished artifact in `output`. Raises ConfigMismatch for an artifact with
+    another configuration, before there is all that `make_artifact` needs.
+
+    unknown: the entries of `config` that are not known yet. They are not compared.
+    """
+    return ranks.share(
+        lambda: formats.check_config(output, kind, config, force=force, unknown=unknown, say=partial(say, kind))
+    )
+
+
 def make_artifact(
     output: Path | str,
     kind: str,
@@ -85,8 +101,8 @@ def make_artifact(
     with ExitStack() as stack:
         main = None
         if ranks.rank() == 0:
-            create = ArtifactWriter.create(output, kind, **fields, tool=tool(), resume=resume, force=force)
-            main = stack.enter_context(create)
+            how: dict[str, Any] = {"tool": tool(), "resume": resume, "force": force, "say": partial(say, kind)}
+            main = stack.enter_context(ArtifactWriter.create(output, kind, **fields, **how))
         making = Making(kind, fields, main)
         if ranks.share(lambda: making.writer.finished is not None):
             progress.note(f"{output} is finished already")

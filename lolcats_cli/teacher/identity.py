@@ -29,7 +29,13 @@ REMEMBERED_BYTES = 16 * 2**20  # files from this size on are hashed once
 # On tmpfs a mapped write changes nothing; of others it is not known here.
 TIMED_FILE_SYSTEMS = {"ext3", "ext4", "xfs", "f2fs"}
 SETTINGS = "tokenizer_settings_sha256"
-FIELDS = ("config_sha256", "weights_sha256", "tokenizer_sha256", SETTINGS)
+PARTS = {  # the fields of an identity, and what each is of
+    "config_sha256": "configuration",
+    "weights_sha256": "weights",
+    "tokenizer_sha256": "tokenizer",
+    SETTINGS: "tokenizer settings",
+}
+FIELDS = tuple(PARTS)
 MAX_CONFIG_BYTES = 2**24
 MAX_INDEX_BYTES = 2**28
 # Sizes in a configuration, by the names that models have for them, and the most that is believed. A billion layers
@@ -76,12 +82,11 @@ def check(expected: dict[str, Any], folder: Path | str) -> None:
     """
     found = identify(folder)
     fields = FIELDS if SETTINGS in expected else FIELDS[:-1]
-    differing = [field for field in fields if found[field] != expected.get(field)]
+    differing = ", ".join(PARTS[field] for field in fields if found[field] != expected.get(field))
     if differing:
         raise IdentityMismatch(
-            f"{folder} is not the teacher that was captured: {', '.join(differing)} "
-            f"{'differs' if len(differing) == 1 else 'differ'}. Pass the original model with --teacher, "
-            "or capture this one again."
+            f"{folder} is not the teacher that was captured: It differs in its {differing}. Pass the original model "
+            "with --teacher, or capture this one again."
         )
 
 

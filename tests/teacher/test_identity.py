@@ -16,7 +16,7 @@ import lolcats_cli.teacher.identity as module
 from lolcats_cli.errors import BadInput, IdentityMismatch
 from lolcats_cli.teacher.identity import (
     CHAT_TEMPLATES,
-    FIELDS,
+    PARTS,
     SETTINGS,
     check,
     identify,
@@ -66,20 +66,20 @@ def _change_tokenizer(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "change"),
     [
-        ("config_sha256", _change_config),
-        ("weights_sha256", _flip_weight_bit),
-        ("tokenizer_sha256", _change_tokenizer),
-        (SETTINGS, lambda folder: _edit(folder / "tokenizer_config.json", {"bos_token": "</s>"})),
-        (SETTINGS, lambda folder: (folder / "spiece.model").write_bytes(b"x")),
-        (SETTINGS, lambda folder: (folder / "added_tokens.json").write_text("{}")),
-        (SETTINGS, lambda folder: (folder / "special_tokens_map.json").write_text("{}")),
-        (SETTINGS, lambda folder: (folder / "chat_template.jinja").write_text("{{ messages }}")),
-        (SETTINGS, _add_a_template),
+        ("configuration", _change_config),
+        ("weights", _flip_weight_bit),
+        ("tokenizer", _change_tokenizer),
+        ("tokenizer settings", lambda folder: _edit(folder / "tokenizer_config.json", {"bos_token": "</s>"})),
+        ("tokenizer settings", lambda folder: (folder / "spiece.model").write_bytes(b"x")),
+        ("tokenizer settings", lambda folder: (folder / "added_tokens.json").write_text("{}")),
+        ("tokenizer settings", lambda folder: (folder / "special_tokens_map.json").write_text("{}")),
+        ("tokenizer settings", lambda folder: (folder / "chat_template.jinja").write_text("{{ messages }}")),
+        ("tokenizer settings", _add_a_template),
     ],
 )
 def test_each_part_counts_and_is_named(tiny_teacher: Path, folder: Path, field: str, change) -> None:
     change(folder)
-    with pytest.raises(IdentityMismatch, match=rf"captured: {field} differs\. Pass the original model with --teacher"):
+    with pytest.raises(IdentityMismatch, match=rf"captured: It differs in its {field}\. Pass the original"):
         check(identify(tiny_teacher), folder)
 
 
@@ -152,7 +152,7 @@ def test_a_file_written_just_now_is_not_remembered(
 def test_all_differing_parts_are_named(tiny_teacher: Path, folder: Path) -> None:
     for change in (_change_config, _flip_weight_bit, _change_tokenizer, _add_a_template):
         change(folder)
-    with pytest.raises(IdentityMismatch, match=f"{', '.join(FIELDS)} differ"):
+    with pytest.raises(IdentityMismatch, match=f"differs in its {', '.join(PARTS.values())}\\."):
         check(identify(tiny_teacher), folder)
 
 
@@ -163,7 +163,7 @@ def test_artifacts_that_know_no_settings_of_the_tokenizer_stay_valid(tiny_teache
     check(older, folder)
     _edit(folder / "tokenizer_config.json", {"bos_token": "</s>"})
     check(older, folder)
-    with pytest.raises(IdentityMismatch, match=SETTINGS):
+    with pytest.raises(IdentityMismatch, match="tokenizer settings"):
         check(identify(tiny_teacher), folder)
 
 
