@@ -47,7 +47,7 @@ def test_every_setting_has_an_option(pipeline: SimpleNamespace, kind: str) -> No
 @pytest.mark.parametrize(
     ("kind", "found", "expected"),
     [
-        ("transfer", {"config.lr": (0.1, 1), "config.hybrid.window": (8, 16)}, "--lr is 0.1 there and 1 here; --window"),
+        ("transfer", {"config.lr": (0.1, 1), "config.hybrid.window": (8, 16)}, "--lr is 0.1 there and 1 here; --wind"),
         ("transfer", {"config.hybrid.windows": (None, [4, 8])}, "--windows is not given there and 4,8 here"),
         (
             "transfer",
