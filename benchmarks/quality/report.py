@@ -17,6 +17,8 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 RESULTS, DOCS = HERE / "results", HERE.parents[1] / "docs"
 KEYS = ("window", "row", "seed")
+AUTO = "columns, windows and steps auto"
+TITLES = ("nats per token over the teacher", "facts recalled after 900 tokens")
 MARKED = re.compile(r"(<!-- table: (headline: )?([\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 Rows = list[dict[str, Any]]
@@ -134,6 +136,55 @@ def plot_pieces(rows: Rows, target: Path) -> None:
     figure.savefig(target, metadata={"Date": None})
 
 
+def share_of_cache(window: int, *, exact: int = 0, kept_heads: int = 0) -> float:
+    """What a student of the first teacher with 64 columns takes, in parts of the softmax cache of 4,096 tokens.
+
+    exact: keys of a sparse cache; kept_heads: key heads that keep softmax attention. Students with other columns or
+    windows by layer take as much, as they are made for.
+    """
+    layers, heads, key, tokens = 6, 4, 2 * 32, 4096
+    state = 2 * 64 * 33 * 2 + window * key  # of a key head, which has two query heads
+    if exact:
+        state += exact * (key + 1) + 64 * (key + 1) + window  # and a block that waits
+    return ((layers * heads - kept_heads) * state + kept_heads * tokens * key) / (layers * heads * tokens * key)
+
+
+def plot_memory(target: Path) -> None:
+    """Gap and recall after both stages against the memory of a student; means over the seeds."""
+    import matplotlib.pyplot as plt
+
+    state, cache, kept, pure = (read(RESULTS / f"{name}.csv") for name in ("state", "cache", "importance", "pure"))
+    taken = {window: share_of_cache(window) for window in (16, 64)}
+    exact = {window: share_of_cache(window, exact=64) for window in map(int, windows(cache))}
+    options: list[tuple[str, str, Rows, list[tuple[int, str, float]]]] = [
+        ("64 columns, the same window everywhere", "o", state, [(w, "64 columns", x) for w, x in taken.items()]),
+        ("32 columns, longer window", "s", state, [(w, "32 columns", x) for w, x in taken.items()]),
+        ("columns, windows and steps auto", "*", state, [(w, AUTO, x) for w, x in taken.items()]),
+        ("64 columns and 64 sparse exact keys", "D", cache, [(w, "64 keys", x) for w, x in exact.items()]),
+        ("one key head, two, one layer kept softmax", "^", kept, [
+            (64, name, share_of_cache(64, kept_heads=heads)) for name, heads in (("heads:1", 1), ("heads:2", 2), ("auto:1", 4))
+        ]),
+        ("pure linear, with a decay", "v", pure, [(0, "best", share_of_cache(0))]),
+    ]  # fmt: skip
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6))
+    for ax, columns, title in zip(axes, (("gap after LoRA", "gap"), ("recall@900",)), TITLES, strict=True):
+        for label, marker, rows, points in options:
+            column = next(c for c in columns if c in rows[0])
+            y = [statistics.mean(values(rows, window, name, column)) for window, name, _ in points]
+            size = 11 if marker == "*" else 6
+            ax.plot([100 * x for *_, x in points], y, marker + ":", markersize=size, linewidth=0.8, label=label)
+        ax.set_xscale("log")
+        ax.set_xticks([3, 5, 10, 20], ["3%", "5%", "10%", "20%"])
+        ax.set_xticks([], minor=True)
+        ax.set_xlabel("memory at 4,096 tokens, of the softmax cache", fontsize=9)
+        ax.set_title(title, fontsize=10)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].axhline(0, color="black", linewidth=0.6)
+    figure.legend(*axes[0].get_legend_handles_labels(), frameon=False, fontsize=8, ncols=2, loc="lower center")
+    figure.tight_layout(rect=(0, 0.2, 1, 1))
+    figure.savefig(target, metadata={"Date": None})
+
+
 def _mean(found: list[float]) -> str:
     if not found:
         return ""
@@ -153,6 +204,7 @@ def main() -> None:
     matplotlib.rcParams["svg.hashsalt"] = "lolcats"
     plot_gaps(read(RESULTS / "recipes.csv"), DOCS / "quality.svg")
     plot_pieces(read(RESULTS / "pieces.csv"), DOCS / "quality-pieces.svg")
+    plot_memory(DOCS / "quality-memory.svg")
 
 
 if __name__ == "__main__":
