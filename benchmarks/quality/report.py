@@ -155,17 +155,21 @@ def plot_memory(target: Path) -> None:
 
     state, cache, kept, pure = (read(RESULTS / f"{name}.csv") for name in ("state", "cache", "importance", "pure"))
     taken = {window: share_of_cache(window) for window in (16, 64)}
+    heads = {"heads:1": 1, "heads:2": 2, "auto:1": 4}
     exact = {window: share_of_cache(window, exact=64) for window in map(int, windows(cache))}
     options: list[tuple[str, str, Rows, list[tuple[int, str, float]]]] = [
         ("64 columns, the same window everywhere", "o", state, [(w, "64 columns", x) for w, x in taken.items()]),
         ("32 columns, longer window", "s", state, [(w, "32 columns", x) for w, x in taken.items()]),
         ("columns, windows and steps auto", "*", state, [(w, AUTO, x) for w, x in taken.items()]),
         ("64 columns and 64 sparse exact keys", "D", cache, [(w, "64 keys", x) for w, x in exact.items()]),
-        ("one key head, two, one layer kept softmax", "^", kept, [
-            (64, name, share_of_cache(64, kept_heads=heads)) for name, heads in (("heads:1", 1), ("heads:2", 2), ("auto:1", 4))
-        ]),
+        (
+            "one key head, two, one layer kept softmax",
+            "^",
+            kept,
+            [(64, name, share_of_cache(64, kept_heads=count)) for name, count in heads.items()],
+        ),
         ("pure linear, with a decay", "v", pure, [(0, "best", share_of_cache(0))]),
-    ]  # fmt: skip
+    ]
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6))
     for ax, columns, title in zip(axes, (("gap after LoRA", "gap"), ("recall@900",)), TITLES, strict=True):
         for label, marker, rows, points in options:
