@@ -18,9 +18,8 @@ from .hf_cache import LolcatsCacheLayer, SoftmaxCacheLayer
 from .hybrid import hybrid_attention
 from .maps import HybridMaps
 from .softmax import AttentionSpec, attend_to_all, softmax_attention
-from .sparse import SparseState, sparse_attention
+from .sparse import sparse_attention
 from .spec import HybridConfig
-from .state import KVState
 
 NAME = "lolcats"
 
@@ -60,9 +59,9 @@ class HybridAttention(HybridMaps):
 
         sliding_window: of the teacher's attention; for heads that keep it."""
         kept, count = self.config.kept_heads, key.shape[1]
+        options: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "valid": valid}
         if not kept:
-            out = self._hybrid(query, key, value, valid, scaling, softcap, sinks)
-            return out.transpose(1, 2).contiguous()
+            return self._hybrid(query, key, value, sinks=sinks, **options).transpose(1, 2).contiguous()
         others = other_heads(kept, count)
 
         def of(heads: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,53 +71,26 @@ class HybridAttention(HybridMaps):
         def sinks_of(heads: Sequence[int]) -> Tensor | None:
             return None if sinks is None else take_heads(sinks[None], heads, count)[0]
 
-        hybrid = self._hybrid(*of(others), valid, scaling, softcap, sinks_of(others))
+        hybrid = self._hybrid(*of(others), sinks=sinks_of(others), **options)
         spec = AttentionSpec(scaling, sliding_window, softcap, sinks_of(kept))
         layer = None if self.cache_layer is None else self.cache_layer.kept
         softmax = _kept_softmax(*of(kept), spec, valid, layer)
         return join_heads(hybrid, softmax, kept, count).transpose(1, 2).contiguous()
 
-    def _hybrid(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        valid: Tensor | None,
-        scaling: float,
-        softcap: float | None,
-        sinks: Tensor | None,
-    ) -> Tensor:
-        """[B, H, T, Dv] of the heads that have maps."""
-        options: dict[str, Any] = {"scaling": scaling, "softcap": softcap, "sinks": sinks, "valid": valid}
-        out: Tensor
+    def _hybrid(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        """[B, H, T, Dv] of the heads that have maps. The options are those of `hybrid_attention`."""
+        layer = self.cache_layer
+        options["initial_state"] = None if layer is None else layer.state
+        state: Any = None
         if self.sparse_cache_size and self.terms == "both":
-            out, sparse = sparse_attention(
-                query,
-                key,
-                value,
-                self,
-                size=self.sparse_cache_size,
-                **options,
-                initial_state=None if self.cache_layer is None else cast(SparseState | None, self.cache_layer.state),
-            )
-            if self.cache_layer is not None:
-                self.cache_layer.advance(sparse, query.shape[2])
-            return out
-        if self.cache_layer is None:
-            out = hybrid_attention(query, key, value, self, **options, terms=self.terms)
-            return out
-        out, state = hybrid_attention(
-            query,
-            key,
-            value,
-            self,
-            **options,
-            initial_state=cast(KVState | None, self.cache_layer.state),
-            return_state=True,
-            terms=self.terms,
-            consume_state=True,
-        )
-        self.cache_layer.advance(state, query.shape[2])
+            out, state = sparse_attention(query, key, value, self, size=self.sparse_cache_size, **options)
+        elif layer is None:
+            out = hybrid_attention(query, key, value, self, terms=self.terms, **options)
+        else:
+            options |= {"terms": self.terms, "return_state": True, "consume_state": True}
+            out, state = hybrid_attention(query, key, value, self, **options)
+        if layer is not None:
+            layer.advance(state, query.shape[2])
         return out
 
 

@@ -8,7 +8,8 @@ from lolcats_formats import Artifact
 
 from lolcats_cli.errors import UsageError
 
-BY_LAYER = {"windows": "window", "feature_dims": "feature_dim"}  # as `lolcats_kernels.spec` has it, without torch
+# As `lolcats_kernels.spec` has it, which needs torch. A test compares the two.
+BY_LAYER = {"windows": "window", "feature_dims": "feature_dim"}
 IMPORTANCE_FILE = "importance.json"  # of a transfer: what the teacher loses with untrained maps
 
 
