@@ -219,7 +219,7 @@ def _step(
     setup: Setup, device: torch.device, kind: str, batch: int, path: str
 ) -> tuple[Callable[[], object], dict[str, Any]]:
     maps, (q, k, v) = inputs(setup, kind, batch, 1, device)
-    state = KVState.empty(maps, batch, setup.key_heads, dtype=setup.dtype, device=device)
+    state = KVState.empty(maps, batch, setup.key_heads, waiting=maps.config.waiting, dtype=setup.dtype, device=device)
     run: Callable[[], object]
     if path == setup.backend:
         options = {"scaling": setup.dim**-0.5, "initial_state": state, "return_state": True, "consume_state": True}

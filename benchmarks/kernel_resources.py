@@ -116,7 +116,7 @@ def launched(capability: int, head: int, dtype: torch.dtype, factor: str, decay:
     ):
         hybrid_attention(q, k, v, maps, **options).sum().backward()
         with torch.no_grad():
-            state = KVState.empty(maps, 1, 8, dtype=dtype)
+            state = KVState.empty(maps, 1, 8, waiting=maps.config.waiting, dtype=dtype)
             hybrid_attention(*(x[:, :, :1] for x in (q, k, v)), maps, initial_state=state, return_state=True, **options)
     return list(dict.fromkeys(rows))
 

@@ -28,6 +28,13 @@ def window_start(position: Tensor, config: HybridConfig) -> Tensor:
     return start.clamp(min=0)
 
 
+def summed_keys(length: Tensor, config: HybridConfig, waiting: int) -> Tensor:
+    """How many first keys of a row are in the sums of its state, after `length` tokens: those that the next query does
+    not see by softmax, in whole groups of `waiting` keys where keys wait."""
+    left = torch.minimum(window_start(length, config), length)
+    return left // waiting * waiting if waiting else left
+
+
 def key_masks(query: Tensor, key: Tensor, config: HybridConfig) -> KeyMasks:
     """For query positions [..., queries] and key positions [..., keys]."""
     query, key = query[..., :, None], key[..., None, :]

@@ -75,8 +75,9 @@ class LolcatsCacheLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def _hold(self, state: Any) -> Any:
-        """The state, in the tensors of the one before if it has as many rows."""
-        if self._held is None or self._held.batch_size != state.batch_size:
+        """The state, in the tensors of the one before if it has their shapes."""
+        shapes = [x.shape for x in state.tensors()]
+        if self._held is None or [x.shape for x in self._held.tensors()] != shapes:
             with torch.inference_mode(False):  # so that it can be updated in any mode
                 self._held = type(state)(*(x.new_empty(x.shape) for x in state.tensors()))
             self.tokens = self.tokens.to(self._held.tensors()[0].device)

@@ -70,6 +70,7 @@ def hybrid_attention(
     return_state: Literal[False] = ...,
     terms: str = ...,
     consume_state: bool = ...,
+    waiting: int | None = ...,
     backend: str = ...,
 ) -> Tensor: ...
 @overload
@@ -87,6 +88,7 @@ def hybrid_attention(
     return_state: Literal[True],
     terms: str = ...,
     consume_state: bool = ...,
+    waiting: int | None = ...,
     backend: str = ...,
 ) -> tuple[Tensor, KVState]: ...
 def hybrid_attention(
@@ -103,6 +105,7 @@ def hybrid_attention(
     return_state: bool = False,
     terms: str = "both",
     consume_state: bool = False,
+    waiting: int | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, KVState]:
     """Windowed softmax plus linear attention with one shared denominator (arXiv 2410.10254, eq. 7), causal.
@@ -119,6 +122,8 @@ def hybrid_attention(
     terms: "both"; or for ablations "window" (the linear term is 0) or "linear" (the window's term is 0).
         A query for which nothing is left to sum gets output 0.
     consume_state: the state given is not used again, so that the one returned may take its tensors: decoding in place.
+    waiting: how many keys may wait for the sums in the state returned where none is given: `maps.config.waiting` or 0.
+        By default what is best where this backend decodes. By Triton none waits in a state that has gradients.
     backend: "reference" (the definition, quadratic), "chunked" (linear time and memory, on any device), "triton"
         (the same by GPU kernels: fp32, bf16 and fp16, sizes up to 256, compute capability 8.0), or "auto":
         triton where it can be, else chunked.
@@ -137,6 +142,10 @@ def hybrid_attention(
     wanted = q.dtype
     q, k, v = (x.to(common_dtype(q, k, v)) for x in (q, k, v))
     chosen = backend_for(q, v, maps) if backend == "auto" else backend
+    if initial_state is not None:
+        waiting = initial_state.waiting(maps.config)
+    elif waiting is None:
+        waiting = maps.config.waiting if chosen == "triton" else 0
     sizes = q.shape[3], v.shape[3], maps.config, q.dtype, q.device
     run = _BACKENDS[chosen]
     if backend == "auto" and chosen == "triton":
@@ -153,6 +162,7 @@ def hybrid_attention(
             initial_state=initial_state,
             return_state=return_state,
             consume_state=consume_state and initial_state is not None and may_overwrite(maps, initial_state, q, k, v),
+            waiting=waiting,
         )
     out = out.to(wanted)
     if not return_state:
@@ -190,7 +200,8 @@ def _check(
             f"valid must be bool [{batch}, {time}] (True for a token). It is {valid.dtype} {list(valid.shape)}."
         )
     if initial_state is not None:
-        held = KVState.shapes(maps, batch, k.shape[1], v.shape[3])
+        waiting = maps.config.waiting if initial_state.waiting(maps.config) else 0
+        held = KVState.shapes(maps, batch, k.shape[1], v.shape[3], waiting)
         for name, shape in held.items():
             got = getattr(initial_state, name).shape
             if got != shape:

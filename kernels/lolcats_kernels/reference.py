@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .equation import KeyMasks, bounded_exp, cap_scores, key_masks, repeat_heads, safe_divide, window_start
+from .equation import KeyMasks, bounded_exp, cap_scores, key_masks, repeat_heads, safe_divide, summed_keys
 from .maps import HybridMaps
 from .spec import CallSpec, compute_dtype
 from .state import KVState, masked_sums, next_ring
@@ -124,6 +124,7 @@ def reference_attention(
     initial_state: KVState | None = None,
     return_state: bool = False,
     consume_state: bool = False,
+    waiting: int = 0,
 ) -> tuple[Tensor, KVState | None]:
     """Hybrid attention by the definition; arguments as for `hybrid_attention`. States are left alone in any case."""
     batch, heads, time, _ = q.shape
@@ -161,11 +162,11 @@ def reference_attention(
     out = torch.where(mask, safe_divide(numerator, denominator), 0).to(q.dtype)
     if not return_state:
         return out, None
-    left = live & (key_position < window_start(length, config)[:, None])
+    left = live & (key_position < summed_keys(length, config, waiting)[:, None])
     if later is not None and g is not None:
         entered = left[:, None, None].to(dtype)  # [B, 1, 1, keys]
         phi_k = phi_k * torch.exp(-(entered @ later)).transpose(-1, -2)
         if initial_state is not None:
             initial_state = initial_state.decayed((entered @ g[..., None])[:, :, 0, 0])
     sums = masked_sums(phi_k, v, left, initial_state)
-    return out, KVState(*sums, *next_ring(config, k, v, key_position, live, length), length)
+    return out, KVState(*sums, *next_ring(config, k, v, key_position, live, length, waiting), length)

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .equation import window_start
+from .equation import summed_keys
 from .maps import HybridMaps
 from .spec import CallSpec
 from .state import KeySums, KVState, next_ring
@@ -28,7 +28,8 @@ class Rows(Protocol):
     """Computes rows of tokens without gaps. The first token comes after the sums of `initial_state`.
 
     q [B, H, T, D], k [B, K, T, D] and v [B, K, T, Dv] hold finite numbers in the padding too. With num_summed [B] it
-    also returns S and z over this number of first keys of each row.
+    also returns S and z over this number of first keys of each row. Fewer than `waiting` keys after those, if that is
+    not 0, are older than the windows of the row's last queries. num_summed is then a multiple of it.
     """
 
     def __call__(
@@ -41,6 +42,7 @@ class Rows(Protocol):
         *,
         initial_state: KVState | None,
         num_summed: Tensor | None,
+        waiting: int,
     ) -> RowResults: ...
 
 
@@ -55,6 +57,7 @@ def attend_in_rows(
     valid: Tensor | None = None,
     initial_state: KVState | None = None,
     return_state: bool = False,
+    waiting: int = 0,
 ) -> tuple[Tensor, KVState | None]:
     """Hybrid attention by what computes rows without gaps; the other arguments as for `hybrid_attention`."""
     batch, _, time, _ = q.shape
@@ -85,8 +88,8 @@ def attend_in_rows(
 
     num_summed = None
     if return_state:
-        num_summed = (live & (position < window_start(length, maps.config)[:, None])).sum(1)
-    out, sums = rows(q, k, v, maps, spec, initial_state=initial_state, num_summed=num_summed)
+        num_summed = (live & (position < summed_keys(length, maps.config, waiting)[:, None])).sum(1)
+    out, sums = rows(q, k, v, maps, spec, initial_state=initial_state, num_summed=num_summed, waiting=waiting)
     if back is not None:
         out = _take(out, back)
     if valid is not None:
@@ -95,7 +98,7 @@ def attend_in_rows(
     if not return_state:
         return out, None
     assert sums is not None
-    return out, KVState(*sums, *next_ring(maps.config, k, v, position, live, length), length)
+    return out, KVState(*sums, *next_ring(maps.config, k, v, position, live, length, waiting), length)
 
 
 def _take(x: Tensor, order: Tensor) -> Tensor:

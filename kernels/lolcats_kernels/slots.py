@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .equation import summed_keys
 from .hybrid import backend_for, hybrid_attention
 from .maps import HybridMaps
 from .spec import CallSpec, HybridConfig
@@ -142,6 +143,7 @@ def attend_in_slots(
         valid=rows.valid,
         initial_state=None if rows.fresh else _read(states, rows.slots, rows.length, maps.config),
         return_state=True,
+        waiting=states.keys.shape[2] - maps.config.slots,
         backend=backend,
     )
     _write(states, rows.slots, after)
@@ -154,16 +156,17 @@ def attend_in_slots(
 
 def _read(states: SlotStates, slots: Tensor, length: Tensor, config: HybridConfig) -> KVState:
     """A copy of the states in slots [R] of sequences that have seen length [R] tokens."""
-    sums, norms, keys, values = (x.index_select(0, slots) for x in states)
-    # What a slot holds beside the sequence's own is another's, and may be NaN. Until its ring is full, a sequence has
-    # nothing in the sums.
-    young = length < max(config.slots, 1)
+    state = KVState(*(x.index_select(0, slots) for x in states), length)
+    # What a slot holds beside the sequence's own is another's, and may be NaN.
+    ring = state.keys.shape[2]
+    young = length < max(ring, 1)
     if bool(young.any()):
-        sums[young], norms[young] = 0, 0
-        unwritten = torch.arange(config.slots, device=length.device) >= length[:, None]
-        for ring in (keys, values):
-            ring.masked_fill_(unwritten[:, None, :, None], 0)
-    return KVState(sums, norms, keys, values, length)
+        fresh = summed_keys(length, config, state.waiting(config)) == 0
+        state.sums[fresh], state.norms[fresh] = 0, 0
+        unwritten = torch.arange(ring, device=length.device) >= length[:, None]
+        for x in (state.keys, state.values):
+            x.masked_fill_(unwritten[:, None, :, None], 0)
+    return state
 
 
 def _write(states: SlotStates, slots: Tensor, after: KVState) -> None:

@@ -27,6 +27,10 @@ BY_LAYER = {"windows": "window", "feature_dims": "feature_dim"}
 # window's largest, e^0: it stays finite. Kept keys of the sparse cache have the second bound too.
 KEY_BOUND, QUERY_BOUND = 20.0, 60.0
 
+# Keys that wait for S where Triton decodes. To write S takes as long as to read it, so it is written once for so many
+# keys. 16 is the least that matrix units take.
+WAITING = 16
+
 
 class NoRoom(ValueError):
     """A GPU lacks what the Triton kernels need for heads and features of these sizes."""
@@ -105,8 +109,14 @@ class HybridConfig:
 
     @property
     def slots(self) -> int:
-        """C: how many keys and values a state keeps as they are."""
+        """How many keys and values a state keeps as they are, beside those that wait for the sums."""
         return self.window * (2 if self.layout == "terraced" else 1)
+
+    @property
+    def waiting(self) -> int:
+        """How many keys wait for the sums at most, in a state in which keys wait. Those of a terrace come
+        together."""
+        return 0 if self.layout == "terraced" else WAITING
 
 
 def layer_config(hybrid: Mapping[str, Any], layer: int) -> HybridConfig:

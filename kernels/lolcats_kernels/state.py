@@ -2,7 +2,9 @@
 
 Letters: see ../README.md. After n tokens of a row the next query, at position n, sees by softmax the keys from
 `window_start(n)` on. The state is what that query needs: sums S and z over the keys before that start, and the keys
-and values from it on.
+and values from it on. Keys that have left the window may wait, so that S is written once for many of them: S and z
+then end at a multiple of `HybridConfig.waiting`. All this follows from n alone, so that a state does not depend on how
+the row was split.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from .equation import repeat_heads, window_start
+from .equation import repeat_heads, summed_keys
 from .maps import HybridMaps
 from .spec import HybridConfig, compute_dtype
 
@@ -82,10 +84,11 @@ class BatchState:
 class KVState(BatchState):
     """State of one layer for B rows, which may have seen different numbers of tokens.
 
-    sums [B, H, F', Dv]: S, over the keys older than the next query's window; fp32 (fp64 for fp64 inputs).
+    sums [B, H, F', Dv]: S, over the keys older than the next query's window, but for those that wait; fp32 (fp64 for
+        fp64 inputs).
     norms [B, H, F']: z, over the same keys.
     keys [B, K, C, D], values [B, K, C, Dv]: a ring in the inputs' dtype: position p lies in slot p mod C.
-        C is the window (sliding), twice the window (terraced), or 0 (pure linear).
+        C is the window (sliding), twice the window (terraced), or 0 (pure linear), and more where keys wait.
     length [B]: valid tokens seen, int64.
     """
 
@@ -103,19 +106,23 @@ class KVState(BatchState):
         num_key_value_heads: int,
         *,
         value_dim: int | None = None,
+        waiting: int = 0,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> KVState:
-        """The state before the first token. `dtype` is that of the keys and values to come."""
+        """The state before the first token. dtype: of the keys and values to come. waiting: as for `shapes`."""
         held = compute_dtype(dtype)
         dtypes = {"sums": held, "norms": held, "keys": dtype, "values": dtype, "length": torch.int64}
-        shapes = cls.shapes(maps, batch, num_key_value_heads, maps.head_dim if value_dim is None else value_dim)
+        value_dim = maps.head_dim if value_dim is None else value_dim
+        shapes = cls.shapes(maps, batch, num_key_value_heads, value_dim, waiting)
         return cls(**{name: torch.zeros(shapes[name], dtype=dtypes[name], device=device) for name in shapes})
 
     @staticmethod
-    def shapes(maps: HybridMaps, batch: int, num_key_value_heads: int, value_dim: int) -> dict[str, tuple[int, ...]]:
-        """The shape of every tensor."""
-        slots = maps.config.slots
+    def shapes(
+        maps: HybridMaps, batch: int, num_key_value_heads: int, value_dim: int, waiting: int = 0
+    ) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor. waiting: the configuration's, or 0 if no key waits."""
+        slots = maps.config.slots + waiting
         return {
             "sums": (batch, maps.num_heads, maps.num_features, value_dim),
             "norms": (batch, maps.num_heads, maps.num_features),
@@ -140,14 +147,19 @@ class KVState(BatchState):
         last = self.length[:, None] - 1
         return last - torch.remainder(last - slot, slots) if slots else last[:, :0]
 
+    def waiting(self, config: HybridConfig) -> int:
+        """How many keys may wait for the sums: the ring's slots beside those that a state needs."""
+        return self.keys.shape[2] - config.slots
+
     def live_slots(self, config: HybridConfig) -> Slots:
         position = self.slot_positions()
-        return Slots(position, position >= window_start(self.length, config)[:, None])
+        return Slots(position, position >= summed_keys(self.length, config, self.waiting(config))[:, None])
 
 
-def records_gradients(maps: HybridMaps, state: KVState, *inputs: Tensor) -> bool:
+def records_gradients(maps: HybridMaps, state: KVState | None, *inputs: Tensor) -> bool:
     """Whether autograd follows what is computed from these."""
-    involved = (*inputs, *maps.parameters(), state.sums, state.norms, state.keys, state.values)
+    held = () if state is None else (state.sums, state.norms, state.keys, state.values)
+    involved = (*inputs, *maps.parameters(), *held)
     return torch.is_grad_enabled() and any(x.requires_grad for x in involved)
 
 
@@ -170,15 +182,16 @@ def masked_sums(features: Tensor, values: Tensor, mask: Tensor, state: KVState |
 
 
 def next_ring(
-    config: HybridConfig, keys: Tensor, values: Tensor, position: Tensor, live: Tensor, length: Tensor
+    config: HybridConfig, keys: Tensor, values: Tensor, position: Tensor, live: Tensor, length: Tensor, waiting: int
 ) -> tuple[Tensor, Tensor]:
     """The keys and values that the state keeps as they are, [B, K, C, D] and [B, K, C, Dv].
 
     keys [B, K, T, D], values [B, K, T, Dv]: all keys that are not in the sums, those of the earlier ring included, with
-    position [B, T]; live [B, T] False: not a key, must be finite. length [B]: valid tokens seen at the end.
+    position [B, T]; live [B, T] False: not a key, must be finite. length [B]: valid tokens seen at the end. waiting: as
+    for `KVState.shapes`.
     """
-    slots = config.slots
-    stays = live & (position >= window_start(length, config)[:, None])
+    slots = config.slots + waiting
+    stays = live & (position >= summed_keys(length, config, waiting)[:, None])
     # Keys that do not stay go to one slot more, which is cut off.
     slot = torch.where(stays, torch.remainder(position, max(slots, 1)), slots)[:, None, :, None]
     wide = [x.new_zeros(*x.shape[:2], slots + 1, x.shape[3]) for x in (keys, values)]

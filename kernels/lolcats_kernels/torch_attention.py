@@ -31,6 +31,7 @@ def _chunked_rows(
     sinks: Tensor | None,
     initial_state: KVState | None,
     num_summed: Tensor | None,
+    waiting: int,
 ) -> RowResults:
     """Rows without gaps, as `attend_in_rows` asks for."""
     dtype, state = compute_dtype(q.dtype), initial_state
@@ -82,6 +83,7 @@ def chunked_attention(
     initial_state: KVState | None = None,
     return_state: bool = False,
     consume_state: bool = False,
+    waiting: int = 0,
 ) -> tuple[Tensor, KVState | None]:
     """Hybrid attention by chunks, or of one token after a state; arguments as for `hybrid_attention`."""
     step = initial_state is not None and q.shape[2] == 1
@@ -104,4 +106,5 @@ def chunked_attention(
         valid=valid,
         initial_state=initial_state,
         return_state=return_state,
+        waiting=waiting,
     )

@@ -39,10 +39,12 @@ def decaying_rows(
     sinks: Tensor | None,
     initial_state: KVState | None,
     num_summed: Tensor | None,
+    waiting: int,
 ) -> RowResults:
     """Rows without gaps, as `attend_in_rows` asks for."""
     dtype, time, size = compute_dtype(q.dtype), q.shape[2], chunk_size(spec.config)
     sums = None if initial_state is None else KeySums(initial_state.sums, initial_state.norms)
+    total = sums
     before: Band | None = None
     outs = []
     # Each is cut once: the gradient of a slice is as long as the row.
@@ -58,9 +60,11 @@ def decaying_rows(
         leaving = band if end == time or not spec.config.window else before
         if leaving is not None and (end < time or num_summed is not None):
             summed = None if num_summed is None else position[: leaving.k.shape[2]] < num_summed[:, None]
+            if waiting:  # queries see keys that the state's sums do not hold yet
+                total, summed = _fold(leaving, summed, total), None
             sums = _fold(leaving, summed, sums)
         before = own if spec.config.window else None
-    return RowResults(torch.cat(outs, 2), None if num_summed is None else sums)
+    return RowResults(torch.cat(outs, 2), None if num_summed is None else total if waiting else sums)
 
 
 def _attend(

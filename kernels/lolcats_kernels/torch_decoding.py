@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .equation import bounded_exp, cap_scores, safe_divide, window_start
+from .equation import bounded_exp, cap_scores, safe_divide, summed_keys, window_start
 from .maps import HybridMaps
 from .spec import CallSpec, compute_dtype
 from .state import KVState
@@ -83,36 +83,46 @@ def decode_step(
         m = m.flatten(1, 2)[:, :, None]
         numerator = (weights @ values.to(dtype)).flatten(1, 2)[:, :, None]
         denominator = total.flatten(1, 2)[:, :, None]
+    waiting = state.waiting(config)
+    begin, end = summed_keys(state.length, config, waiting), summed_keys(length, config, waiting)
+
+    def folded(end: Tensor, in_place: bool) -> tuple[Tensor, Tensor]:
+        """S and z with the keys before `end` [B]."""
+        count = waiting or (1 if config.layout == "sliding" else config.window)
+        leaving = begin[:, None] + torch.arange(count, device=begin.device)
+        index = torch.remainder(leaving, slots)[:, None, :, None]
+        return _fold(
+            maps,
+            state.sums,
+            state.norms,
+            keys.gather(2, index.expand(-1, num_key_value_heads, -1, keys.shape[3])),
+            values.gather(2, index.expand(-1, num_key_value_heads, -1, values.shape[3])),
+            (leaving < end[:, None])[:, None, :, None],
+            in_place=in_place,
+        )
+
     if spec.has_linear:
-        linear, linear_norm = _linear(maps, q, state.sums, state.norms, m)
+        sums, norms = state.sums, state.norms
+        if waiting:
+            sums, norms = folded(window_start(state.length, config), in_place=False)
+        linear, linear_norm = _linear(maps, q, sums, norms, m)
         numerator = linear if numerator is None else numerator + linear
         denominator = linear_norm if denominator is None else denominator + linear_norm
-    assert numerator is not None and denominator is not None
-    out = safe_divide(numerator, denominator).to(q.dtype)
+    if numerator is None or denominator is None:  # the window's term of pure linear attention
+        out = torch.zeros_like(v[:, :1]).expand(-1, q.shape[1], -1, -1)
+    else:
+        out = safe_divide(numerator, denominator).to(q.dtype)
     if valid is not None:
         out = out * mask
     if not return_state:
         return out, None
 
-    # Keys that the next query does not see by softmax any more go into the sums: one a step (sliding), or a
-    # whole block when a block is full (terraced).
-    begin, end = window_start(state.length, config), window_start(length, config)
-    count = 1 if config.layout == "sliding" else config.window
-    # Most steps of a terrace fold nothing. A compiled step has no branches, and folds nothing by the mask below.
+    # Keys that the next query does not see by softmax any more go into the sums: one a step (sliding), a whole block
+    # when a block is full (terraced), or, where keys wait, all that may wait.
+    # Most steps of a terrace fold nothing. A compiled step has no branches, and folds nothing by the mask.
     if config.layout == "terraced" and not torch.compiler.is_compiling() and not bool((end > begin).any()):
         return out, ring
-    leaving = begin[:, None] + torch.arange(count, device=begin.device)
-    index = torch.remainder(leaving, slots)[:, None, :, None]
-    sums, norms = _fold(
-        maps,
-        state.sums,
-        state.norms,
-        keys.gather(2, index.expand(-1, num_key_value_heads, -1, keys.shape[3])),
-        values.gather(2, index.expand(-1, num_key_value_heads, -1, values.shape[3])),
-        (leaving < end[:, None])[:, None, :, None],
-        in_place=in_place,
-    )
-    return out, KVState(sums, norms, keys, values, length)
+    return out, KVState(*folded(end, in_place), keys, values, length)
 
 
 def _linear(maps: HybridMaps, q: Tensor, sums: Tensor, norms: Tensor, m: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -27,26 +27,29 @@ _INPUTS = (
 )
 
 
-def _decoded(arguments: Sequence[Any]) -> tuple[Inputs, Tensor, CallSpec]:
+def _decoded(arguments: Sequence[Any]) -> tuple[Inputs, Tensor, int, CallSpec]:
     """What `_forward` takes."""
-    inputs, (num_summed, *spec) = arguments[: len(Inputs._fields)], arguments[len(Inputs._fields) :]
-    return Inputs(*inputs), num_summed, CallSpec.decode(*spec)
+    inputs, (num_summed, waiting, *spec) = arguments[: len(Inputs._fields)], arguments[len(Inputs._fields) :]
+    return Inputs(*inputs), num_summed, waiting, CallSpec.decode(*spec)
 
 
 @torch.library.custom_op(
     op_name(__name__, "forward"),
     mutates_args=(),
-    schema=f"({_INPUTS}, Tensor num_summed, {CallSpec.SCHEMA}) -> ({', '.join(['Tensor'] * len(Results._fields))})",
+    schema=(
+        f"({_INPUTS}, Tensor num_summed, int waiting, {CallSpec.SCHEMA}) -> "
+        f"({', '.join(['Tensor'] * len(Results._fields))})"
+    ),
 )
 def _forward(*arguments: Any) -> tuple[Tensor, ...]:
-    """Rows without gaps. Takes `Inputs`; num_summed [B]: how many first keys of each row enter S and z; the encoded
-    spec. Returns the tensors of `Results`."""
+    """Rows without gaps. Takes `Inputs`; num_summed [B]: how many first keys of each row enter S and z; waiting: as for
+    `Rows`, 0 for gradients; the encoded spec. Returns the tensors of `Results`."""
     return forward(*_decoded(arguments))
 
 
 @_forward.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    inputs, _, spec = _decoded(arguments)
+    inputs, _, _, spec = _decoded(arguments)
     return Results.room(inputs, spec)
 
 
@@ -84,7 +87,8 @@ def _empty_for_none(inputs: Inputs, gradients: Inputs) -> tuple[Tensor, ...]:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    given, num_summed, spec = _decoded(inputs)
+    given, num_summed, waiting, spec = _decoded(inputs)
+    assert not waiting
     made = Results(*output)
     ctx.spec = spec.encode()
     ctx.save_for_backward(num_summed, *made, *given)
@@ -106,7 +110,7 @@ def _differentiate(
     )
     found = _backward([grad, *of_sums], list(made), inputs, num_summed, needs, *ctx.spec)
     gradients = (x if need else None for x, need in zip(found, needs, strict=True))
-    return *gradients, *(None for _ in range(1 + len(ctx.spec)))
+    return *gradients, *(None for _ in range(2 + len(ctx.spec)))  # num_summed, waiting, the spec
 
 
 _forward.register_autograd(_differentiate, setup_context=_setup)
@@ -122,6 +126,7 @@ def _triton_rows(
     sinks: Tensor | None,
     initial_state: KVState | None,
     num_summed: Tensor | None,
+    waiting: int,
 ) -> RowResults:
     """Rows without gaps, as `attend_in_rows` asks for."""
     record = maps.feature_map
@@ -153,7 +158,7 @@ def _triton_rows(
         initial_norms=initial_norms,
         sinks=contiguous(sinks) if spec.has_window else None,
     )
-    made = Results(*_forward(*inputs, num_summed, *spec.encode()))
+    made = Results(*_forward(*inputs, num_summed, waiting, *spec.encode()))
     sums = from_kernel_order(made.sums, record, maps.feature_dim)
     norms = from_kernel_order(made.norms[..., None], record, maps.feature_dim)[..., 0]
     return RowResults(made.out, KeySums(sums, norms))
@@ -171,11 +176,13 @@ def triton_attention(
     initial_state: KVState | None = None,
     return_state: bool = False,
     consume_state: bool = False,
+    waiting: int = 0,
 ) -> tuple[Tensor, KVState | None]:
     """Hybrid attention by Triton kernels; arguments as for `hybrid_attention`."""
     if q.dtype not in PRECISIONS:
         raise ValueError(f"The backend triton takes {', '.join(map(str, PRECISIONS))}; got {q.dtype}.")
-    if initial_state is not None and q.shape[2] == 1 and not records_gradients(maps, initial_state, q, k, v):
+    records = records_gradients(maps, initial_state, q, k, v)
+    if initial_state is not None and q.shape[2] == 1 and not records:
         return triton_decode_step(
             *(q, k, v, maps, spec),
             sinks=sinks,
@@ -192,4 +199,5 @@ def triton_attention(
         valid=valid,
         initial_state=initial_state,
         return_state=return_state,
+        waiting=0 if records else waiting,
     )

@@ -1,8 +1,10 @@
 """One token after a state by one Triton kernel, which updates the state in place. `torch_decoding` is its definition.
 The states may be those of a batch's rows, or lie in numbered slots (see `slots`).
 
-Letters: see ../README.md and `triton_parts`. A program takes one query head of one sequence. Keys that leave the window
-go into its sums, L at a time; the first query head of a key head writes the ring.
+Letters: see ../README.md and `triton_parts`. A program takes one query head of one sequence. Keys that have left the
+window wait in the ring, and are weighed one by one, until S takes all of them at once: so most steps do not write S.
+Where no key waits, S takes those that leave the window, L at a time. The first query head of a key head writes the
+ring.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .maps import HybridMaps
-from .spec import CallSpec, op_name
+from .spec import WAITING, CallSpec, op_name
 from .state import KVState, SlotStates
 from .triton_parts import (
     PRECISIONS,
@@ -79,6 +81,21 @@ _INPUTS = (
 
 
 @triton.jit
+def later_exp(g, row):
+    """exp(-sum of g [L] over the rows after each one)."""
+    return tl.exp(-tl.sum(tl.where(row[None, :] > row[:, None], g[None, :], 0), 1))
+
+
+@triton.jit
+def summed_keys(length, WINDOW: tl.constexpr, TERRACED: tl.constexpr, WAITING: tl.constexpr):
+    """How many first keys are in S and z after `length` tokens; the same as in `equation`."""
+    left = tl.minimum(window_start(length, WINDOW, TERRACED), length)
+    if WAITING > 0:
+        left = left // WAITING * WAITING
+    return left
+
+
+@triton.jit
 def decode(
     q,
     k,
@@ -126,6 +143,7 @@ def decode(
     SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr,
     TERRACED: tl.constexpr,
+    WAITING: tl.constexpr,  # how many keys may wait; 0 or L
     HAS_WINDOW: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -138,7 +156,7 @@ def decode(
     HAS_SLOTS: tl.constexpr,
     UPDATE: tl.constexpr,
     L: tl.constexpr,
-    BLOCK_C: tl.constexpr,  # slots at a time
+    BLOCK_C: tl.constexpr,  # keys of the window at a time
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_F: tl.constexpr,
@@ -162,23 +180,22 @@ def decode(
     keys += place * keys_batch + h // G * C * D
     values += place * values_batch + h // G * C * Dv
 
-    # S in the kernels' order of num_features. Until the ring is full nothing has left it, and S and z are 0, whatever a
-    # slot holds.
+    # S holds the keys before `start`. The query sees those from there to `begin` by the linear term too, and the keys
+    # before `end` are those that the next query does not see by softmax. S takes them if `folds`.
+    start, begin = summed_keys(n, WINDOW, TERRACED, WAITING), window_start(n, WINDOW, TERRACED)
+    end = summed_keys(n + 1, WINDOW, TERRACED, 0)
+    folds = live & (summed_keys(n + 1, WINDOW, TERRACED, WAITING) > start) & UPDATE
+
+    # S in the kernels' order of num_features. Before it has taken keys, S and z are 0, whatever a slot holds.
+    WEIGHS: tl.constexpr = WINDOW == 0 or WAITING > 0  # whether the query sees keys that are not in S yet
     i = tl.arange(0, N)
     feature = i % EACH * F + i // EACH
     inside = i // EACH < F
     sums += place * sums_batch + (h * num_features + feature[:, None]) * Dv + dv[None, :]
     norms += place * norms_batch + h * num_features + feature
-    summed = i // EACH < tl.where((n >= C) & (n > 0), F, 0)
+    summed = i // EACH < tl.where(start > 0, F, 0)
     state = tl.load(sums, mask=summed[:, None] & (dv[None, :] < Dv), other=0)
     norm = tl.load(norms, mask=summed, other=0)
-
-    # The keys that leave with this token; pure linear attention's own comes before its query.
-    if WINDOW == 0:
-        begin, end = n, n + 1
-    else:
-        begin, end = window_start(n, WINDOW, TERRACED), window_start(n + 1, WINDOW, TERRACED)
-    leaving = tl.where(live, end - begin, 0).to(tl.int32)
 
     window, window_norm, m = value.to(tl.float32), n * 0 + 1.0, n * 0.0
     if HAS_WINDOW:
@@ -191,11 +208,12 @@ def decode(
             new = tl.maximum(m, sink)
             shrink = tl.exp(m - new)
             window, window_norm, m = window * shrink, shrink + tl.exp(sink - new), new
-        for first in range(0, C, BLOCK_C):
-            slot = first + tl.arange(0, BLOCK_C)
-            position = n - 1 - (n - 1 - slot + C) % C
-            # The slot that the new key takes held one that has left the window.
-            seen = (slot < C) & (position >= begin)
+        begin_slot = (begin % C).to(tl.int32)
+        for first in range(0, WINDOW * (1 + TERRACED), BLOCK_C):
+            after = first + tl.arange(0, BLOCK_C)
+            slot = begin_slot + after
+            slot -= tl.where(slot >= C, C, 0)
+            seen = begin + after < n
             y = tl.load(keys + slot[:, None] * D + d[None, :], mask=seen[:, None] & (d[None, :] < D), other=0)
             scores = tl.sum(y.to(tl.float32) * x[None, :], 1) * scaling
             if SOFTCAP:
@@ -231,15 +249,16 @@ def decode(
         lambda_n *= lambda_beside(logit, m)
 
     linear, linear_norm = tl.sum(phi_q[:, None] * state, 0), tl.sum(phi_q * norm, 0)
-    for first in range(0, leaving, L):
-        if UPDATE or WINDOW == 0:
-            position = begin + first + row
-            take = first + row < leaving
+    for first in range(0, tl.where(live, end - start, 0).to(tl.int32), L):
+        if UPDATE or WEIGHS:
+            position = start + first + row
+            take = position < end
             own = (position == n)[:, None]
             y = tl.where(own, key[None, :], tl.zeros([L, BLOCK_D], key.dtype))
             z = tl.where(own, value[None, :], tl.zeros([L, BLOCK_DV], value.dtype))
-            if WINDOW > 0:
-                slot = (position % C)[:, None]
+            if WINDOW > 0 or WAITING > 0:
+                slot = (start % C).to(tl.int32) + first + row
+                slot = (slot - tl.where(slot >= C, C, 0))[:, None]
                 held = take[:, None] & (position < n)[:, None]
                 y += tl.load(keys + slot * D + d[None, :], mask=held & (d[None, :] < D), other=0)
                 z += tl.load(values + slot * Dv + dv[None, :], mask=held & (dv[None, :] < Dv), other=0)
@@ -249,26 +268,36 @@ def decode(
                 logits = tl.sum(y.to(tl.float32) * slope[None, :], 1)
                 phi *= key_weight(logits)[:, None]
             phi = tl.where(take[:, None], phi, 0)
+            z = tl.where(take[:, None], z.to(tl.float32), 0)  # what lies in padding may be NaN
             if DECAY:
                 logits = slope_logits(y, decay_slope, h, D, BLOCK_D) + tl.load(decay_bias + h)
                 g = tl.where(take, softplus(logits), 0)
-                phi *= tl.exp(-tl.sum(tl.where(row[None, :] > row[:, None], g[None, :], 0), 1))[:, None]
-                shrink = tl.exp(-tl.sum(g, 0))
-                state *= shrink
-                norm *= shrink
-            z = tl.where(take[:, None], z.to(tl.float32), 0)  # what lies in padding may be NaN
-            state += dot(tl.trans(phi), z, PRECISION)
-            norm += tl.sum(phi, 0)
-    if WINDOW == 0:
-        linear, linear_norm = tl.sum(phi_q[:, None] * state, 0), tl.sum(phi_q * norm, 0)
-    if UPDATE:
-        inside &= i < tl.where(leaving > 0, N, 0)
+            if WEIGHS:
+                older = position < begin
+                weights = tl.where(older, tl.sum(phi * phi_q[None, :], 1), 0)
+                if DECAY:
+                    forgotten = tl.where(older, g, 0)
+                    weights *= later_exp(forgotten, row)
+                    shrink = tl.exp(-tl.sum(forgotten, 0))
+                    linear *= shrink
+                    linear_norm *= shrink
+                linear += tl.sum(weights[:, None] * z, 0)
+                linear_norm += tl.sum(weights, 0)
+            if folds:
+                if DECAY:
+                    phi *= later_exp(g, row)[:, None]
+                    shrink = tl.exp(-tl.sum(g, 0))
+                    state *= shrink
+                    norm *= shrink
+                state += dot(tl.trans(phi), z, PRECISION)
+                norm += tl.sum(phi, 0)
+    if folds:
         tl.store(sums, state, mask=inside[:, None] & (dv[None, :] < Dv))
         tl.store(norms, norm, mask=inside)
-        if WINDOW > 0 and h % G == 0:
-            slot = n % C
-            tl.store(keys + slot * D + d, key, mask=d < tl.where(live, D, 0))
-            tl.store(values + slot * Dv + dv, value, mask=dv < tl.where(live, Dv, 0))
+    if UPDATE and (WINDOW > 0 or WAITING > 0) and h % G == 0:
+        slot = n % C
+        tl.store(keys + slot * D + d, key, mask=d < tl.where(live, D, 0))
+        tl.store(values + slot * Dv + dv, value, mask=dv < tl.where(live, Dv, 0))
 
     total = linear_norm * lambda_n
     result = linear * lambda_n
@@ -290,6 +319,8 @@ def _decode(*arguments: Any) -> Tensor:
     given, (update, *encoded) = arguments[: len(Inputs._fields)], arguments[len(Inputs._fields) :]
     x, spec = Inputs(*given), CallSpec.decode(*encoded)
     (batch, heads, _, size), value_size, slots = x.q.shape, x.v.shape[3], x.keys.shape[2]
+    waiting = slots - spec.config.slots
+    assert waiting in (0, spec.config.waiting)
     record = spec.config.map
     feature_dim = record.feature_dim(size, spec.config.feature_dim)
     out = x.q.new_empty(batch, heads, 1, value_size)
@@ -305,8 +336,8 @@ def _decode(*arguments: Any) -> Tensor:
             **{f"{name}_batch": getattr(x, name).stride(0) for name in ("sums", "norms", "keys", "values")},
             **{"D": size, "Dv": value_size, "F": feature_dim, "C": slots, "num_features": x.sums.shape[2]},
             **{"H": heads, "G": heads // x.k.shape[1], "EACH": record.features_each},
-            **{"HAS_VALID": x.valid is not None, "HAS_SLOTS": x.slots is not None, "UPDATE": update, "L": 16},
-            "BLOCK_C": min(padded(slots), 64),
+            **{"HAS_VALID": x.valid is not None, "HAS_SLOTS": x.slots is not None, "UPDATE": update, "L": WAITING},
+            **{"WAITING": waiting, "BLOCK_C": min(padded(spec.config.slots), 64)},
             **{"BLOCK_D": padded(size), "BLOCK_DV": padded(value_size), "BLOCK_F": padded(feature_dim)},
             **{"N": padded_features(record, feature_dim), "PRECISION": _PRECISIONS[x.q.dtype]},
             **map_arguments(record, exp=spec.config.linear_factor == "exp"),

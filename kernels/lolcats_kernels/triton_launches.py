@@ -221,11 +221,11 @@ class Cut:
             **window_arguments(self.spec),
         }
 
-    def key_features(self, arguments: dict[str, Any], num_summed: Tensor) -> Keys:
+    def key_features(self, arguments: dict[str, Any]) -> Keys:
         x = self.inputs
         phi_k = x.q.new_empty(*x.q.shape[:3], self.num_features, dtype=self.dtype)
         logits = x.gamma.new_empty(x.q.shape[:3]) if self.spec.config.decay else None
-        own = {"weight": arguments["k_weight"], "bias": x.k_bias, "slope": x.k_slope, "num_summed": num_summed}
+        own = {"weight": arguments["k_weight"], "bias": x.k_bias, "slope": x.k_slope}
         own |= {"phi_k": phi_k, "decay_logits": logits}
         launch(key_features, (self.num_chunks, self.rows), self.warps, arguments | own)
         entered = None if logits is None else pad(softplus(logits).cumsum(2, dtype=torch.float64), (1, 0))
@@ -289,14 +289,15 @@ def _exp(spec: CallSpec) -> bool:
     return spec.config.linear_factor == "exp"
 
 
-def forward(inputs: Inputs, num_summed: Tensor, spec: CallSpec) -> Results:
-    """num_summed [B]: how many first keys of each row enter S and z."""
-    return Cut.run(partial(_forward, num_summed), inputs, spec, backward=False)
+def forward(inputs: Inputs, num_summed: Tensor, waiting: int, spec: CallSpec) -> Results:
+    """num_summed [B]: how many first keys of each row enter S and z; waiting: as for `Rows`, at most 16."""
+    return Cut.run(partial(_forward, num_summed, waiting), inputs, spec, backward=False)
 
 
-def _forward(num_summed: Tensor, cut: Cut) -> Results:
+def _forward(num_summed: Tensor, waiting: int, cut: Cut) -> Results:
     made, arguments = Results.room(cut.inputs, cut.spec), cut.arguments()
-    keys = cut.key_features(arguments, num_summed)
+    arguments |= {"num_summed": num_summed, "waiting": waiting}
+    keys = cut.key_features(arguments)
     arguments |= keys._asdict()
     of_keys = cut.running_sums(arguments, keys.phi_k, cut.inputs.v, _initial(cut.inputs))
     own = made._asdict() | of_keys._asdict() | strides(out=made.out)
@@ -334,15 +335,16 @@ def backward(
 def _backward(given: OfOutputs, made: Results, num_summed: Tensor, needs: Inputs, cut: Cut) -> Inputs:
     x, spec, exp = cut.inputs, cut.spec, _exp(cut.spec)
     found, arguments, forgets = needed_room(x, needs), cut.arguments(), spec.config.decay
+    arguments |= {"num_summed": num_summed, "waiting": 0}
     q_map, k_map = needs.q_weight or needs.q_bias, needs.k_weight or needs.k_bias
     decay = forgets and (needs.k or needs.decay_slope or needs.decay_bias)
     vector = partial(x.gamma.new_empty, x.q.shape[:3])
     dlog_weight, delta, dkey_logits = vector(), vector(), vector() if exp else None
-    keys = cut.key_features(arguments, num_summed)
+    keys = cut.key_features(arguments)
     weighted_q = torch.empty_like(keys.phi_k)
     dy_q, dy_k = (keys.phi_k.new_empty(*x.q.shape[:3], feature_dim(x, spec)) if n else None for n in (q_map, k_map))
     arguments |= made._asdict() | given._asdict() | strides(out=made.out, grad=given.grad) | keys._asdict()
-    arguments |= {"delta": delta, "dlog_weight": dlog_weight, "weighted_q": weighted_q, "num_summed": num_summed}
+    arguments |= {"delta": delta, "dlog_weight": dlog_weight, "weighted_q": weighted_q}
     arguments |= {"dq": found.q, "dk": found.k, "dv": found.v, "dy_q": dy_q, "dy_k": dy_k, "dkey_logits": dkey_logits}
     arguments |= {name: vector() if forgets else None for name in ("dlinear", "dentering", "ddecay_logits")}
     bands = *x.q.shape[:2], cut.num_chunks, cut.bands

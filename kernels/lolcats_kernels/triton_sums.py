@@ -37,7 +37,8 @@ def key_features(
     slope,  # [H, D], with EXP
     decay_slope,  # [H, D], with DECAY
     decay_bias,  # [H], with DECAY
-    num_summed,  # [B]: keys of the row that may enter sums
+    num_summed,  # [B]: of how many first keys the row's state has the sums
+    waiting,  # so many more may be older than some query's window
     phi_k,  # out [B, H, T, N]
     decay_logits,  # out [B, H, T], with DECAY: b + a . k; -inf for keys that enter no sums
     k_batch,
@@ -66,7 +67,7 @@ def key_features(
     phi = features(x, weight, bias, h, D, F, ACTIVATION, HAS_WEIGHT, HAS_BIAS, BLOCK_D, BLOCK_F, PRECISION)
     if EXP:
         phi *= key_weight(slope_logits(x, slope, h, D, BLOCK_D))[:, None]
-    enters = c * L + tl.arange(0, L) < tl.load(num_summed + b)
+    enters = c * L + tl.arange(0, L) < tl.load(num_summed + b) + waiting
     phi = tl.where(enters[:, None], phi, 0)
     put(phi_k + r * T * N, phi, c * L, N, T, N, L, N)
     if DECAY:
@@ -80,6 +81,7 @@ def run_sums(
     b,  # [B, K, T, Dv]: v; with REVERSE the gradient of out, [B, H, T, Dv]
     delta,  # [B, H, T], with REVERSE: the gradient of the queries' denominators, with the other sign
     entered,  # [B, H, T + 1], with DECAY, see `forgotten`
+    num_summed,  # [B], without REVERSE: over how many first keys
     sums,  # out [B, H, M, N, Dv]: at c over the chunks of its segment before it; with REVERSE, after it
     norms,  # out [B, H, M, N]
     totals,  # out [B, H, segments, N, Dv]: of segment s at s; with REVERSE, at segments - 1 - s
@@ -114,20 +116,25 @@ def run_sums(
     place, inside = feature[:, None] * Dv + value[None, :], value[None, :] < Dv
     total, norm = tl.zeros([PART_N, PART_DV], tl.float32), tl.zeros([PART_N], tl.float32)
     first, last = s * segment, tl.minimum(s * segment + segment, M) - 1
+    row = entered + r * (T + 1)
+    # Keys that wait lie in the last chunk that a query sees by its own keys. So they matter to the total alone.
+    summed = T
+    if not REVERSE:
+        summed = tl.load(num_summed + r // H).to(tl.int32)
     for step in tl.range(first, last + 1, num_stages=2):
         c = step
         if REVERSE:
             c = first + last - step
         tl.store(sums + (r * M + c) * N * Dv + place, operand(total, PRECISION), mask=inside)
-        x = tile(a, c * L, N, T, PART_N, L, PART_N)
+        t = c * L + tl.arange(0, L)
+        x = tile(a, c * L, N, summed, PART_N, L, PART_N)
         if DECAY:
-            t, row = c * L + tl.arange(0, L), entered + r * (T + 1)
             if REVERSE:
                 begin, end = sums_end(c, M, T, L, WINDOW, TERRACED), sums_end(c + 1, M, T, L, WINDOW, TERRACED)
                 own = kept(row, begin, window_start(t, WINDOW, TERRACED), T)
             else:
-                begin, end = c * L, c * L + L
-                own = kept(row, t + 1, end, T)
+                begin, end = tl.minimum(c * L, summed), tl.minimum(c * L + L, summed)
+                own = kept(row, tl.minimum(t + 1, end), end, T)
             x = operand(x.to(tl.float32) * own[:, None], PRECISION)
             shrink = kept(row, begin, end, T)
             total *= shrink
@@ -145,11 +152,11 @@ def run_sums(
     if first_dv == 0:
         tl.store(total_norms + at * N + feature, norm)
     if DECAY:
-        begin, end = first * L, last * L + L
+        begin, end = tl.minimum(first * L, summed), tl.minimum(last * L + L, summed)
         if REVERSE:
             begin, end = sums_end(first, M, T, L, WINDOW, TERRACED), sums_end(last + 1, M, T, L, WINDOW, TERRACED)
         if part == 0:
-            tl.store(shrinks + at, kept(entered + r * (T + 1), begin, end, T))
+            tl.store(shrinks + at, kept(row, begin, end, T))
 
 
 @triton.jit

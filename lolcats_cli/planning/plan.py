@@ -35,7 +35,7 @@ from lolcats_cli.student.memory import cache_bytes, state_bytes
 from lolcats_cli.teacher.shape import Shape, read_shape
 
 # The defaults of the commands (a test compares them).
-WINDOW, FEATURES = 64, 64
+WINDOW, FEATURES, WAITING = 64, 64, 16
 CAPTURE_BATCH, SAMPLE, VALIDATION = 8, 16, 0.05
 EPOCHS, GRAD_ACCUM, EVAL_STEPS, RANK = 2, 2, 400, 8
 SHARD_OF_MERGE = 5_000_000_000
@@ -143,7 +143,7 @@ def plan(
     steps += [work.lora(), work.merge()]
     commands = _commands(teacher, work, choice) if choice else []
     keys = shape.num_key_value_heads, shape.head_dim, shape.head_dim
-    state = state_bytes(shape.num_heads, 2 * FEATURES, *keys, WINDOW, shape.itemsize)
+    state = state_bytes(shape.num_heads, 2 * FEATURES, *keys, WINDOW + WAITING, shape.itemsize)
     layer = {"num_key_value_heads": shape.num_key_value_heads, "head_dim": shape.head_dim}
     count = len(shape.layers)
     return Plan(

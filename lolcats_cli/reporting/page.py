@@ -339,7 +339,7 @@ class _Memory:
         return cache_bytes(self.layers, tokens, self.itemsize)
 
     def student(self, tokens: int) -> int:
-        return student_bytes(self.layers, self.hybrid, self.kept, tokens, self.itemsize)
+        return student_bytes(self.layers, self.hybrid, self.kept, tokens, self.itemsize, on_gpu=True)
 
 
 def _memory(memory: _Memory, measured: Measured | None) -> list[str]:

@@ -19,6 +19,7 @@ from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.model_executor.layers.mamba.linear import minimax_linear_attn  # noqa: F401
 from vllm.model_executor.model_loader.weight_utils import sharded_weight_loader
 from vllm.model_executor.utils import set_weight_attrs
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder, CommonAttentionMetadata
 from vllm.v1.attention.backends.linear_attn import LinearAttentionBackend
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
@@ -85,6 +86,11 @@ class StudentBackend(LinearAttentionBackend):
         return StepMetadataBuilder
 
 
+def keys_wait() -> bool:
+    """Whether keys wait in the states: on GPUs, where Triton decodes."""
+    return current_platform.is_cuda_alike()
+
+
 @dataclass(frozen=True)
 class LayerShape:
     """The heads of a layer on one rank that have maps, and the model's dtype. The state's sums are fp32 for every
@@ -99,12 +105,13 @@ class LayerShape:
     def state_shapes(self, least: int = 1) -> tuple[tuple[int, ...], ...]:
         """The shapes of a slot's tensors, in the order of `SlotStates`; `least` is the smallest size.
 
-        vLLM cannot have empty tensors. So a layer without a window has room for one key and one value, which it never
-        uses.
+        vLLM cannot have empty tensors. So a layer without a window, in whose state no key waits, has room for one key
+        and one value, which it never uses.
         """
         with torch.device("meta"):
             maps = HybridMaps(self.hybrid, self.num_heads, self.head_dim)
-        shapes = KVState.shapes(maps, 1, self.num_key_value_heads, self.head_dim)
+        waiting = self.hybrid.waiting if keys_wait() else 0
+        shapes = KVState.shapes(maps, 1, self.num_key_value_heads, self.head_dim, waiting)
         return tuple(tuple(max(size, least) for size in shapes[name][1:]) for name in SlotStates._fields)
 
     def state_dtypes(self) -> tuple[torch.dtype, ...]:

@@ -250,7 +250,7 @@ def _card(plan: _Plan, artifact: Artifact, has_tokenizer: bool) -> str:
         figures=[(figure.stage, figure.name, figure.value) for figure in figures(steps)],
         layers=layer_figures(transfer_summary(steps)),
         memory=(
-            human(student_bytes(layers, plan.hybrid, kept, CONTEXT, itemsize)),
+            human(student_bytes(layers, plan.hybrid, kept, CONTEXT, itemsize, on_gpu=True)),
             human(cache_bytes(layers, CONTEXT, itemsize)),
         ),
         has_tokenizer=has_tokenizer,

@@ -28,12 +28,18 @@ def value_dim(layer: Mapping[str, Any]) -> int:
 
 
 def student_bytes(
-    layers: Sequence[Mapping[str, Any]], hybrid: Mapping[str, Any], kept: Collection[int], tokens: int, itemsize: int
+    layers: Sequence[Mapping[str, Any]],
+    hybrid: Mapping[str, Any],
+    kept: Collection[int],
+    tokens: int,
+    itemsize: int,
+    *,
+    on_gpu: bool = False,
 ) -> int:
     """The bytes of a student's state after `tokens` tokens. They grow with the tokens in the `kept` layers, and in the
     kept heads of others, alone.
 
-    hybrid: as `layer_config` takes it.
+    hybrid: as `layer_config` takes it. on_gpu: where Triton decodes, keys wait for the sums in the state.
     """
     import torch
     from lolcats_kernels import HybridMaps
@@ -48,7 +54,8 @@ def student_bytes(
                 maps = HybridMaps(config, count, layer["head_dim"])
             keys = len(config.kept_heads)
             heads = layer["num_key_value_heads"] - keys, layer["head_dim"], value_dim(layer)
-            total += state_bytes(count, maps.num_features, *heads, config.slots, itemsize)
+            slots = config.slots + (config.waiting if on_gpu else 0)
+            total += state_bytes(count, maps.num_features, *heads, slots, itemsize)
             total += cache_bytes([{**layer, "num_key_value_heads": keys}], tokens, itemsize)
     return total
 

@@ -83,12 +83,15 @@ class Case:
         q, k, v = (x[:, :, begin:end] for x in (self.q, self.k, self.v))
         return Case(q, k, v, self.maps, valid, self.terms, softcap=self.softcap, sinks=self.sinks)
 
-    def run_in_parts(self, backend: str, cuts: Sequence[int]) -> tuple[Tensor, KVState | None]:
+    def run_in_parts(
+        self, backend: str, cuts: Sequence[int], waiting: int | None = None
+    ) -> tuple[Tensor, KVState | None]:
         """The outputs of the parts between `cuts` put together, and the last state."""
         time, state, outs = self.q.shape[2], None, []
         bounds = sorted({0, time, *(cut % time for cut in cuts)})
         for begin, end in pairwise(bounds):
-            out, state = self.part(begin, end).run(backend, initial_state=state, return_state=True)
+            part = self.part(begin, end)
+            out, state = part.run(backend, initial_state=state, return_state=True, waiting=waiting)
             outs.append(out)
         return torch.cat(outs, 2), state
 

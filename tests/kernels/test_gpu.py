@@ -56,7 +56,7 @@ def check_output_and_gradients(case, device):
 
 def check_parts(case, device):
     with torch.no_grad():
-        exact, state = case.run("reference", return_state=True)
+        exact, state = case.run("reference", return_state=True, waiting=case.maps.config.waiting)
         found, after = case.on(device, torch.float32).run_in_parts("triton", case.cuts)
     assert_near(found, exact, 5e-3)
     assert torch.equal(after.length.cpu(), state.length)
@@ -69,9 +69,11 @@ def check_steps(case, device, count=3):
     time = case.q.shape[2]
     begin = max(0, time - count)
     there = case.on(device, torch.float32)
-    state = KVState.empty(there.maps, case.q.shape[0], case.k.shape[1], value_dim=case.v.shape[3], device=device)
+    waiting = case.maps.config.waiting
+    sizes = {"value_dim": case.v.shape[3], "waiting": waiting}
+    state = KVState.empty(there.maps, case.q.shape[0], case.k.shape[1], device=device, **sizes)
     with torch.no_grad():
-        exact, last = case.run("reference", return_state=True)
+        exact, last = case.run("reference", return_state=True, waiting=waiting)
         if begin:
             _, state = there.part(0, begin).run("triton", return_state=True)
         for at in range(begin, time):
@@ -90,7 +92,7 @@ def check_slots(case, device, count=3):
     begin = max(0, time - count)
     there = case.on(device, torch.float32)
     pages = []
-    shapes = KVState.shapes(there.maps, batch + 2, case.k.shape[1], case.v.shape[3])
+    shapes = KVState.shapes(there.maps, batch + 2, case.k.shape[1], case.v.shape[3], case.maps.config.waiting)
     for shape in (shapes[name] for name in SlotStates._fields):
         size = torch.Size(shape[1:]).numel()
         page = torch.full((batch + 2, size + 3), torch.nan, dtype=torch.float32, device=device)

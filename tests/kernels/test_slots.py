@@ -11,9 +11,10 @@ from lolcats_kernels.state import KVState, SlotStates
 SCALING = 0.4
 
 
-def empty_slots(case, number, fill=torch.nan):
-    """States whose slots hold what must not matter; with a gap after each, as in a server's pages."""
-    shapes = KVState.shapes(case.maps, number, case.k.shape[1], case.v.shape[3])
+def empty_slots(case, number, waits, fill=torch.nan):
+    """States whose slots hold what must not matter; with a gap after each, as in a server's pages. waits: keys may."""
+    waiting = case.maps.config.waiting if waits else 0
+    shapes = KVState.shapes(case.maps, number, case.k.shape[1], case.v.shape[3], waiting)
     found = []
     for name in SlotStates._fields:
         shape = shapes[name]
@@ -39,10 +40,10 @@ def test_states_in_slots_that_have_room_for_larger_ones(slots: int) -> None:
 class Server:
     """Serves the rows of a case as sequences, some tokens of some of them at a time."""
 
-    def __init__(self, case, slots, backend):
+    def __init__(self, case, slots, backend, waits):
         self.case, self.backend = case, backend
         self.options = {"scaling": SCALING, "softcap": case.softcap, "sinks": case.sinks, "backend": backend}
-        self.states = empty_slots(case, int(max(slots)) + 2)
+        self.states = empty_slots(case, int(max(slots)) + 2, waits)
         self.slots = torch.tensor(slots)
         self.seen = torch.zeros(len(slots), dtype=torch.int64)
         self.out = torch.full_like(case.q, torch.nan).new_full((*case.q.shape[:3], case.v.shape[3]), torch.nan)
@@ -95,7 +96,7 @@ def test_any_schedule_gives_what_the_definition_gives(cases, data):
     case = data.draw(cases)
     batch, _, time, _ = case.q.shape
     slots = data.draw(st.permutations(range(5)))[:batch]
-    server = Server(case, slots, "chunked")
+    server = Server(case, slots, "chunked", waits=data.draw(st.booleans()))
     expected = definition(case)
     for _ in range(data.draw(st.integers(1, 6))):
         open_ = [r for r in range(batch) if server.seen[r] < time]
@@ -122,10 +123,35 @@ def test_any_schedule_gives_what_the_definition_gives(cases, data):
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
 def test_decoding_from_the_first_token_in_a_slot_that_another_left(make_case, layout, window, feature_map, factor):
     case = make_case(time=14, window=window, layout=layout, feature_map=feature_map, linear_factor=factor)
-    server = Server(case, [3, 1], "chunked")
+    server = Server(case, [3, 1], "chunked", waits=False)
     for _ in range(14):
         server.decode([0, 1], padding=1)
     torch.testing.assert_close(server.out, definition(case), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("window", [0, 3])
+def test_slots_of_the_triton_kernel_go_to_other_sequences(make_case, numbers_of_gpus, window):
+    """Prompts, many steps, prompts again, while other sequences come, go, and take the slots that these leave."""
+    pytest.importorskip("triton")
+    sizes = {"batch": 3, "key_heads": 1, "group": 1, "time": 47, "head_dim": 4}
+    case = make_case(window=window, linear_factor="exp", decay=True, dtype=torch.float32, **sizes)
+    server = Server(case, [2, 0, 2], "triton", waits=True)
+    with torch.no_grad():
+        server.step([0], [9])
+        for _ in range(20):
+            server.decode([1, 0])
+        server.step([1, 0], [2, 6])
+        for _ in range(12):
+            server.decode([0, 1], padding=1)
+        for _ in range(6):
+            server.decode([2, 1])
+        server.step([2], [24])
+        for _ in range(17):
+            server.decode([2])
+        expected = definition(case)
+    for row, seen in enumerate((47, 40, 47)):
+        assert server.seen[row] == seen
+        torch.testing.assert_close(server.out[row, :, :seen], expected[row, :, :seen], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("decay", [False, True])
@@ -147,7 +173,7 @@ def test_by_the_triton_kernel(make_case, numbers_of_gpus, layout, window, begin,
         dtype=torch.float32,
         value_dim=5,
     )
-    server = Server(case, [3, 1], "triton")
+    server = Server(case, [3, 1], "triton", waits=True)
     with torch.no_grad():
         if begin:
             server.step([0], [begin])
@@ -162,7 +188,7 @@ def test_padding_touches_no_slot(make_case, numbers_of_gpus):
     pytest.importorskip("triton")
     for backend in ("chunked", "triton"):
         case = make_case(batch=2, time=1, window=2, dtype=torch.float32)
-        states = empty_slots(case, 3, fill=7.0)
+        states = empty_slots(case, 3, waits=True, fill=7.0)
         q, k, v = (x[:, :, 0] for x in (case.q, case.k, case.v))
         slots, length = torch.tensor([-1, -1], dtype=torch.int32), torch.tensor([0, 9], dtype=torch.int32)
         with torch.no_grad():

@@ -16,9 +16,10 @@ def tensors(state):
 @given(data=st.data())
 def test_any_split_gives_the_whole(cases, backend, data):
     case = data.draw(cases)
+    waiting = data.draw(st.sampled_from((0, case.maps.config.waiting)))
     with torch.no_grad():
-        out, state = case.run_in_parts(backend, case.cuts)
-        whole, expected = case.run("reference", return_state=True)
+        out, state = case.run_in_parts(backend, case.cuts, waiting)
+        whole, expected = case.run("reference", return_state=True, waiting=waiting)
     torch.testing.assert_close(out, whole, rtol=1e-10, atol=1e-10)
     # Slots that the window has not reached, or has left, may hold anything.
     live = expected.live_slots(case.maps.config)[1][:, None, :, None]
@@ -56,20 +57,48 @@ def test_padding_gives_what_the_row_alone_gives(cases, data):
             torch.testing.assert_close(out[row], alone, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("waits", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("window", [0, 1, 5])
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
 @pytest.mark.parametrize("terms", ["both", "window", "linear"])
-def test_decoding_one_by_one(make_case, layout, window, feature_map, terms):
+def test_decoding_one_by_one(make_case, layout, window, feature_map, terms, waits):
     case = make_case(time=23, window=window, layout=layout, feature_map=feature_map, terms=terms)
     with torch.no_grad():
-        out, _ = case.run_in_parts("chunked", range(23))
+        out, _ = case.run_in_parts("chunked", range(23), case.maps.config.waiting if waits else 0)
         torch.testing.assert_close(out, case.run("reference"), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("decay", [False, True])
+@pytest.mark.parametrize("window", [0, 1, 5])
+def test_keys_wait_for_the_sums(make_case, window, decay):
+    """S and z change once in 16 tokens, rows at times of their own; a state that waits is part of the definition."""
+    case = make_case(batch=3, time=60, window=window, decay=decay, linear_factor="exp")
+    case.valid = torch.ones(3, 60, dtype=torch.bool)
+    case.valid[1, :5] = case.valid[2, 20:27] = False
+    with torch.no_grad():
+        whole = case.run("reference")
+        state, changes = KVState.empty(case.maps, 3, 2, waiting=16, dtype=torch.float64), [[], [], []]
+        for at in range(60):
+            out, after = case.part(at, at + 1).run("chunked", initial_state=state, return_state=True)
+            torch.testing.assert_close(out, whole[:, :, at : at + 1], rtol=1e-10, atol=1e-10)
+            for row in range(3):
+                if not torch.equal(after.sums[row], state.sums[row]):
+                    changes[row].append(int(after.length[row]))
+            state = after
+        folds = [max(window, 1) + 15 + 16 * n for n in range(4)]
+        assert changes == [[end for end in folds if end <= seen] for seen in (60, 55, 53)]
+        for begin in (2, 17, 40):
+            for backend in ("reference", "chunked"):
+                _, before = case.part(0, begin).run(backend, return_state=True, waiting=16)
+                rest = case.part(begin, 60).run(backend, initial_state=before)
+                torch.testing.assert_close(rest, whole[:, :, begin:], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("waits", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("window", [0, 5])
-def test_decoding_after_prompts_of_different_lengths(make_case, layout, window):
+def test_decoding_after_prompts_of_different_lengths(make_case, layout, window, waits):
     """Left-padded prompts, then steps in which a row may pause."""
     case = make_case(batch=4, time=40, window=window, layout=layout)
     case.valid = torch.ones(4, 40, dtype=torch.bool)
@@ -77,7 +106,7 @@ def test_decoding_after_prompts_of_different_lengths(make_case, layout, window):
         case.valid[row, :pad] = False
     case.valid[1, 30] = case.valid[2, 33] = False
     with torch.no_grad():
-        out, _ = case.run_in_parts("chunked", range(17, 40))
+        out, _ = case.run_in_parts("chunked", range(17, 40), case.maps.config.waiting if waits else 0)
         torch.testing.assert_close(out, case.run("reference"), rtol=1e-10, atol=1e-10)
 
 

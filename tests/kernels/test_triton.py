@@ -45,11 +45,16 @@ def test_output_is_the_references(small_cases, data):
 def test_parts_are_the_whole(small_cases, data):
     case = data.draw(small_cases).to(torch.float32)
     with torch.no_grad():
-        whole, state = case.run("reference", return_state=True)
+        whole, state = case.run("reference", return_state=True, waiting=case.maps.config.waiting)
         parts, after = case.run_in_parts("triton", case.cuts)
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-5)
+    # Slots of keys that are in the sums may hold anything.
+    live = state.live_slots(case.maps.config)[1][:, None, :, None]
     for name in ("sums", "norms", "keys", "values", "length"):
-        torch.testing.assert_close(getattr(after, name), getattr(state, name), rtol=1e-4, atol=1e-5)
+        x, y = getattr(after, name), getattr(state, name)
+        if name in ("keys", "values"):
+            x, y = torch.where(live, x, 0), torch.where(live, y, 0)
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
 
 
 @settings(max_examples=7, deadline=None, derandomize=True, phases=PHASES)

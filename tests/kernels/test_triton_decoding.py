@@ -14,11 +14,12 @@ pytestmark = pytest.mark.usefixtures("numbers_of_gpus")
 NAMES = ("sums", "norms", "keys", "values", "length")
 
 
-def steps(case, backend, begin, **options):
+def steps(case, backend, begin, waiting=0, **options):
     """Outputs of the tokens from `begin` on, one by one after the reference's state, and the last state."""
-    state = KVState.empty(case.maps, case.q.shape[0], case.k.shape[1], value_dim=case.v.shape[3], dtype=case.k.dtype)
+    sizes = {"value_dim": case.v.shape[3], "waiting": waiting, "dtype": case.k.dtype}
+    state = KVState.empty(case.maps, case.q.shape[0], case.k.shape[1], **sizes)
     if begin:
-        _, state = case.part(0, begin).run("reference", return_state=True)
+        _, state = case.part(0, begin).run("reference", return_state=True, waiting=waiting)
     outs = []
     for at in range(begin, case.q.shape[2]):
         out, state = case.part(at, at + 1).run(backend, initial_state=state, return_state=True, **options)
@@ -42,9 +43,10 @@ def test_steps_are_the_references(small_cases, data):
     case = data.draw(small_cases).to(torch.float32)
     time = case.q.shape[2]
     begin = data.draw(st.integers(max(0, time - 4), time - 1))
+    waiting = data.draw(st.sampled_from((case.maps.config.waiting, case.maps.config.waiting, 0)))
     with torch.no_grad():
-        out, state = steps(case, "triton", begin, consume_state=data.draw(st.booleans()))
-        expected, last = steps(case, "reference", begin)
+        out, state = steps(case, "triton", begin, waiting, consume_state=data.draw(st.booleans()))
+        expected, last = steps(case, "reference", begin, waiting)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
     assert_same_states(case, state, last)
 
@@ -65,6 +67,37 @@ def test_from_the_first_token(make_case, layout, window, feature_map):
         expected, last = steps(case, "reference", begin)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
     assert_same_states(case, state, last)
+
+
+@pytest.mark.parametrize(("window", "decay"), [(0, False), (1, True), (5, True)])
+def test_through_several_turns_of_the_waiting_keys(make_case, window, decay):
+    """After prompts of all lengths from 0 to 16, with steps in which a row pauses, beams that change places, and a
+    second prompt; what the slots of keys that are in the sums hold does not matter."""
+    sizes = {"batch": 17, "key_heads": 1, "group": 1, "time": 44, "head_dim": 4, "linear_factor": "exp"}
+    double = make_case(window=window, decay=decay, **sizes)
+    double.valid = torch.arange(44) >= 16 - torch.arange(17)[:, None]
+    double.valid[3, 20:23] = double.valid[8, 30] = False
+    with torch.no_grad():
+        exact, last = double.run("reference", return_state=True, waiting=16)
+        case = double.to(torch.float32)
+        out, state = case.part(0, 16).run("triton", return_state=True)
+        assert state.waiting(case.maps.config) == 16
+        outs, order = [out], torch.arange(17)
+        for begin, end in [*((at, at + 1) for at in range(16, 38)), (38, 41), *((at, at + 1) for at in range(41, 44))]:
+            if begin == 25:
+                order = order.flip(0)
+                state = state.select_batch(order)
+            dead = ~state.live_slots(case.maps.config).live[:, None, :, None]
+            for ring in (state.keys, state.values):
+                ring.masked_fill_(dead, torch.nan if end == begin + 1 else 0)
+            part = case.part(begin, end)
+            part.q, part.k, part.v, part.valid = (x[order] for x in (part.q, part.k, part.v, part.valid))
+            out, state = part.run("triton", initial_state=state, return_state=True, consume_state=True)
+            outs.append(out[order])  # flipped again
+    torch.testing.assert_close(torch.cat(outs, 2).double(), exact, rtol=1e-4, atol=1e-5)
+    found = state.select_batch(order)
+    for name in ("sums", "norms"):
+        torch.testing.assert_close(getattr(found, name).double(), getattr(last, name), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("terms", TERMS)
@@ -108,10 +141,11 @@ def test_as_exact_as_the_reference_in_the_same_dtype(make_case, dtype, factor):
     assert error["triton"] < 1.5 * error["reference"]
 
 
-def test_in_place_where_the_state_is_consumed(make_case):
+@pytest.mark.parametrize("waiting", [0, 16])
+def test_in_place_where_the_state_is_consumed(make_case, waiting):
     case = make_case(batch=1, time=12, window=4, dtype=torch.float32)
     with torch.no_grad():
-        _, state = steps(case, "triton", 10)  # its tensors are contiguous
+        _, state = steps(case, "triton", 10, waiting)  # its tensors are contiguous
         before = {name: getattr(state, name).clone() for name in NAMES}
         one = case.part(11, 12)
         out, after = one.run("triton", initial_state=state, return_state=True)

@@ -97,6 +97,7 @@ def test_the_defaults_are_those_of_the_commands() -> None:
         assert (options.grad_accum, options.eval_steps) == (planning.GRAD_ACCUM, planning.EVAL_STEPS)
     assert default(transfer, "window") == planning.WINDOW
     assert TransferOptions().hybrid.feature_dim == planning.FEATURES
+    assert TransferOptions().hybrid.waiting == planning.WAITING
     assert default(lora, "rank") == planning.RANK
     assert default(capture, "batch_size") == planning.CAPTURE_BATCH
     assert default(capture, "val_fraction") == planning.VALIDATION
