@@ -156,7 +156,8 @@ def attend_in_slots(
 
 def _read(states: SlotStates, slots: Tensor, length: Tensor, config: HybridConfig) -> KVState:
     """A copy of the states in slots [R] of sequences that have seen length [R] tokens."""
-    state = KVState(*(x.index_select(0, slots) for x in states), length)
+    sums, norms, keys, values = (x.index_select(0, slots) for x in states)
+    state = KVState(sums, norms, keys, values, length)
     # What a slot holds beside the sequence's own is another's, and may be NaN.
     ring = state.keys.shape[2]
     young = length < max(ring, 1)

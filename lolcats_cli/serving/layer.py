@@ -88,7 +88,8 @@ class StudentBackend(LinearAttentionBackend):
 
 def keys_wait() -> bool:
     """Whether keys wait in the states: on GPUs, where Triton decodes."""
-    return current_platform.is_cuda_alike()
+    on_gpu: bool = current_platform.is_cuda_alike()
+    return on_gpu
 
 
 @dataclass(frozen=True)
