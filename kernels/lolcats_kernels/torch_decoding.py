@@ -121,7 +121,8 @@ def decode_step(
     # when a block is full (terraced), or, where keys wait, all that may wait.
     # Most steps of a terrace fold nothing. A compiled step has no branches, and folds nothing by the mask.
     if config.layout == "terraced" and not torch.compiler.is_compiling() and not bool((end > begin).any()):
-        return out, ring
+        same = (state.sums, state.norms) if in_place else (state.sums.clone(), state.norms.clone())
+        return out, KVState(*same, keys, values, length)
     return out, KVState(*folded(end, in_place), keys, values, length)
 
 

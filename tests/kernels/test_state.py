@@ -192,6 +192,21 @@ def test_a_consumed_state_is_decoded_in_place(make_case, layout, window):
         torch.testing.assert_close(x, tensors(after)[name])
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_follows_a_state_is_not_in_its_tensors(make_case, layout):
+    """Also where a step adds nothing to the sums: later steps may overwrite what they are given."""
+    case = make_case(time=30, window=4, layout=layout)
+    with torch.no_grad():
+        _, state = case.part(0, 17).run("chunked", return_state=True)
+        before = {name: x.clone() for name, x in tensors(state).items()}
+        _, after = case.part(17, 18).run("chunked", initial_state=state, return_state=True)
+        for begin in range(18, 30):
+            one = case.part(begin, begin + 1)
+            _, after = one.run("chunked", initial_state=after, return_state=True, consume_state=True)
+    for name, x in tensors(state).items():
+        assert torch.equal(x, before[name])
+
+
 def test_empty_state_is_the_start(make_case):
     case = make_case()
     state = KVState.empty(case.maps, 2, 2, dtype=torch.float64)
