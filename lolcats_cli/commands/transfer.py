@@ -136,7 +136,7 @@ def transfer(
     parsed = {
         "windows": o.parse_by_layer("--windows", windows, 0),
         "feature_dims": o.parse_by_layer("--feature-dims", feature_dims, 1),
-        "steps": o.parse_by_layer("--steps", steps, 0),
+        "steps": o.parse_by_layer("--steps", None if steps is None else str(steps), 0),  # in Python also a number
     }
     auto = [name for name in parsed if parsed[name][1]]
     by_layer: dict[str, Any] = {name: sizes for name, (sizes, _) in parsed.items()}

@@ -181,9 +181,9 @@ def test_other_choices_are_refused_before_the_teacher_is_loaded(
     for name, asked, message in (
         ("plain", {"options": replace(OPTIONS, lr=1.0)}, "lr"),
         ("plain", {"keep_auto": 1}, r"without anything chosen by importance \(auto, heads:N\)"),
-        ("auto", {"keep_auto": 2}, "keep_softmax"),
+        ("auto", {"keep_auto": 2}, "--keep-softmax"),
         ("auto", {"keep_heads": 1}, "without --keep-softmax heads:N"),
-        ("auto", {}, "keep_softmax"),
+        ("auto", {}, "--keep-softmax"),
         ("windows", {}, "windows"),
     ):
         with pytest.raises((ConfigMismatch, IdentityMismatch), match=message):
