@@ -222,9 +222,8 @@ def share_out(
 
 def share_steps(losses: Mapping[int, float], total: int) -> dict[int, int]:
     """Steps of the layers, about `total` together: half of them in equal parts, half in proportion to the losses."""
-    mean = sum(losses.values()) / len(losses)
-    even = total / len(losses)
-    return {layer: round(even * (1 + (loss / mean if mean else 1)) / 2) for layer, loss in losses.items()}
+    count, lost, even = len(losses), sum(losses.values()), total / len(losses)
+    return {layer: round(even * (1 + (loss * count / lost if lost else 1)) / 2) for layer, loss in losses.items()}
 
 
 def loss_at(measured: Mapping[int, float], window: int) -> float:

@@ -106,6 +106,7 @@ def test_what_needs_most_gets_most() -> None:
     assert found[1] > 100 > 64 > found[0] == found[2]
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 2), min_size=1, max_size=40), st.integers(0, 10_000))
 def test_half_of_the_steps_go_where_the_loss_is(losses: list[float], steps: int) -> None:
     found = share_steps(dict(enumerate(losses)), steps * len(losses))

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from lolcats_formats import Artifact, ArtifactWriter, ConfigMismatch, NotAnArtifact, WrongKind
 from lolcats_kernels import HybridConfig, HybridMaps, hybrid_attention
@@ -420,6 +420,7 @@ def test_layers_with_their_own_steps_are_trained_as_alone(pipeline: SimpleNamesp
         assert all(torch.equal(both[layer].maps[name], alone.maps[name]) for name in alone.maps)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=12), st.integers(1, 8))
 def test_ranks_share_the_steps(costs: list[int], count: int) -> None:
     found = _pieces(costs, count, costs)
