@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from lolcats_kernels.spec import BY_LAYER
@@ -35,13 +36,46 @@ class Asked:
     keep_heads: int
     auto: Collection[str]
 
-    @property
-    def importance(self) -> bool:
-        """Whether the importance of layers is needed."""
-        return bool(self.keep_auto or self.keep_heads or self.auto)
+
+class Chosen(NamedTuple):
+    """What a transfer trains.
+
+    Attributes:
+        layers: that are converted.
+        kept: what keeps softmax attention.
+        options: with the kept heads, and with the sizes by layer that were chosen.
+        importance: what they were chosen by, if anything was.
+    """
+
+    layers: list[int]
+    kept: Kept
+    options: TransferOptions
+    importance: Importance | None
 
 
-def choose(source: Source, options: TransferOptions, asked: Asked) -> list[int]:
+def choose(
+    source: Source, options: TransferOptions, asked: Asked, measure: Callable[[int | None], Importance]
+) -> Chosen:
+    """What is trained. Layers that are not converted get the window 0 and no steps, where these are chosen.
+
+    measure: measures the importance of the layers; with a window that of single key heads too. It is called if
+        anything is to be chosen by importance, after all checks that need none.
+    Raises UsageError for options that do not fit this capture.
+    """
+    layers, kept, importance = _layers(source, options, asked), asked.kept, None
+    if asked.keep_auto or asked.keep_heads or asked.auto:
+        importance = measure(options.hybrid.window if asked.keep_heads else None)
+        kept = _with_most_needed(source, layers, asked, options.hybrid.window, importance)
+        layers = [layer for layer in layers if layer not in kept.layers]
+    options = replace(options, kept_heads=tuple(sorted(kept.heads)))
+    if importance is not None:
+        for name, with_sizes in _BY_IMPORTANCE.items():
+            if name in asked.auto:
+                options = with_sizes(source, layers, options, importance)
+    return Chosen(layers, kept, options, importance)
+
+
+def _layers(source: Source, options: TransferOptions, asked: Asked) -> list[int]:
     """The layers to train, before more are kept. Raises UsageError for options that do not fit this capture."""
     layers, kept = asked.layers, asked.kept
     kept.check_rest(source.layers, asked.keep_auto, asked.keep_heads)
@@ -100,7 +134,7 @@ def _check_importance(options: TransferOptions, asked: Asked) -> None:
         raise UsageError("--windows auto shares out the memory of --window, which is 0. Give it a window.")
 
 
-def keep_most_needed(source: Source, chosen: list[int], asked: Asked, window: int, importance: Importance) -> Kept:
+def _with_most_needed(source: Source, chosen: list[int], asked: Asked, window: int, importance: Importance) -> Kept:
     """What keeps softmax: also those layers, and then those key heads of the others, that the loss needs most.
 
     Raises UsageError if no layer is left to be converted.
@@ -115,26 +149,31 @@ def _option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def with_sizes(
-    source: Source, chosen: list[int], options: TransferOptions, importance: Importance, auto: Collection[str]
+def _with_feature_dims(
+    source: Source, chosen: list[int], options: TransferOptions, importance: Importance
 ) -> TransferOptions:
-    """The options with every layer's sizes, where they are chosen. Layers that are not converted get the window 0.
+    """With half of the columns in layers that need little beyond any window."""
+    wide, whole = importance.beyond_windows(chosen), options.hybrid.feature_dim
+    return replace(
+        options, feature_dims=tuple(whole if i in wide else -(-whole // 2) for i in range(len(source.layers)))
+    )
 
-    Raises UsageError if feature sizes that were given leave no memory for windows.
+
+def _with_windows(
+    source: Source, chosen: list[int], options: TransferOptions, importance: Importance
+) -> TransferOptions:
+    """With the memory that the feature sizes leave in longer windows of the layers that need them.
+
+    Raises UsageError if feature sizes that were given leave none.
     """
-    layers, infos, hybrid = range(len(source.layers)), source.capture.teacher["layers"], options.hybrid
-    if "feature_dims" in auto:
-        wide, half = importance.beyond_windows(chosen), -(-hybrid.feature_dim // 2)
-        options = replace(options, feature_dims=tuple(hybrid.feature_dim if i in wide else half for i in layers))
-    if "windows" not in auto:
-        return options
+    infos, hybrid = source.capture.teacher["layers"], options.hybrid
     _check_memory(source, chosen, options)
     left = sum(_memory(source, i, replace(options, feature_dims=None)) - _memory(source, i, options) for i in chosen)
     costs = {i: cache_bytes([infos[i]], 1, _itemsize(source)) * hybrid.slots // hybrid.window for i in chosen}
     losses = {layer: importance.curve(layer) for layer in chosen}
     longest = max(hybrid.window, source.capture.data["seq_len"] // LONGEST_WINDOW)
     found = share_out(losses, costs, hybrid.window, longest, left)
-    return replace(options, windows=tuple(found.get(layer, 0) for layer in layers))
+    return replace(options, windows=tuple(found.get(layer, 0) for layer in range(len(source.layers))))
 
 
 def _check_memory(source: Source, layers: list[int], options: TransferOptions, fewer: int = 0) -> None:
@@ -159,9 +198,13 @@ def _itemsize(source: Source) -> int:
     return int(getattr(torch, source.capture.config["dtype"]).itemsize)
 
 
-def with_steps(source: Source, chosen: list[int], options: TransferOptions, importance: Importance) -> TransferOptions:
-    """The options with as many steps in all, more of them for the layers that lose most with their windows."""
+def _with_steps(source: Source, chosen: list[int], options: TransferOptions, importance: Importance) -> TransferOptions:
+    """With as many steps in all, more of them for the layers that lose most with their windows."""
     rows = source.rows["train"]
     losses = {layer: loss_at(importance.curve(layer), options.layer_hybrid(layer).window) for layer in chosen}
     found = share_steps(losses, sum(options.total_steps(layer, rows) for layer in chosen))
     return replace(options, steps=tuple(found.get(layer, 0) for layer in range(len(source.layers))))
+
+
+# In this order: windows take what columns leave, and steps go by the loss with the windows.
+_BY_IMPORTANCE = {"feature_dims": _with_feature_dims, "windows": _with_windows, "steps": _with_steps}

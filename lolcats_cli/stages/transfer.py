@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -28,7 +27,7 @@ from lolcats_cli.loading.student import load_captured
 from lolcats_cli.progress import Progress
 from lolcats_cli.stages.activations import ComputedActivations, MappedHeads, Source, StoredActivations
 from lolcats_cli.stages.checkpoints import Checkpoints
-from lolcats_cli.stages.choice import Asked, choose, keep_most_needed, with_sizes, with_steps
+from lolcats_cli.stages.choice import Asked, choose
 from lolcats_cli.stages.curves import LayerCurves, tensorboard_folder
 from lolcats_cli.stages.importance import Importance, measure_importance
 from lolcats_cli.stages.kept import Kept
@@ -95,19 +94,14 @@ def transfer(
         rolling = Path(output) / f".hidden-{ranks.rank()}"
         source = _source(parent, teacher, load, device, block_size, rolling, progress)
         asked = Asked(layers, Kept.named(source.layers, keep_softmax), keep_auto, keep_heads, auto)
-        chosen, kept, importance = choose(source, options, asked), asked.kept, None
-        if asked.importance:
-            window = options.hybrid.window if keep_heads else None
-            importance = ranks.share(
-                lambda: _importance(source, window, output, force, teacher, load, device, progress)
+
+        def measure(heads_window: int | None) -> Importance:
+            return ranks.share(
+                lambda: _importance(source, heads_window, output, force, teacher, load, device, progress)
             )
-            kept = keep_most_needed(source, chosen, asked, options.hybrid.window, importance)
-            chosen = [layer for layer in chosen if layer not in kept.layers]
-        options = replace(options, kept_heads=tuple(sorted(kept.heads)))
+
+        chosen, kept, options, importance = choose(source, options, asked, measure)
         if importance is not None:
-            options = with_sizes(source, chosen, options, importance, auto)
-            if "steps" in auto:
-                options = with_steps(source, chosen, options, importance)
             _tell(chosen, kept, options, progress)
         layers_kept = {"keep_softmax": sorted(kept.layers)} if kept.layers else {}
         fields: dict[str, Any] = {
