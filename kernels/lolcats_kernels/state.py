@@ -140,20 +140,21 @@ class KVState(BatchState):
         kept = torch.exp(-exponent)[..., None]
         return replace(self, sums=self.sums * kept[..., None], norms=self.norms * kept)
 
-    def slot_positions(self) -> Tensor:
-        """[B, C]: the position that each slot was last written with; negative where none was."""
-        slots = self.keys.shape[2]
-        slot = torch.arange(slots, device=self.length.device)
-        last = self.length[:, None] - 1
-        return last - torch.remainder(last - slot, slots) if slots else last[:, :0]
-
     def waiting(self, config: HybridConfig) -> int:
         """How many keys may wait for the sums: the ring's slots beside those that a state needs."""
         return self.keys.shape[2] - config.slots
 
     def live_slots(self, config: HybridConfig) -> Slots:
-        position = self.slot_positions()
+        position = slot_positions(self.length, self.keys.shape[2])
         return Slots(position, position >= summed_keys(self.length, config, self.waiting(config))[:, None])
+
+
+def slot_positions(length: Tensor, slots: int) -> Tensor:
+    """[B, slots]: the position that each slot of a ring was last written with, after length [B] tokens; negative where
+    none was."""
+    slot = torch.arange(slots, device=length.device)
+    last = length[:, None] - 1
+    return last - torch.remainder(last - slot, slots) if slots else last[:, :0]
 
 
 def records_gradients(maps: HybridMaps, state: KVState | None, *inputs: Tensor) -> bool:

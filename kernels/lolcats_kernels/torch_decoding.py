@@ -11,7 +11,7 @@ from torch import Tensor
 from .equation import bounded_exp, cap_scores, safe_divide, summed_keys, window_start
 from .maps import HybridMaps
 from .spec import CallSpec, compute_dtype
-from .state import KVState
+from .state import KVState, slot_positions
 
 
 def decode_step(
@@ -59,8 +59,6 @@ def decode_step(
         )
     keys = scatter(state.keys, 2, slot.expand_as(k), k)
     values = scatter(state.values, 2, slot.expand_as(v), v)
-    ring = KVState(state.sums, state.norms, keys, values, length)
-    position = ring.slot_positions()
     numerator: Tensor | None = None
     denominator: Tensor | None = None
     m: Tensor | None = None
@@ -68,7 +66,7 @@ def decode_step(
         gamma = maps.term_weights(dtype).gamma.view(num_key_value_heads, -1, 1)
         query = q.to(dtype).unflatten(1, (num_key_value_heads, -1)).squeeze(3)  # [B, K, G, D]
         scores = cap_scores(query @ keys.to(dtype).transpose(-1, -2) * spec.scaling, spec.softcap)  # [B, K, G, C]
-        seen = position >= window_start(state.length, config)[:, None]
+        seen = slot_positions(length, slots) >= window_start(state.length, config)[:, None]
         scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
         m = scores.amax(-1, keepdim=True)
         if valid is not None:
