@@ -117,7 +117,9 @@ def hybrid_attention(
     sinks [H]: a logit that each head's window has besides its keys', with the value 0, as in gpt-oss.
     valid [B, T] bool: False is padding, anywhere in the row. It contributes nothing, its outputs are 0, and
         positions count valid tokens only, so the others get what they would get in the row without it.
-    initial_state: from the tokens before these; None at the start. Not changed, unless it is consumed.
+    initial_state: from the tokens before these; None at the start. Not changed, unless it is consumed. It must come
+        from maps of the same configuration. Only shapes and the dtype of keys are checked. Other configurations give
+        the same ones: a sliding window that is `maps.config.waiting` keys longer, or a terraced one of half the length.
     return_state: also return the state after these tokens.
     terms: "both"; or for ablations "window" (the linear term is 0) or "linear" (the window's term is 0).
         A query for which nothing is left to sum gets output 0.
