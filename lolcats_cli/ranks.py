@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 PATIENCE = timedelta(hours=2)  # for the slowest rank, which may be hashing or loading a large teacher
-FAILED = "lolcats/failed"
+LAST_WORDS = timedelta(seconds=5)  # for the other ranks to end too, after one of them failed
+FAILED, ENDED, LEFT = "lolcats/failed", "lolcats/ended", "lolcats/left"
 _store: Store | None = None  # what the ranks share beside their messages, while they are joined
 
 
@@ -88,15 +89,23 @@ def leave() -> None:
 def first_failure(code: int) -> int | None:
     """Tells the other ranks that this one ends with `code`. Returns the code of the rank that failed before it, if any.
 
-    One failure ends all ranks, each with an error of its own, and the first one is the cause.
+    One failure ends all ranks, each with an error of its own, and the first one is the cause. So all stay until each
+    has asked, as messages between them may still be under way, and rank 0 leaves last, as it keeps the store. A rank
+    that was killed does not ask, and is waited for in vain, for `LAST_WORDS`.
     """
     if _store is None:
         return None
-    mine = f"{rank()} {code}"
+    mine = first = f"{rank()} {code}"
     try:
         first = _store.compare_set(FAILED, "", mine).decode()
-    except RuntimeError:  # the rank that kept the store is gone
-        return None
+        _store.set(f"{ENDED}/{rank()}", "")
+        if rank() > 0:
+            _store.wait([f"{ENDED}/{number}" for number in range(size())], LAST_WORDS)
+            _store.set(f"{LEFT}/{rank()}", "")
+        else:
+            _store.wait([f"{LEFT}/{number}" for number in range(1, size())], LAST_WORDS)
+    except RuntimeError:  # a rank is gone
+        pass
     return None if first == mine else int(first.split()[1])
 
 

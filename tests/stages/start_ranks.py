@@ -2,7 +2,8 @@
 as an import takes seconds.
 
 `python start_ranks.py` reads a list of runs as JSON from stdin, [{"args": the command line, "mishap": null or
-[kind, rank, step]}], and prints what became of them, [[[exit code, stdout, stderr] of each rank] of each run].
+[kind, rank, step]}], and prints what became of them, [[[exit code, stdout, stderr] of each rank] of each run]. In a run
+with a mishap rank 1 is slow to end.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -56,6 +58,17 @@ def mishap(kind: str, rank: int, step: int) -> None:
     lora_training.StudentTrainer.training_step = training_step  # type: ignore[method-assign]
 
 
+def end_late() -> None:
+    """Let rank 1 end a second after rank 0, which has the store of all ranks."""
+    first_failure = ranks.first_failure
+
+    def late(code: int) -> int | None:
+        time.sleep(ranks.rank())
+        return first_failure(code)
+
+    ranks.first_failure = late
+
+
 def become_rank(rank: int, port: int, folder: str, wanted: dict[str, Any]) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(SIZE)}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
@@ -64,6 +77,7 @@ def become_rank(rank: int, port: int, folder: str, wanted: dict[str, Any]) -> No
     checkpoints.SECONDS, checkpoints.COST = 0, inf
     if wanted["mishap"]:
         mishap(*wanted["mishap"])
+        end_late()
     code = run(wanted["args"])
     sys.stdout.flush()
     sys.stderr.flush()
