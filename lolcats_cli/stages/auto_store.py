@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,8 @@ def store_config(store: str, block_size: int | None, batch_size: int) -> dict[st
 
 
 def pick(
-    sizes: Sizes,
+    sizes: Callable[[], Sizes],
+    batch_size: int,
     settings: dict[str, Any],
     output: Path | str,
     force: bool,
@@ -41,6 +43,8 @@ def pick(
     """(the store, its block size) for a capture into `output`.
 
     Args:
+        sizes: what the capture takes. It is called if a store is to be chosen.
+        batch_size: rows per forward pass.
         settings: the capture's configuration without its store.
         force: whether what `output` holds is replaced.
         disk: bytes that may be written.
@@ -51,10 +55,10 @@ def pick(
     begun = begun_config(output, force)
     if begun is not None:
         store, block_size = begun.get("store", "attention"), begun.get("block_size")
-        same = settings | store_config(store, block_size, sizes.batch_size)
+        same = settings | store_config(store, block_size, batch_size)
         if not force or begun == json.loads(json.dumps(same)):  # with --force, others are begun anew
             return store, block_size
-    choice = choose(sizes, disk, memory, cpu)
+    choice = choose(sizes(), disk, memory, cpu)
     progress.note(f"--store auto takes {choice.store}. {choice.reason}")
     return choice.store, choice.block_size
 

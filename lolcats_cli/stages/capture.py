@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from torch import Tensor
 from lolcats_cli import ranks, stopping
 from lolcats_cli.artifacts.disk import check_space, free_space, human
 from lolcats_cli.artifacts.layout import SPLITS, Layout, candidates_name, summarize, tokens_name
+from lolcats_cli.artifacts.stores import Sizes
 from lolcats_cli.errors import BadInput, UsageError
 from lolcats_cli.progress import Progress
 from lolcats_cli.stages.auto_store import device_memory, pick, sizes_of, store_config
@@ -37,6 +39,7 @@ from lolcats_cli.teacher.load import (
     first_line,
     indexer_limit,
     load_model,
+    load_outline,
     load_tokenizer,
     longrope_limit,
     model_limit,
@@ -103,14 +106,6 @@ def capture(
         NotEnoughSpace: the disk has too little space for the capture, or no store fits.
     """
     folder = resolve_folder(teacher, revision)
-    check_mergeable(folder)
-    config = _auto_config(folder, load)
-    _check_length(config, options.seq_len, teacher)
-    vocab_size = config.get_text_config().vocab_size
-    if store_logits is not None and store_logits > vocab_size:
-        raise UsageError(
-            f"--store-logits {store_logits} is more than the {vocab_size} tokens of {teacher}'s vocabulary."
-        )
     device = load.resolved_device()
     memory = memory or device_memory(device)
     with ranks.joined(device.type):
@@ -124,29 +119,38 @@ def capture(
             "seed": seed,
         }
         unknown = ("samples", "dtype", "store", "block_size", "batch_size")
-        check_config(output, "capture", settings, force=force, unknown=unknown)
+        finished = check_config(output, "capture", settings, force=force, unknown=unknown)
+        if not finished:
+            check_mergeable(folder)
+        config = _auto_config(folder, load)
+        _check_limits(config, options.seq_len, store_logits, teacher)
         found = ranks.share(lambda: _read(data, folder, options, config, load, progress))
         if keep is not None and keep > len(found):
             raise UsageError(f"--keep {keep} is more than the {len(found)} rows of the data. Choose a smaller number.")
-        progress.note(f"loading {folder}")
-        model = load_model(folder, replace(load, device="cpu"))  # blocks of it are moved when they are run
-        layers = _check_teacher(model, device)
-        progress.note(f"{teacher}: {len(layers)} attention layers, every one recorded and reproduced")
+        source = _Teacher(teacher, folder, load, device, progress)
+        layers = [] if finished else source.layers
         with ranks.one_first():  # it hashes the teacher, and the others find its hashes
-            described = describe_teacher(model, folder, revision, layers)
+            described = (
+                recorded_teacher(output, folder, revision)
+                if finished
+                else describe_teacher(source.model, folder, revision, layers)
+            )
         settings |= {
             "samples": [options.first, options.first + len(found) - 1],
-            "dtype": str(model.dtype).removeprefix("torch."),
+            "dtype": str((load_outline(folder, load) if finished else source.model).dtype).removeprefix("torch."),
         }
-        sizes = sizes_of(model, layers, keep or len(found), options.seq_len, batch_size, store_logits or 0)
+
+        def sizes() -> Sizes:
+            return sizes_of(
+                source.model, source.layers, keep or len(found), options.seq_len, batch_size, store_logits or 0
+            )
+
         if store == "auto":
             free, cpu = disk or free_space(output), device.type == "cpu"
-            store, block_size = ranks.share(lambda: pick(sizes, settings, output, force, free, memory, cpu, progress))
+            store, block_size = ranks.share(
+                lambda: pick(sizes, batch_size, settings, output, force, free, memory, cpu, progress)
+            )
         kept = store_config(store, block_size, batch_size)
-        held = sizes.capture_memory(store, kept.get("block_size"))
-        progress.note(
-            f"capture will use up to {human(held.device)} of the device's memory and {human(held.host)} of the host's"
-        )
         fields: dict[str, Any] = {
             "config": {**settings, **kept},
             "teacher": described,
@@ -156,13 +160,49 @@ def capture(
             check_space(Layout.of(fields).bytes, output, ADVICE)  # before the directory is bound to these options
 
         def work(making: Making) -> dict[str, Any]:
-            run = _Run(model, device, batch_size, making, progress)
+            held = sizes().capture_memory(store, kept.get("block_size"))
+            progress.note(
+                f"capture will use up to {human(held.device)} of the device's memory and {human(held.host)} of the "
+                "host's"
+            )
+            run = _Run(source.model, device, batch_size, making, progress)
             return run.capture(found if keep is None else run.select(found, keep))
 
         return make_artifact(output, "capture", fields, work, resume=resume, force=force, progress=progress)
 
 
-def _check_length(config: Any, seq_len: int, teacher: str) -> None:
+@dataclass(frozen=True)
+class _Teacher:
+    """The teacher. It is loaded when it is asked for, which it is not if the capture is finished already."""
+
+    name: str
+    folder: Path
+    load: LoadOptions
+    device: torch.device
+    progress: Progress
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """All of it on the CPU. Blocks of it are moved when they are run."""
+        self.progress.note(f"loading {self.folder}")
+        return load_model(self.folder, replace(self.load, device="cpu"))
+
+    @cached_property
+    def layers(self) -> list[LayerInfo]:
+        """Its layers, probed. Raises `BadInput` if one cannot be recorded."""
+        everything = range(self.model.config.get_text_config().num_hidden_layers)
+        with block(self.model, everything, _probe_device(self.model, self.device)):
+            layers = probe(self.model)
+        self.progress.note(f"{self.name}: {len(layers)} attention layers, every one recorded and reproduced")
+        return layers
+
+
+def _check_limits(config: Any, seq_len: int, store_logits: int | None, teacher: str) -> None:
+    vocab_size = config.get_text_config().vocab_size
+    if store_logits is not None and store_logits > vocab_size:
+        raise UsageError(
+            f"--store-logits {store_logits} is more than the {vocab_size} tokens of {teacher}'s vocabulary."
+        )
     limit, short, chosen = model_limit(config), longrope_limit(config), indexer_limit(config)
     if limit is not None and seq_len > limit:
         raise BadInput(
@@ -222,6 +262,13 @@ def describe_teacher(
     }
 
 
+def recorded_teacher(output: Path | str, folder: Path, revision: str | None) -> dict[str, Any]:
+    """What `describe_teacher` gives, without loading the teacher: what the finished artifact in `output` has, with the
+    identity of the teacher in `folder`. If that is another teacher, the two differ."""
+    recorded = Artifact.open(output).teacher
+    return {**recorded, "path": str(folder), "revision": revision, **identity.identify(folder)}
+
+
 def _describe_data(
     found: Rows, path: str | Sequence[str], keep: int | None, val_fraction: float, seed: int
 ) -> dict[str, Any]:
@@ -230,12 +277,6 @@ def _describe_data(
         return describe_rows(dict(zip(SPLITS, split_rows(found, val_fraction, seed), strict=True)), path)
     kept = dict(zip(SPLITS, map(len, split_numbers(keep, val_fraction, seed)), strict=True))
     return {**describe_rows({"candidates": found}, path), "rows": kept}
-
-
-def _check_teacher(model: PreTrainedModel, device: torch.device) -> list[LayerInfo]:
-    """The teacher's layers. Raises `BadInput` if one cannot be recorded."""
-    with block(model, range(model.config.get_text_config().num_hidden_layers), _probe_device(model, device)):
-        return probe(model)
 
 
 @dataclass

@@ -29,11 +29,11 @@ from lolcats_cli.artifacts.maps import kept_config, maps_file
 from lolcats_cli.errors import BadInput, IdentityMismatch, UsageError
 from lolcats_cli.loading.student import check_finite, teacher_folder
 from lolcats_cli.progress import Progress
-from lolcats_cli.stages.capture import describe_teacher
-from lolcats_cli.stages.writing import Making, make_artifact
+from lolcats_cli.stages.capture import describe_teacher, recorded_teacher
+from lolcats_cli.stages.writing import Making, check_config, make_artifact
 from lolcats_cli.student.build import check_servable
 from lolcats_cli.teacher.load import LoadOptions, first_line, load_model, resolve_folder
-from lolcats_cli.teacher.record import probe
+from lolcats_cli.teacher.record import LayerInfo, probe
 
 EXPECTED = "Give a checkpoint that the LoLCATs authors' code saved."
 MAX_NAME = 240  # characters of a tensor's name
@@ -71,32 +71,37 @@ def import_maps(
         layer, side, kind, window = match.groups()
         key = "window_logit" if window else f"{side}_{'weight' if kind == 'layer' else 'bias'}"
         found.setdefault(int(layer), {})[key] = tensor.float()
+    sizes = {maps["q_weight"].shape[-1] for maps in found.values() if "q_weight" in maps}
+    if hybrid.feature_map == "hedgehog" and len(sizes) == 1:
+        hybrid = replace(hybrid, feature_dim=sizes.pop())
+    config = {
+        "hybrid": hybrid.to_dict(),
+        "layers": sorted(found),
+        "imported": {"path": str(checkpoint), "sha256": digest},
+    }
     folder = resolve_folder(teacher)
-    model = load_model(folder, load)
-    infos = probe(model)
-    check_servable(model)
+    if check_config(output, "transfer", config, force=force, unknown=("keep_softmax",)):
+        described = recorded_teacher(output, folder, None)
+        infos = [LayerInfo.from_dict(layer) for layer in described["layers"]]
+    else:
+        model = load_model(folder, load)
+        infos = probe(model)
+        check_servable(model)
+        described = describe_teacher(model, folder, None, infos)
     unknown = sorted(set(found) - set(range(len(infos))))
     if unknown:
         raise IdentityMismatch(
             f"{checkpoint} has maps for layer {unknown[0]}, and {teacher} has {len(infos)} layers. Give the teacher "
             "that it was trained from."
         )
-    sizes = {maps["q_weight"].shape[-1] for maps in found.values() if "q_weight" in maps}
-    if hybrid.feature_map == "hedgehog" and len(sizes) == 1:
-        hybrid = replace(hybrid, feature_dim=sizes.pop())
     states = {
         layer: _state(checkpoint, layer, maps, HybridMaps(hybrid, infos[layer].num_heads, infos[layer].head_dim))
         for layer, maps in sorted(found.items())
     }
     kept = sorted(set(range(len(infos))) - set(states))
     fields = {
-        "config": {
-            "hybrid": hybrid.to_dict(),
-            "layers": sorted(states),
-            "imported": {"path": str(checkpoint), "sha256": digest},
-            **({"keep_softmax": kept} if kept else {}),
-        },
-        "teacher": describe_teacher(model, folder, None, infos),
+        "config": {**config, **({"keep_softmax": kept} if kept else {})},
+        "teacher": described,
         "data": {"path": str(checkpoint)},
     }
 

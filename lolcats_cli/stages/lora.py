@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -29,7 +30,7 @@ from lolcats_cli.stages.lora_options import LoraOptions
 from lolcats_cli.stages.writing import Making, check_config, make_artifact
 from lolcats_cli.student.build import hybrid_modules, linear_layers, projections
 from lolcats_cli.teacher.data import describe_rows
-from lolcats_cli.teacher.load import LoadOptions, model_limit
+from lolcats_cli.teacher.load import LoadOptions, load_outline, model_limit
 from lolcats_cli.teacher.records import DataOptions
 
 if TYPE_CHECKING:
@@ -89,31 +90,40 @@ def lora(
             folder = teacher_folder(parent, teacher)
         data_options = replace(data_options, completion=options.loss_on == "completion")
         given = training_data(parent, data, data_options, folder, load, options.seed, progress)
-        likeliest = _predictions(given, options, progress)
-        progress.note(f"loading {folder}")
-        student = load_student(parent, folder, load)
-        check_on_devices(student, "weights must stay there in a training. Add GPUs, or use torchrun and --shard")
-        limit, seq_len = model_limit(student.config), given.splits["train"].input_ids.shape[1]
+        outline = load_outline(folder, load)
+        limit, seq_len = model_limit(outline.config), given.splits["train"].input_ids.shape[1]
         if limit is not None and seq_len > limit:
             raise BadInput(
                 f"--seq-len {seq_len} is over the {limit} tokens that the teacher was made for. Choose at most that."
             )
-        options = replace(options, targets=_targets(student, options.targets))
-        if gradient_checkpointing:
-            student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model = _trainable(student, options, parent, device, progress)
-        fields = {
+        options = replace(options, targets=_targets(outline, options.targets))
+        stored = _stored_predictions(given, options)
+        fields: dict[str, Any] = {
             "config": {
                 **_config(options, parent),
-                **({} if likeliest is None else {"logits": likeliest.count}),
-                "dtype": str(student.dtype).removeprefix("torch."),
+                **({} if stored is None else {"logits": stored}),
+                "dtype": str(outline.dtype).removeprefix("torch."),
             },
             "teacher": parent.teacher,
             "data": describe_rows(given.splits, given.source),
             "parents": [parent],
         }
 
+        @cache
+        def ready() -> tuple[PreTrainedModel | PeftModel, LikeliestTokens | None]:
+            likeliest = _likeliest(given, stored, options, progress)
+            progress.note(f"loading {folder}")
+            student = load_student(parent, folder, load)
+            check_on_devices(student, "weights must stay there in a training. Add GPUs, or use torchrun and --shard")
+            if gradient_checkpointing:
+                student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            return _trainable(student, options, parent, device, progress), likeliest
+
+        if not check_config(output, "lora", fields["config"], force=force):
+            ready()  # before anything is written
+
         def work(making: Making) -> dict[str, Any]:
+            model, likeliest = ready()
             with trainer_callback(log_to, output) as tracker:
                 figures = _train(model, given, likeliest, options, device, making.main, progress, tracker)
             return figures | {"layers": parent.summary["layers"]}
@@ -121,20 +131,29 @@ def lora(
         return make_artifact(output, "lora", fields, work, resume=resume, force=force, progress=progress)
 
 
-def _predictions(given: TrainingData, options: LoraOptions, progress: Progress) -> LikeliestTokens | None:
-    """The teacher's predictions that the capture stores, if they are trained on; else None."""
+def _stored_predictions(given: TrainingData, options: LoraOptions) -> int | None:
+    """How many of the teacher's likeliest next tokens are stored for the rows, if they are trained on; else None."""
     if options.match == "text":
         return None
-    likeliest = given.likeliest()
-    if likeliest is None and options.full_attention:
+    if given.stored is None and options.full_attention:
         raise UsageError(
             "--full-attention changes the weights that the teacher needs, so --match teacher needs stored predictions. "
             "Capture with --store-logits, or pass such a capture with --data."
         )
-    if likeliest is None:
+    return given.stored
+
+
+def _likeliest(
+    given: TrainingData, stored: int | None, options: LoraOptions, progress: Progress
+) -> LikeliestTokens | None:
+    """The stored predictions that are trained on, if there are any."""
+    if options.match == "text":
+        return None
+    if stored is None:
         progress.note("--match teacher runs the teacher on every row, as no capture stores its predictions on them")
-    else:
-        progress.note(f"--match teacher takes the {likeliest.count} likeliest next tokens that {likeliest.path} stores")
+        return None
+    likeliest = given.likeliest()
+    progress.note(f"--match teacher takes the {stored} likeliest next tokens that {likeliest.path} stores")
     return likeliest
 
 
@@ -169,17 +188,17 @@ def _train(
     return figures
 
 
-def _targets(student: PreTrainedModel, asked: tuple[str, ...] | None) -> tuple[str, ...]:
+def _targets(model: PreTrainedModel, asked: tuple[str, ...] | None) -> tuple[str, ...]:
     """The modules that get an adapter: those asked for, or all projections of the attentions. Raises UsageError."""
-    ours = tuple(dict.fromkeys(projections(student).values()))
+    ours = tuple(dict.fromkeys(projections(model).values()))
     if asked is None:
         return ours
-    linear = [f".{name}" for name in linear_layers(student)]
+    linear = [f".{name}" for name in linear_layers(model)]
     missing = [target for target in asked if not any(name.endswith(f".{target}") for name in linear)]
     if missing:
         others = sorted({name.rpartition(".")[2] for name in linear} - set(ours))
         raise UsageError(
-            f"{type(student).__name__} has no modules named {', '.join(missing)}. The projections of its attentions "
+            f"{type(model).__name__} has no modules named {', '.join(missing)}. The projections of its attentions "
             f"are {', '.join(ours)}. Its other linear layers are {', '.join(others)}. Name some of these with "
             "--targets, or leave it out."
         )

@@ -84,10 +84,16 @@ class TrainingData:
     capture: Artifact | None = None
     numbers: dict[str, Tensor] | None = None
 
-    def likeliest(self) -> LikeliestTokens | None:
-        """The teacher's predictions on the rows to train on, if the capture stores them."""
-        if self.capture is None or self.numbers is None or "logits" not in self.capture.config:
+    @property
+    def stored(self) -> int | None:
+        """How many likeliest next tokens the capture stores for the rows; None if it stores none of this teacher."""
+        if self.capture is None or self.numbers is None:
             return None
+        return self.capture.config.get("logits")
+
+    def likeliest(self) -> LikeliestTokens:
+        """The teacher's stored predictions on the rows to train on."""
+        assert self.capture is not None and self.numbers is not None, "predictions are stored"
         return LikeliestTokens(self.capture, "train", self.numbers["train"])
 
 

@@ -27,7 +27,7 @@ from lolcats_cli.evaluation import golden_logits
 from lolcats_cli.loading.student import check_finite, load_adapter, teacher_folder
 from lolcats_cli.progress import Progress
 from lolcats_cli.stages.mergeable import TeacherFiles, teacher_files, tokenizer_config
-from lolcats_cli.stages.writing import Making, make_artifact
+from lolcats_cli.stages.writing import Making, check_config, make_artifact
 from lolcats_cli.student import export
 from lolcats_cli.student.fold import Adapter
 from lolcats_cli.student.memory import cache_bytes, student_bytes
@@ -70,16 +70,18 @@ def merge(
     if max_shard_bytes < 1:
         raise UsageError(f"--max-shard-size is {max_shard_bytes} bytes. It must be at least 1.")
     artifact = Artifact.open(source, kind=("lora", "transfer"))
+    config = {"hybrid": hybrid_entry(artifact), "max_shard_bytes": max_shard_bytes, **kept_config(artifact)}
+    check_config(output, "student", config, force=force)
     plan = _plan(artifact, teacher_folder(artifact, None if teacher is None else str(teacher)))
-    progress.note(f"merge will write {len(plan.sizes)} tensors, {human(sum(plan.sizes.values()))}, to {output}")
     fields = {
-        "config": {"hybrid": plan.hybrid, "max_shard_bytes": max_shard_bytes, **kept_config(artifact)},
+        "config": config,
         "teacher": {**artifact.teacher, "path": str(plan.teacher.folder)},
         "data": artifact.data,
         "parents": [artifact],
     }
 
     def work(making: Making) -> dict[str, Any]:
+        progress.note(f"merge will write {len(plan.sizes)} tensors, {human(sum(plan.sizes.values()))}, to {output}")
         shards = plan_shards(plan.sizes, max_shard_bytes)
         _write_weights(making.writer, plan, shards, progress)
         _write_model_files(making.writer, plan, artifact)

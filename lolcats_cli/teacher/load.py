@@ -125,14 +125,7 @@ def load_model(folder: Path, options: LoadOptions, loader: Any = None) -> PreTra
 
     `loader` is the class that loads it, an auto class of transformers unless given.
     """
-    from transformers.utils.logging import disable_progress_bar
-
-    if options.dtype != "auto" and options.dtype not in DTYPES:
-        raise UsageError(f"--dtype {options.dtype} is not known. Choose auto, {', '.join(DTYPES)}.")
     device = options.resolved_device()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    disable_progress_bar()
-    source: Any = loader or auto_class(folder)
     placement: dict[str, Any] = {}
     if options.shard:
         if ranks.size() == 1:
@@ -150,8 +143,27 @@ def load_model(folder: Path, options: LoadOptions, loader: Any = None) -> PreTra
                 f"--device {options.device} is one device, and --device-map uses all. Leave out one option."
             )
         placement = {"device_map": options.device_map}
+    model = _from_pretrained(folder, options, loader or auto_class(folder), placement)
+    placed: PreTrainedModel = model if placement else model.to(device)
+    placed.eval()
+    return placed
+
+
+def load_outline(folder: Path, options: LoadOptions) -> PreTrainedModel:
+    """What `load_model` gives, without reading the weights: parameters on the meta device. Raises `BadInput` too."""
+    outline: PreTrainedModel = _from_pretrained(folder, options, auto_class(folder), {"device_map": "meta"})
+    return outline
+
+
+def _from_pretrained(folder: Path, options: LoadOptions, loader: Any, placement: dict[str, Any]) -> Any:
+    from transformers.utils.logging import disable_progress_bar
+
+    if options.dtype != "auto" and options.dtype not in DTYPES:
+        raise UsageError(f"--dtype {options.dtype} is not known. Choose auto, {', '.join(DTYPES)}.")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    disable_progress_bar()
     try:
-        model, report = source.from_pretrained(
+        model, report = loader.from_pretrained(
             folder,
             dtype=DTYPES.get(options.dtype, "auto"),
             trust_remote_code=runs_own_code(folder, options.trust_remote_code),
@@ -167,9 +179,7 @@ def load_model(folder: Path, options: LoadOptions, loader: Any = None) -> PreTra
             f"The weights in {folder} lack {', '.join(sorted(report['missing_keys'])[:3])}. Download or save the model "
             "again."
         )
-    placed: PreTrainedModel = model if placement else model.to(device)
-    placed.eval()
-    return placed
+    return model
 
 
 def model_limit(config: Any) -> int | None:

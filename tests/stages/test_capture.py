@@ -20,7 +20,6 @@ from lolcats_cli.artifacts import layout
 from lolcats_cli.errors import BadInput, NotEnoughSpace, Stopped
 from lolcats_cli.progress import Progress
 from lolcats_cli.stages.capture import capture
-from lolcats_cli.stages.units import UnitRecord
 from lolcats_cli.teacher.load import LoadOptions
 from lolcats_cli.teacher.record import LayerInfo
 from lolcats_cli.teacher.records import DataOptions
@@ -143,14 +142,25 @@ def test_resumed_is_the_same_to_the_byte(
     parts.verify()
 
 
-def test_finished_is_returned_without_running_the_teacher(
-    pipeline: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+def test_finished_is_returned_without_loading_the_teacher(
+    pipeline: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, new_teacher
 ) -> None:
-    monkeypatch.setattr(UnitRecord, "add", lambda *_: pytest.fail("ran the teacher"))
+    other = new_teacher(tmp_path / "other", seed=1)
+    for name in ("load_model", "check_mergeable"):
+        monkeypatch.setattr(f"lolcats_cli.stages.capture.{name}", lambda *_: pytest.fail("loaded the teacher"))
     before = contents(pipeline.capture)
     options = DataOptions(seq_len=64, samples=20)
-    again = capture(str(pipeline.teacher), str(pipeline.text), pipeline.capture, options=options)
-    assert again.id == Artifact.open(pipeline.capture).id
+    for store in ("attention", "auto"):
+        again = capture(str(pipeline.teacher), str(pipeline.text), pipeline.capture, options=options, store=store)
+        assert again.id == Artifact.open(pipeline.capture).id
+    for teacher, asked, fields in (
+        (pipeline.teacher, {"load": LoadOptions(dtype="bfloat16")}, ["config.dtype"]),
+        (pipeline.teacher, {"store": "tokens"}, ["config.batch_size", "config.store"]),
+        (other, {}, ["teacher.weights_sha256"]),
+    ):
+        with pytest.raises(ConfigMismatch) as caught:
+            capture(str(teacher), str(pipeline.text), pipeline.capture, options=options, **asked)
+        assert sorted(caught.value.fields) == fields
     assert contents(pipeline.capture) == before
 
 

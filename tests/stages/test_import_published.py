@@ -7,12 +7,13 @@ import pickle
 import random
 import resource
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from lolcats_formats import Artifact
+from lolcats_formats import Artifact, ConfigMismatch
 from lolcats_kernels import HybridConfig, HybridMaps
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
@@ -99,6 +100,21 @@ def test_what_is_imported_computes_what_the_checkpoints_mean(made: SimpleNamespa
             assert torch.allclose(load_any(str(made.maps), LoadOptions()).model(IDS).logits, made.expected(IDS).logits)
         merged = merge(made.lora, tmp_path / "student").path
         assert torch.allclose(load_any(str(merged), LoadOptions()).model(IDS).logits, expected, atol=1e-4)
+
+
+def test_finished_is_returned_without_loading_the_teacher(
+    made: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, new_teacher
+) -> None:
+    other = new_teacher(tmp_path / "other", seed=1)
+    monkeypatch.setattr("lolcats_cli.stages.import_published.load_model", lambda *_: pytest.fail("loaded the teacher"))
+    assert import_maps(made.maps_file, made.maps, str(made.teacher), hybrid=HYBRID).path == made.maps
+    for teacher, hybrid, field in (
+        (made.teacher, replace(HYBRID, window=16), "config.hybrid.window"),
+        (other, HYBRID, "teacher.weights_sha256"),
+    ):
+        with pytest.raises(ConfigMismatch) as caught:
+            import_maps(made.maps_file, made.maps, str(teacher), hybrid=hybrid)
+        assert caught.value.fields == [field]
 
 
 def test_which_of_the_two_a_file_is(made: SimpleNamespace) -> None:

@@ -555,6 +555,25 @@ def test_wrong_kind_and_other_settings(
     assert caught.value.fields == ["config.rank"]
 
 
+def test_finished_is_returned_without_loading_the_teacher(
+    pipeline: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = lora(pipeline.transfer, tmp_path / "l", options=QUICK, load=CPU)
+    half = lora(pipeline.transfer, tmp_path / "half", options=QUICK, load=replace(CPU, dtype="bfloat16"))
+    monkeypatch.setattr("lolcats_cli.stages.lora.load_student", lambda *_: pytest.fail("loaded the student"))
+    assert lora(pipeline.transfer, made.path, options=QUICK, load=CPU).id == made.id
+    assert lora(pipeline.transfer, half.path, options=QUICK, load=replace(CPU, dtype="bfloat16")).id == half.id
+    short = {"data": str(pipeline.text), "data_options": DataOptions(seq_len=32)}
+    for place, asked, field in (
+        (half.path, {}, "config.dtype"),
+        (made.path, {"options": replace(QUICK, targets=("q_proj",))}, "config.targets"),
+        (made.path, short, "data.seq_len"),
+    ):
+        with pytest.raises(ConfigMismatch) as caught:
+            lora(pipeline.transfer, place, **{"options": QUICK, "load": CPU, **asked})
+        assert field in caught.value.fields
+
+
 def test_a_damaged_adapter_is_not_loaded(pipeline: SimpleNamespace, tmp_path: Path) -> None:
     from lolcats_formats import Damaged
 
