@@ -109,15 +109,7 @@ def capture(
     device = load.resolved_device()
     memory = memory or device_memory(device)
     with ranks.joined(device.type):
-        settings = {
-            "data": options.to_config(),
-            **({} if keep is None else {"select": "top-esl", "keep": keep}),
-            **({} if store_dtype == "teacher" else {"stored": store_dtype}),
-            **({} if store_logits is None else {"logits": store_logits}),
-            **({} if statistics == "all" else {"statistics": statistics}),
-            "val_fraction": val_fraction,
-            "seed": seed,
-        }
+        settings = _settings(options, keep, store_dtype, store_logits, statistics, val_fraction, seed)
         unknown = ("samples", "dtype", "store", "block_size", "batch_size")
         finished = check_config(output, "capture", settings, force=force, unknown=unknown)
         if not finished:
@@ -169,6 +161,27 @@ def capture(
             return run.capture(found if keep is None else run.select(found, keep))
 
         return make_artifact(output, "capture", fields, work, resume=resume, force=force, progress=progress)
+
+
+def _settings(
+    options: DataOptions,
+    keep: int | None,
+    store_dtype: str,
+    store_logits: int | None,
+    statistics: str,
+    val_fraction: float,
+    seed: int,
+) -> dict[str, Any]:
+    """What the configuration has before the data and the teacher are read."""
+    return {
+        "data": options.to_config(),
+        **({} if keep is None else {"select": "top-esl", "keep": keep}),
+        **({} if store_dtype == "teacher" else {"stored": store_dtype}),
+        **({} if store_logits is None else {"logits": store_logits}),
+        **({} if statistics == "all" else {"statistics": statistics}),
+        "val_fraction": val_fraction,
+        "seed": seed,
+    }
 
 
 @dataclass(frozen=True)
