@@ -5,7 +5,7 @@ The stages check again what they use, so nothing here is needed for safety.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from importlib import metadata
 from os.path import realpath
 from pathlib import Path
@@ -14,7 +14,6 @@ from typing import Literal
 from lolcats_formats import Artifact, check_place, holds_artifact
 
 from lolcats_cli.errors import UsageError
-from lolcats_cli.stages.kept import check_there
 from lolcats_cli.teacher.identity import local_folder, recorded_folder
 from lolcats_cli.teacher.records import find_files
 
@@ -74,8 +73,3 @@ def tracker(log_to: str | None) -> None:
     except metadata.PackageNotFoundError as error:
         wanted = "'lolcats[log]'" if log_to == "tensorboard" else log_to
         raise UsageError(f"--log-to {log_to} needs {log_to}. Install it with: pip install {wanted}.") from error
-
-
-def layers(option: str, chosen: Collection[int | str | tuple[int, int]] | None, opened: Artifact) -> None:
-    """Raises UsageError for a layer, or a layer and key head, that the artifact's teacher does not have."""
-    check_there(option, chosen or (), [layer["num_key_value_heads"] for layer in opened.teacher["layers"]])

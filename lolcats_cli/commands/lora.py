@@ -10,6 +10,7 @@ from lolcats_formats import Artifact
 from lolcats_cli.commands import _checks as checks
 from lolcats_cli.commands import _options as o
 from lolcats_cli.errors import UsageError
+from lolcats_cli.stages.lora_options import RECIPES, check_processes, in_full
 
 
 def lora(
@@ -133,18 +134,19 @@ def lora(
     if full_attention and (rank, alpha, dropout) != (8, 16.0, 0.0):
         raise UsageError("--rank, --alpha and --dropout are of an adapter, and --full-attention trains none.")
     o.launch_on(devices, given)
+    names = None if targets is None else tuple(targets.split(","))
+    defaults = in_full(RECIPES[recipe]) if full_attention else RECIPES[recipe]
+    options = o.chosen(defaults, asked | {"targets": names})
+    check_processes(options, data, shard)
 
     from lolcats_cli.stages.lora import lora as run
-    from lolcats_cli.stages.lora_options import RECIPES, in_full
     from lolcats_cli.teacher.load import LoadOptions
     from lolcats_cli.teacher.records import DataOptions
 
-    names = None if targets is None else tuple(targets.split(","))
-    defaults = in_full(RECIPES[recipe]) if full_attention else RECIPES[recipe]
     return run(
         given,
         output,
-        options=o.chosen(defaults, asked | {"targets": names}),
+        options=options,
         data=data,
         data_options=o.chosen(DataOptions(), asked),
         teacher=teacher,

@@ -11,6 +11,7 @@ from lolcats_formats import Artifact
 from lolcats_cli.commands import _checks as checks
 from lolcats_cli.commands import _options as o
 from lolcats_cli.errors import UsageError
+from lolcats_cli.stages.asked import Asked
 
 
 def transfer(
@@ -149,8 +150,10 @@ def transfer(
             "--mse-factor and --xent-factor are both 0, so there is nothing to train on. Raise one of them."
         )
     opened = checks.artifact(given, "capture", teacher, needs_teacher=bool(kept.auto or kept.heads or auto))
-    checks.layers("--layers", parts, opened)
-    checks.layers("--keep-softmax", kept.named, opened)
+    lists = {name: sizes for name, sizes in by_layer.items() if isinstance(sizes, tuple)}
+    choices: dict[str, Any] = {"layers": parts, "keep_softmax": kept.named, "keep_auto": kept.auto}
+    choices |= {"keep_heads": kept.heads, "auto": auto}
+    o.chosen(Asked(), asked | choices | {"by_layer": lists}).check(opened)
     checks.output(output, "transfer", resume, force, (given,))
     checks.tracker(log_to)
     o.launch_on(devices, given)
@@ -164,11 +167,7 @@ def transfer(
         given,
         output,
         options=o.chosen(replace(base, hybrid=o.chosen(base.hybrid, asked)), asked | by_layer),
-        layers=parts,
-        keep_softmax=kept.named,
-        keep_auto=kept.auto,
-        keep_heads=kept.heads,
-        auto=auto,
+        **choices,
         block_size=block_size,
         teacher=teacher,
         load=o.chosen(LoadOptions(), asked),

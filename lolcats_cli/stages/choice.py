@@ -2,39 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from lolcats_kernels.spec import BY_LAYER
 
 from lolcats_cli.errors import UsageError
 from lolcats_cli.stages.activations import Source
+from lolcats_cli.stages.asked import Asked
 from lolcats_cli.stages.importance import Importance, loss_at, share_out, share_steps, unit
 from lolcats_cli.stages.kept import Kept
 from lolcats_cli.stages.transfer_options import TransferOptions
 from lolcats_cli.student.memory import cache_bytes, student_bytes
 
 LONGEST_WINDOW = 3  # an automatic window is at most this part of a row: maps learn from the keys before it
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What a transfer is asked to convert, and what it is to choose by importance.
-
-    Attributes:
-        layers: convert these alone.
-        kept: what keeps softmax attention.
-        keep_auto, keep_heads: how many more layers and key heads are to keep it.
-        auto: the names, in `TransferOptions`, of the sizes by layer that are to be chosen.
-    """
-
-    layers: list[int] | None
-    kept: Kept
-    keep_auto: int
-    keep_heads: int
-    auto: Collection[str]
 
 
 class Chosen(NamedTuple):
@@ -54,18 +36,26 @@ class Chosen(NamedTuple):
 
 
 def choose(
-    source: Source, options: TransferOptions, asked: Asked, measure: Callable[[int | None], Importance]
+    source: Source,
+    options: TransferOptions,
+    asked: Asked,
+    layers: list[int],
+    kept: Kept,
+    measure: Callable[[int | None], Importance],
 ) -> Chosen:
     """What is trained. Layers that are not converted get the window 0 and no steps, where these are chosen.
 
+    layers, kept: as `asked.check` gives them.
     measure: measures the importance of the layers; with a window that of single key heads too. It is called if
         anything is to be chosen by importance, after all checks that need none.
-    Raises UsageError for options that do not fit this capture.
+    Raises UsageError if feature sizes that were given leave no memory for windows, or no layer is left to be converted.
     """
-    layers, kept, importance = _layers(source, options, asked), asked.kept, None
+    if "windows" in asked.auto:
+        _check_memory(source, layers, options, asked.keep_auto)
+    importance = None
     if asked.keep_auto or asked.keep_heads or asked.auto:
-        importance = measure(options.hybrid.window if asked.keep_heads else None)
-        kept = _with_most_needed(source, layers, asked, options.hybrid.window, importance)
+        importance = measure(asked.window if asked.keep_heads else None)
+        kept = _with_most_needed(source, layers, kept, asked, importance)
         layers = [layer for layer in layers if layer not in kept.layers]
     options = replace(options, kept_heads=tuple(sorted(kept.heads)))
     if importance is not None:
@@ -75,78 +65,15 @@ def choose(
     return Chosen(layers, kept, options, importance)
 
 
-def _layers(source: Source, options: TransferOptions, asked: Asked) -> list[int]:
-    """The layers to train, before more are kept. Raises UsageError for options that do not fit this capture."""
-    layers, kept = asked.layers, asked.kept
-    kept.check_rest(source.layers, asked.keep_auto, asked.keep_heads)
-    _check_importance(options, asked)
-    for name in (*BY_LAYER, "steps"):
-        given = getattr(options, name)
-        if isinstance(given, tuple) and len(given) != len(source.layers):
-            raise UsageError(
-                f"{_option(name)} gives {len(given)} numbers; the teacher has {len(source.layers)} layers."
-            )
-    seq_len = source.capture.data["seq_len"]
-    if options.window_dropout and not 0 < options.hybrid.slots < seq_len:
-        raise UsageError(
-            "--window-dropout trains on the keys before the window. It needs a --window above 0, and rows that are "
-            f"longer than the {options.hybrid.slots} tokens that the window can see. These rows have {seq_len} tokens."
-        )
-    chosen = sorted(set(range(len(source.layers))) - kept.layers if layers is None else set(layers))
-    if not chosen or chosen[0] < 0 or chosen[-1] >= len(source.layers):
-        raise UsageError(
-            f"--layers must be between 0 and {len(source.layers) - 1}, the layers of {source.capture.path}."
-        )
-    if other := sorted(set(chosen) - {i for i, info in enumerate(source.layers) if info.has_attention}):
-        raise UsageError(f"Layer {other[0]} has no softmax attention to convert. Leave it out of --layers.")
-    if both := kept.layers.intersection(chosen):
-        raise UsageError(f"Layer {min(both)} is in --layers and in --keep-softmax. Choose one.")
-    if "windows" in asked.auto:
-        _check_memory(source, chosen, options, asked.keep_auto)
-    return chosen
-
-
-def _check_importance(options: TransferOptions, asked: Asked) -> None:
-    """Raises UsageError for choices by importance that do not fit the other options."""
-    auto, partial, window = asked.auto, asked.layers is not None, options.hybrid.window
-    for word, what, wanted in (("auto:N", "layers", asked.keep_auto), ("heads:N", "heads", asked.keep_heads)):
-        if wanted and partial:
-            raise UsageError(f"--keep-softmax {word} looks at all layers. With --layers, name the {what} to keep.")
-        if wanted and not window:
-            raise UsageError(
-                f"--keep-softmax {word} measures what layers lose with a window, and --window is 0. Name the {what}."
-            )
-    if "windows" in auto and (asked.keep_heads or asked.kept.heads):
-        raise UsageError(
-            "--windows auto goes by what whole layers lose, and --keep-softmax keeps some of their heads. Leave one of "
-            "them out."
-        )
-    if auto and partial:
-        raise UsageError(f"{_option(min(auto))} auto looks at all layers. With --layers, give every layer's.")
-    if "feature_dims" in auto and options.hybrid.feature_map != "hedgehog":
-        raise UsageError("--feature-dims auto is for Hedgehog's maps; those of others have the size of a head.")
-    for name in ("feature_dims", "steps"):
-        if name in auto and not window:
-            raise UsageError(
-                f"{_option(name)} auto goes by what layers lose with a window, and --window is 0. Give every layer's."
-            )
-    if "windows" in auto and not window:
-        raise UsageError("--windows auto shares out the memory of --window, which is 0. Give it a window.")
-
-
-def _with_most_needed(source: Source, chosen: list[int], asked: Asked, window: int, importance: Importance) -> Kept:
+def _with_most_needed(source: Source, chosen: list[int], kept: Kept, asked: Asked, importance: Importance) -> Kept:
     """What keeps softmax: also those layers, and then those key heads of the others, that the loss needs most.
 
     Raises UsageError if no layer is left to be converted.
     """
-    worst, kept = importance.by_loss(chosen, window), asked.kept
+    worst = importance.by_loss(chosen, asked.window)
     heads = importance.heads_by_loss(worst[asked.keep_auto :]) if asked.keep_heads else []
     heads = [one for one in heads if one not in kept.heads][: asked.keep_heads]
-    return Kept.of(source.layers, {*kept.layers, *worst[: asked.keep_auto]}, {*kept.heads, *heads})
-
-
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+    return Kept.of(source.capture.teacher["layers"], {*kept.layers, *worst[: asked.keep_auto]}, {*kept.heads, *heads})
 
 
 def _with_feature_dims(

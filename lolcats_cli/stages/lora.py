@@ -7,7 +7,6 @@ The artifact holds `adapter/`, a plain PEFT folder, and `maps/`, the feature map
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import cache
@@ -26,7 +25,7 @@ from lolcats_cli.progress import Progress
 from lolcats_cli.stages.auto_store import device_memory
 from lolcats_cli.stages.curves import trainer_callback
 from lolcats_cli.stages.lora_data import LikeliestTokens, TrainingData, training_data
-from lolcats_cli.stages.lora_options import LoraOptions
+from lolcats_cli.stages.lora_options import LoraOptions, check_processes
 from lolcats_cli.stages.writing import Making, check_config, make_artifact
 from lolcats_cli.student.build import hybrid_modules, linear_layers, projections
 from lolcats_cli.teacher.data import describe_rows
@@ -71,16 +70,7 @@ def lora(
         NotEnoughSpace: all of the projections are trained, and the device has too little memory for that.
         BadInput: the training diverged.
     """
-    options.share(ranks.size())
-    if options.full_attention and load.shard:
-        raise UsageError("--full-attention cannot be combined with --shard. Use larger GPUs, or train an adapter.")
-    if ranks.size() > 1 and "-" in ([data] if isinstance(data, str) else data or ()):
-        raise UsageError("Several processes cannot all read --data from stdin. Name a file.")
-    for engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        if os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() in ("true", "1"):
-            raise UsageError(
-                f"accelerate is set up for {engine}. Launch with --multi_gpu alone, and pass --shard to lolcats."
-            )
+    check_processes(options, data, load.shard)
     device = load.resolved_device()
     parent = Artifact.open(transfer, "transfer")
     with ranks.joined(device.type):

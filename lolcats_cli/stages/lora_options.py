@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from lolcats_cli import ranks
 from lolcats_cli.errors import UsageError
 
 
@@ -79,3 +82,17 @@ def in_full(options: LoraOptions) -> LoraOptions:
     (arXiv 2505.03005, its published distill2.yaml) where it matches logits: 96 rows of 512 tokens at a rate that stays
     the same, 250 to 700 M tokens in all."""
     return replace(options, full_attention=True, lr=1e-5, grad_accum=48, eval_steps=100)
+
+
+def check_processes(options: LoraOptions, data: str | Sequence[str] | None, shard: bool) -> None:
+    """Raises UsageError for options that the processes of this training cannot have together."""
+    options.share(ranks.size())
+    if options.full_attention and shard:
+        raise UsageError("--full-attention cannot be combined with --shard. Use larger GPUs, or train an adapter.")
+    if ranks.size() > 1 and "-" in ([data] if isinstance(data, str) else data or ()):
+        raise UsageError("Several processes cannot all read --data from stdin. Name a file.")
+    for engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() in ("true", "1"):
+            raise UsageError(
+                f"accelerate is set up for {engine}. Launch with --multi_gpu alone, and pass --shard to lolcats."
+            )

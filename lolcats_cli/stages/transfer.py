@@ -22,12 +22,13 @@ from safetensors import safe_open
 from lolcats_cli import ranks, stopping
 from lolcats_cli.artifacts.describe import IMPORTANCE_FILE
 from lolcats_cli.artifacts.maps import maps_file
-from lolcats_cli.errors import IdentityMismatch, UsageError
+from lolcats_cli.errors import IdentityMismatch
 from lolcats_cli.loading.student import load_captured
 from lolcats_cli.progress import Progress
 from lolcats_cli.stages.activations import ComputedActivations, MappedHeads, Source, StoredActivations
+from lolcats_cli.stages.asked import Asked
 from lolcats_cli.stages.checkpoints import Checkpoints
-from lolcats_cli.stages.choice import Asked, choose
+from lolcats_cli.stages.choice import choose
 from lolcats_cli.stages.curves import LayerCurves, tensorboard_folder
 from lolcats_cli.stages.importance import Importance, measure_importance
 from lolcats_cli.stages.kept import Kept
@@ -92,15 +93,29 @@ def transfer(
     device = load.resolved_device()
     with ranks.joined(device.type):
         rolling = Path(output) / f".hidden-{ranks.rank()}"
+        hybrid = options.hybrid
+        asked = Asked(
+            layers,
+            keep_softmax,
+            keep_auto,
+            keep_heads,
+            auto,
+            block_size,
+            options.by_layer,
+            hybrid.feature_map,
+            hybrid.window,
+            hybrid.layout,
+            options.window_dropout,
+        )
+        converted, kept = asked.check(parent)
         source = _source(parent, teacher, load, device, block_size, rolling, progress)
-        asked = Asked(layers, Kept.named(source.layers, keep_softmax), keep_auto, keep_heads, auto)
 
         def measure(heads_window: int | None) -> Importance:
             return ranks.share(
                 lambda: _importance(source, heads_window, output, force, teacher, load, device, progress)
             )
 
-        chosen, kept, options, importance = choose(source, options, asked, measure)
+        chosen, kept, options, importance = choose(source, options, asked, converted, kept, measure)
         if importance is not None:
             _tell(chosen, kept, options, progress)
         layers_kept = {"keep_softmax": sorted(kept.layers)} if kept.layers else {}
@@ -240,11 +255,6 @@ def _source(
     progress: Progress,
 ) -> Source:
     """The activations that the capture kept, or the teacher that computes them, block by block with a `block_size`."""
-    if block_size and capture.config.get("store") != "tokens":
-        raise UsageError(
-            f"--block-size is for captures made with --store tokens, and {capture.path} holds activations. Leave it "
-            "out."
-        )
     if capture.config.get("store", "attention") == "attention":
         return StoredActivations(capture)
 

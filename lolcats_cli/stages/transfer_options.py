@@ -54,6 +54,11 @@ class TransferOptions:
     patience: int = 10
     seed: int = 0
 
+    @property
+    def by_layer(self) -> dict[str, tuple[int, ...]]:
+        """By their names, the fields that have a number for every layer."""
+        return {name: x for name in (*BY_LAYER, "steps") if isinstance(x := getattr(self, name), tuple)}
+
     def layer_hybrid(self, layer: int) -> HybridConfig:
         """The attention that this layer gets."""
         return layer_config(self.to_config()["hybrid"], layer)

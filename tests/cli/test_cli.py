@@ -216,7 +216,7 @@ BAD: dict[str, tuple[Case, int, str]] = {
     "layers that are not there": (
         lambda m, t: ("transfer", m.capture, "-o", t / "OUT", "--layers", "2"),
         2,
-        "The layers are 0 to 1",
+        "--layers 2 names layer 2, and the teacher has 2 layers",
     ),
     "a layer that is not there": (lambda m, t: ("inspect", m.capture, "--layer", "2"), 2, "has no layer 2"),
     "nothing on stdin": (lambda m, t: ("transfer", "-", "-o", t / "OUT"), 2, "Did the command before this one fail"),

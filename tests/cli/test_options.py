@@ -60,8 +60,8 @@ def test_recipes_of_lora(pipeline: SimpleNamespace, invoke, tmp_path: Path, opti
         ("heads:4", 2, "no layer"),
         ("heads:1,heads:1", 2, "heads more than once"),
         ("heads:0", 2, "--keep-softmax heads:0"),
-        ("0.2", 2, "--keep-softmax 0.2: Layer 0 has 2 key heads"),
-        ("7.0", 2, "--keep-softmax 7.0: The layers are 0 to 1"),
+        ("0.2", 2, "--keep-softmax 0.2 names key head 2 of layer 0, which has 2 key heads"),
+        ("7.0", 2, "--keep-softmax 7.0 names layer 7, and the teacher has 2 layers"),
         ("0.0-1", 2, "--keep-softmax 0.0-1"),
     ],
 )

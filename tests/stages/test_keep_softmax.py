@@ -92,7 +92,7 @@ def test_parts_are_joined_without_the_kept_layer(deep: SimpleNamespace, tmp_path
 @pytest.mark.parametrize(
     ("kept", "layers", "message"),
     [
-        ([3], None, "--keep-softmax 3: The layers are 0 to 2"),
+        ([3], None, "--keep-softmax 3 names layer 3, and the teacher has 3 layers"),
         ([0, 1, 2], None, "leaves no layer"),
         ([1], [0, 1], "Layer 1 is in --layers and in --keep-softmax"),
     ],
@@ -295,9 +295,12 @@ def test_the_windows_of_parts_are_named(deep: SimpleNamespace, tmp_path: Path) -
         ({"keep_heads": 99, "teacher": "not there"}, "leaves no layer"),
         ({"auto": ["steps"], "layers": [0]}, r"--steps auto looks at all layers\."),
         ({"auto": ["steps"], "options": replace(OPTIONS, hybrid=replace(HYBRID, window=0))}, "--window is 0"),
-        ({"options": replace(OPTIONS, steps=(4, 4))}, "--steps gives 2 numbers; the teacher has 3 layers"),
-        ({"options": replace(OPTIONS, windows=(4, 4))}, "--windows gives 2 numbers; the teacher has 3 layers"),
-        ({"options": replace(OPTIONS, feature_dims=(4,))}, "--feature-dims gives 1 numbers; the teacher has 3 layers"),
+        ({"options": replace(OPTIONS, steps=(4, 4))}, "--steps gives 2 numbers, and the teacher has 3 layers"),
+        ({"options": replace(OPTIONS, windows=(4, 4))}, "--windows gives 2 numbers, and the teacher has 3 layers"),
+        (
+            {"options": replace(OPTIONS, feature_dims=(4,))},
+            "--feature-dims gives 1 number, and",
+        ),
     ],
 )
 def test_what_cannot_be_chosen(

@@ -166,8 +166,8 @@ def test_heads_that_the_loss_needs_are_kept(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"keep_softmax": [(3, 0)]}, r"--keep-softmax 3\.0: The layers are 0 to 2"),
-        ({"keep_softmax": [(1, 2)]}, r"--keep-softmax 1\.2: Layer 1 has 2 key heads"),
+        ({"keep_softmax": [(3, 0)]}, r"--keep-softmax 3\.0 names layer 3, and the teacher has 3 layers"),
+        ({"keep_softmax": [(1, 2)]}, r"--keep-softmax 1\.2 names key head 2 of layer 1, which has 2 key heads"),
         ({"keep_softmax": [0, (1, 0), (1, 1), 2]}, "leaves no layer"),
         ({"keep_softmax": [(1, 0), (1, 1)], "layers": [1]}, "Layer 1 is in --layers and in --keep-softmax"),
         ({"keep_heads": 6}, "leaves no layer"),

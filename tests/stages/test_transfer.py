@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from itertools import chain, islice
 from math import inf
@@ -487,9 +488,17 @@ def test_manifest_holds_what_was_resolved(pipeline: SimpleNamespace) -> None:
     assert {event["event"] for event in artifact.metrics()} == {"train", "validation", "layer"}
 
 
-@pytest.mark.parametrize("layers", [[2], [0, 5], [-1], []])
-def test_layers_that_are_not_there(pipeline: SimpleNamespace, tmp_path: Path, layers: list[int]) -> None:
-    with pytest.raises(UsageError, match="--layers must be between 0 and 1"):
+@pytest.mark.parametrize(
+    ("layers", "said"),
+    [
+        ([2], "--layers 2 names layer 2, and the teacher has 2 layers, counted from 0."),
+        ([0, 1, 2, 3, 5, 7], "--layers 0-3,5,7 names layer 2, and"),
+        ([-1], "--layers -1 names layer -1, and"),
+        ([], "--layers names no layer."),
+    ],
+)
+def test_layers_that_are_not_there(pipeline: SimpleNamespace, tmp_path: Path, layers: list[int], said: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(said)):
         transfer(pipeline.capture, tmp_path / "t", options=OPTIONS, layers=layers)
     assert not (tmp_path / "t").exists()
 

@@ -1,0 +1,112 @@
+"""What a transfer is asked for, and whether it fits the capture. It is checked without torch, as mistakes are told at
+once; the stage checks again."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from lolcats_formats import Artifact
+
+from lolcats_cli.errors import UsageError
+from lolcats_cli.stages.kept import Kept, check_there, counted
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a transfer is asked to convert, what it is to choose by importance, and the options that this depends on.
+
+    Attributes:
+        layers, keep_softmax, keep_auto, keep_heads, auto, block_size: as for `transfer`.
+        by_layer: by the name of its option in `TransferOptions` the numbers that are given for every layer.
+        feature_map, window, layout: those of `HybridConfig`. window_dropout: that of `TransferOptions`.
+    """
+
+    layers: Sequence[int] | None = None
+    keep_softmax: Collection[int | str | tuple[int, int]] = ()
+    keep_auto: int = 0
+    keep_heads: int = 0
+    auto: Collection[str] = ()
+    block_size: int | None = None
+    by_layer: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    feature_map: str = "hedgehog"
+    window: int = 64
+    layout: str = "sliding"
+    window_dropout: float = 0.0
+
+    def check(self, capture: Artifact) -> tuple[list[int], Kept]:
+        """The layers to train and what keeps softmax attention, before more is kept by importance.
+
+        Raises UsageError for options that do not fit this capture, or each other.
+        """
+        teacher = capture.teacher["layers"]
+        if self.block_size and capture.config.get("store") != "tokens":
+            raise UsageError(
+                f"--block-size is for captures made with --store tokens, and {capture.path} holds activations. Leave "
+                "it out."
+            )
+        kept = Kept.named(teacher, self.keep_softmax)
+        kept.check_rest(teacher, self.keep_auto, self.keep_heads)
+        self._check_importance(kept)
+        for name, numbers in self.by_layer.items():
+            if len(numbers) != len(teacher):
+                raise UsageError(
+                    f"{option(name)} gives {counted(len(numbers), 'number')}, and the teacher has "
+                    f"{counted(len(teacher), 'layer')}. Give one for each."
+                )
+        seq_len, seen = capture.data["seq_len"], self.window * (2 if self.layout == "terraced" else 1)
+        if self.window_dropout and not 0 < seen < seq_len:
+            raise UsageError(
+                "--window-dropout trains on the keys before the window. It needs a --window above 0, and rows that "
+                f"are longer than the {seen} tokens that the window can see. These rows have {seq_len} tokens."
+            )
+        return self._chosen(capture, kept), kept
+
+    def _chosen(self, capture: Artifact, kept: Kept) -> list[int]:
+        """The layers to train."""
+        teacher = capture.teacher["layers"]
+        if self.layers is None:
+            return sorted(set(range(len(teacher))) - kept.layers)
+        chosen = sorted(set(self.layers))
+        if not chosen:
+            raise UsageError("--layers names no layer. Name some, or leave it out.")
+        check_there("--layers", chosen, teacher)
+        if other := [layer for layer in chosen if not teacher[layer]["num_heads"]]:
+            raise UsageError(f"Layer {other[0]} has no softmax attention to convert. Leave it out of --layers.")
+        if both := kept.layers.intersection(chosen):
+            raise UsageError(f"Layer {min(both)} is in --layers and in --keep-softmax. Choose one.")
+        return chosen
+
+    def _check_importance(self, kept: Kept) -> None:
+        """Raises UsageError for choices by importance that do not fit the other options."""
+        auto, partial = self.auto, self.layers is not None
+        for word, what, wanted in (("auto:N", "layers", self.keep_auto), ("heads:N", "heads", self.keep_heads)):
+            if wanted and partial:
+                raise UsageError(f"--keep-softmax {word} looks at all layers. With --layers, name the {what} to keep.")
+            if wanted and not self.window:
+                raise UsageError(
+                    f"--keep-softmax {word} measures what layers lose with a window, and --window is 0. Name the "
+                    f"{what}."
+                )
+        if "windows" in auto and (self.keep_heads or kept.heads):
+            raise UsageError(
+                "--windows auto goes by what whole layers lose, and --keep-softmax keeps some of their heads. Leave "
+                "one of them out."
+            )
+        if auto and partial:
+            raise UsageError(f"{option(min(auto))} auto looks at all layers. With --layers, give every layer's.")
+        if "feature_dims" in auto and self.feature_map != "hedgehog":
+            raise UsageError("--feature-dims auto is for Hedgehog's maps; those of others have the size of a head.")
+        for name in ("feature_dims", "steps"):
+            if name in auto and not self.window:
+                raise UsageError(
+                    f"{option(name)} auto goes by what layers lose with a window, and --window is 0. Give every "
+                    "layer's."
+                )
+        if "windows" in auto and not self.window:
+            raise UsageError("--windows auto shares out the memory of --window, which is 0. Give it a window.")
+
+
+def option(name: str) -> str:
+    """The option that gives this field of `TransferOptions`."""
+    return f"--{name.replace('_', '-')}"
