@@ -97,7 +97,8 @@ def check_config(
 ) -> bool:
     """Whether `ArtifactWriter.create` would find a finished artifact in `path`.
 
-    unknown: the entries of the configuration that are not known yet. They are not compared.
+    unknown: the entries of the configuration, such as "lr" and "hybrid.window", that are not known yet. They are not
+        compared.
     say: as for `create`.
     Raises ConfigMismatch, as `create` would, for an artifact with another configuration. So this is told before there
     is all that `create` needs.
@@ -106,17 +107,26 @@ def check_config(
     if begun is not None:
         check_kind(Path(path), str(recorded_kind(Path(path))), kind)
         state = "a finished" if finished else "an unfinished"
-        there, here = ({k: v for k, v in x.items() if k not in unknown} for x in (begun, plain(config, "config")))
-        check_same(Path(path), state, kind, {"config": there}, {"config": here}, say)
+        there, here = {"config": begun}, {"config": plain(config, "config")}
+        check_same(Path(path), state, kind, there, here, say, [f"config.{entry}" for entry in unknown])
     return begun is not None and finished
 
 
-def check_same(path: Path, state: str, kind: str, there: Mapping[str, Any], here: Mapping[str, Any], say: Say) -> None:
+def check_same(
+    path: Path,
+    state: str,
+    kind: str,
+    there: Mapping[str, Any],
+    here: Mapping[str, Any],
+    say: Say,
+    unknown: Collection[str] = (),
+) -> None:
     """Raises ConfigMismatch if the settings of the artifact in `path` are not those that it is to be made with.
 
-    state: "a finished" or "an unfinished".
+    state: "a finished" or "an unfinished". unknown: the fields that are not compared, with all that is in them.
     """
-    fields = differences(there, here)
+    found = differences(there, here)
+    fields = {name: x for name, x in found.items() if not any(f"{name}.".startswith(f"{u}.") for u in unknown)}
     if fields:
         raise ConfigMismatch(
             f"{path} holds {state} {kind} artifact with other settings: {say(fields)}. "

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -28,7 +29,7 @@ from lolcats_cli.progress import Progress
 from lolcats_cli.stages.activations import ComputedActivations, MappedHeads, Source, StoredActivations
 from lolcats_cli.stages.asked import Asked
 from lolcats_cli.stages.checkpoints import Checkpoints
-from lolcats_cli.stages.choice import choose
+from lolcats_cli.stages.choice import Chosen, choose
 from lolcats_cli.stages.curves import LayerCurves, tensorboard_folder
 from lolcats_cli.stages.importance import Importance, measure_importance
 from lolcats_cli.stages.kept import Kept
@@ -111,16 +112,17 @@ def transfer(
         source = _source(parent, teacher, load, device, block_size, rolling, progress)
 
         def measure(heads_window: int | None) -> Importance:
+            settings, unknown = _unmeasured(options, asked, converted, kept, begun_config(output) or {})
+            check_config(output, "transfer", settings, force=force, unknown=unknown)
             return ranks.share(
                 lambda: _importance(source, heads_window, output, force, teacher, load, device, progress)
             )
 
-        chosen, kept, options, importance = choose(source, options, asked, converted, kept, measure)
-        if importance is not None:
-            _tell(chosen, kept, options, progress)
-        layers_kept = {"keep_softmax": sorted(kept.layers)} if kept.layers else {}
+        chosen = choose(source, options, asked, converted, kept, measure)
+        if chosen.importance is not None:
+            _tell(chosen, progress)
         fields: dict[str, Any] = {
-            "config": {**options.to_config(), "layers": chosen, **layers_kept},
+            "config": _config(chosen.options, chosen.layers, chosen.kept),
             "teacher": parent.teacher,
             "data": parent.data,
             "parents": [parent],
@@ -130,17 +132,50 @@ def transfer(
 
         def work(making: Making) -> dict[str, Any]:
             curves = LayerCurves(tensorboard_folder(output)) if log_to else None
-            if making.main is not None and importance is not None:
-                making.main.write_json(IMPORTANCE_FILE, importance.to_json())
-            _train(source, chosen, options, device, making, progress, curves)
+            if making.main is not None and chosen.importance is not None:
+                making.main.write_json(IMPORTANCE_FILE, chosen.importance.to_json())
+            _train(source, chosen.layers, chosen.options, device, making, progress, curves)
             if isinstance(source, RollingActivations):
                 source.remove()
             if making.main is None:
                 return {}
             making.main.order_metrics(lambda event: event["layer"])
-            return {"layers": {str(layer): _figures(making.main, parent, layer) for layer in chosen}}
+            return {"layers": {str(layer): _figures(making.main, parent, layer) for layer in chosen.layers}}
 
         return make_artifact(output, "transfer", fields, work, resume=resume, force=force, progress=progress)
+
+
+def _config(options: TransferOptions, layers: list[int], kept: Kept) -> dict[str, Any]:
+    return {
+        **options.to_config(),
+        "layers": layers,
+        **({"keep_softmax": sorted(kept.layers)} if kept.layers else {}),
+    }
+
+
+def _unmeasured(
+    options: TransferOptions, asked: Asked, layers: list[int], kept: Kept, begun: Mapping[str, Any]
+) -> tuple[dict[str, Any], set[str]]:
+    """The configuration before importance is measured, with words for what is to be chosen; and the entries of which
+    no more can be compared with the configuration that was begun."""
+    config = _config(replace(options, kept_heads=tuple(sorted(kept.heads))), layers, kept)
+    hybrid, found = config["hybrid"], begun.get("hybrid")
+    begun_hybrid = found if isinstance(found, dict) else {}
+    unknown: set[str] = set()
+    if asked.keep_auto or asked.keep_heads:
+        unknown = {"layers", "keep_softmax", "hybrid.kept_heads"}
+    if asked.keep_auto and "keep_softmax" not in begun:
+        config["keep_softmax"] = f"auto:{asked.keep_auto}"
+        unknown.remove("keep_softmax")
+    elif asked.keep_heads and "keep_softmax" not in begun and "kept_heads" not in begun_hybrid:
+        hybrid["kept_heads"] = f"heads:{asked.keep_heads}"
+        unknown.remove("hybrid.kept_heads")
+    for name in asked.auto:
+        here, there = (config, begun) if name == "steps" else (hybrid, begun_hybrid)
+        here[name] = "auto"
+        if isinstance(there.get(name), list):
+            unknown.add(name if name == "steps" else f"hybrid.{name}")
+    return config, unknown
 
 
 def _train(
@@ -215,14 +250,14 @@ def _importance(
     return measure_importance(model, source.tokens["validation"], source.layers, device, progress, heads_window)
 
 
-def _tell(chosen: list[int], kept: Kept, options: TransferOptions, progress: Progress) -> None:
+def _tell(chosen: Chosen, progress: Progress) -> None:
     """Say what was chosen by importance."""
-    for words in kept.words():
+    for words in chosen.kept.words():
         progress.note(words)
     for name, what in (("windows", "windows"), ("feature_dims", "feature sizes"), ("steps", "steps")):
-        sizes = getattr(options, name)
+        sizes = getattr(chosen.options, name)
         if isinstance(sizes, tuple):
-            progress.note(f"{what}: {', '.join(f'{sizes[layer]} in layer {layer}' for layer in chosen)}")
+            progress.note(f"{what}: {', '.join(f'{sizes[layer]} in layer {layer}' for layer in chosen.layers)}")
 
 
 def _share(groups: list[list[int]], steps: Mapping[int, int]) -> list[list[int]]:

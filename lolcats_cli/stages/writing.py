@@ -75,7 +75,7 @@ def check_config(
     """Whether `make_artifact` would find a finished artifact in `output`. Raises ConfigMismatch for an artifact with
     another configuration, before there is all that `make_artifact` needs.
 
-    unknown: the entries of `config` that are not known yet. They are not compared.
+    unknown: the entries of `config`, such as "lr" and "hybrid.window", that are not known yet. They are not compared.
     """
     return ranks.share(
         lambda: formats.check_config(output, kind, config, force=force, unknown=unknown, say=partial(say, kind))

@@ -206,9 +206,15 @@ def test_another_configuration_is_refused_before_the_rest_is_known(create, kit, 
         kit.write_layers(writer)
     assert check_config(place, "transfer", kit.CONFIG) and not check_config(place, "transfer", {}, force=True)
     assert check_config(place, "transfer", {**kit.CONFIG, "lr": 1, "new": 2}, unknown=("lr", "new"))
-    for config, field in (({**kit.CONFIG, "new": 2}, "config.new"), ({"hybrid": kit.CONFIG["hybrid"]}, "config.lr")):
+    other = {**kit.CONFIG, "hybrid": {"window": 8, "feature_dim": 16}}
+    assert check_config(place, "transfer", other, unknown=("hybrid.window",))
+    for config, field in (
+        ({**kit.CONFIG, "new": 2}, "config.new"),
+        ({"hybrid": kit.CONFIG["hybrid"]}, "config.lr"),
+        (other, "config.hybrid.window"),
+    ):
         with pytest.raises(ConfigMismatch, match="a finished") as error:
-            check_config(place, "transfer", config, unknown=("seed",))
+            check_config(place, "transfer", config, unknown=("seed", "hybrid.win"))
         assert error.value.fields == [field]
     with pytest.raises(ConfigMismatch, match="a lora would be written there"):
         check_config(place, "lora", kit.CONFIG)

@@ -16,7 +16,7 @@ from lolcats_kernels import HybridConfig
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
 from lolcats_cli.commands.rank import rank
-from lolcats_cli.errors import IdentityMismatch, UsageError
+from lolcats_cli.errors import IdentityMismatch, Stopped, UsageError
 from lolcats_cli.evaluation.evaluate import evaluate
 from lolcats_cli.loading.any_model import load_any
 from lolcats_cli.stages.capture import capture
@@ -34,6 +34,10 @@ from lolcats_cli.teacher.records import DataOptions
 HYBRID = HybridConfig(window=8, feature_dim=16, linear_factor="exp")
 OPTIONS = TransferOptions(HYBRID, steps=2, grad_accum=2)
 LORA = LoraOptions(steps=2, grad_accum=1, lr=1e-2, train_maps=True)
+
+
+def stopped(*_: object, **__: object) -> None:
+    raise Stopped("SIGTERM")
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +184,8 @@ def test_other_choices_are_refused_before_the_teacher_is_loaded(
     monkeypatch.setattr("lolcats_cli.stages.transfer.load_captured", lambda *_: pytest.fail("loaded the teacher"))
     for name, asked, message in (
         ("plain", {"options": replace(OPTIONS, lr=1.0)}, "lr"),
-        ("plain", {"keep_auto": 1}, r"without anything chosen by importance \(auto, heads:N\)"),
+        ("plain", {"keep_auto": 1}, "--keep-softmax is not given there and auto:1 here"),
+        ("auto", {"keep_auto": 1, "options": replace(OPTIONS, lr=1.0)}, "lr is 0.02 there and 1.0 here"),
         ("auto", {"keep_auto": 2}, "--keep-softmax"),
         ("auto", {"keep_heads": 1}, "without --keep-softmax heads:N"),
         ("auto", {}, "--keep-softmax"),
@@ -189,6 +194,40 @@ def test_other_choices_are_refused_before_the_teacher_is_loaded(
         with pytest.raises((ConfigMismatch, IdentityMismatch), match=message):
             transfer(tokens, tmp_path / name, **{"options": OPTIONS, **asked})
     assert transfer(tokens, tmp_path / "plain", options=OPTIONS).config["layers"] == [0, 1, 2]
+
+
+def test_an_unfinished_transfer_without_choices_is_refused_before_they_are_measured(
+    deep: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was stopped before its first maps, so that its configuration alone tells how it was made."""
+    with monkeypatch.context() as patch:
+        patch.setattr("lolcats_cli.stages.transfer.train_layers", stopped)
+        with pytest.raises(Stopped):
+            transfer(deep.capture, tmp_path / "t", options=OPTIONS)
+    monkeypatch.setattr("lolcats_cli.stages.transfer.measure_importance", lambda *_: pytest.fail("measured first"))
+    for asked, message in (
+        ({"keep_auto": 1}, "--keep-softmax is not given there and auto:1 here"),
+        ({"keep_heads": 1}, "--keep-softmax is not given there and heads:1 here"),
+        ({"auto": ["windows"]}, "--windows is not given there and auto here"),
+        ({"auto": ["feature_dims"]}, "--feature-dims is not given there and auto here"),
+        ({"auto": ["steps"]}, "--steps is 2 there and auto here"),
+    ):
+        with pytest.raises(ConfigMismatch, match=message):
+            transfer(deep.capture, tmp_path / "t", options=OPTIONS, **asked)
+    assert transfer(deep.capture, tmp_path / "t", options=OPTIONS).config["layers"] == [0, 1, 2]
+
+
+def test_an_automatic_choice_goes_on_if_it_was_stopped_before_it_was_written(
+    deep: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {"options": OPTIONS, "keep_heads": 1, "auto": ["feature_dims", "steps"]}
+    with monkeypatch.context() as patch:
+        patch.setattr("lolcats_cli.stages.transfer.Importance.to_json", stopped)
+        with pytest.raises(Stopped):
+            transfer(deep.capture, tmp_path / "t", **asked)
+    assert not (tmp_path / "t" / "importance.json").exists()
+    whole = transfer(deep.capture, tmp_path / "whole", **asked)
+    assert transfer(deep.capture, tmp_path / "t", **asked).id == whole.id
 
 
 def test_an_automatic_window_leaves_keys_to_learn_from(
