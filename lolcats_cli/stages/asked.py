@@ -47,7 +47,7 @@ class Asked:
             )
         kept = Kept.named(teacher, self.keep_softmax)
         kept.check_rest(teacher, self.keep_auto, self.keep_heads)
-        self._check_importance(kept)
+        self._check_importance()
         for name, numbers in self.by_layer.items():
             if len(numbers) != len(teacher):
                 raise UsageError(
@@ -77,7 +77,7 @@ class Asked:
             raise UsageError(f"Layer {min(both)} is in --layers and in --keep-softmax. Choose one.")
         return chosen
 
-    def _check_importance(self, kept: Kept) -> None:
+    def _check_importance(self) -> None:
         """Raises UsageError for choices by importance that do not fit the other options."""
         auto, partial = self.auto, self.layers is not None
         for word, what, wanted in (("auto:N", "layers", self.keep_auto), ("heads:N", "heads", self.keep_heads)):
@@ -88,11 +88,6 @@ class Asked:
                     f"--keep-softmax {word} measures what layers lose with a window, and --window is 0. Name the "
                     f"{what}."
                 )
-        if "windows" in auto and (self.keep_heads or kept.heads):
-            raise UsageError(
-                "--windows auto goes by what whole layers lose, and --keep-softmax keeps some of their heads. Leave "
-                "one of them out."
-            )
         if auto and partial:
             raise UsageError(f"{option(min(auto))} auto looks at all layers. With --layers, give every layer's.")
         if "feature_dims" in auto and self.feature_map != "hedgehog":

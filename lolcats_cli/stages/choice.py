@@ -50,11 +50,12 @@ def choose(
         anything is to be chosen by importance, after all checks that need none.
     Raises UsageError if feature sizes that were given leave no memory for windows, or no layer is left to be converted.
     """
-    if "windows" in asked.auto:
+    options, importance = replace(options, kept_heads=tuple(sorted(kept.heads))), None
+    by_heads = asked.keep_heads or (kept.heads and "windows" in asked.auto)
+    if "windows" in asked.auto and not asked.keep_heads:  # else the heads decide what memory is left
         _check_memory(source, layers, options, asked.keep_auto)
-    importance = None
     if asked.keep_auto or asked.keep_heads or asked.auto:
-        importance = measure(asked.window if asked.keep_heads else None)
+        importance = measure(asked.window if by_heads else None)
         kept = _with_most_needed(source, layers, kept, asked, importance)
         layers = [layer for layer in layers if layer not in kept.layers]
     options = replace(options, kept_heads=tuple(sorted(kept.heads)))
@@ -89,15 +90,20 @@ def _with_feature_dims(
 def _with_windows(
     source: Source, chosen: list[int], options: TransferOptions, importance: Importance
 ) -> TransferOptions:
-    """With the memory that the feature sizes leave in longer windows of the layers that need them.
+    """With the memory that the feature sizes leave in longer windows of the layers that need them. What kept heads of a
+    layer lose and take is left out of both.
 
     Raises UsageError if feature sizes that were given leave none.
     """
     infos, hybrid = source.capture.teacher["layers"], options.hybrid
     _check_memory(source, chosen, options)
     left = sum(_memory(source, i, replace(options, feature_dims=None)) - _memory(source, i, options) for i in chosen)
-    costs = {i: cache_bytes([infos[i]], 1, _itemsize(source)) * hybrid.slots // hybrid.window for i in chosen}
-    losses = {layer: importance.curve(layer) for layer in chosen}
+    kept = {i: options.layer_hybrid(i).kept_heads for i in chosen}
+    costs = {}
+    for i in chosen:
+        others = {**infos[i], "num_key_value_heads": infos[i]["num_key_value_heads"] - len(kept[i])}
+        costs[i] = cache_bytes([others], 1, _itemsize(source)) * hybrid.slots // hybrid.window
+    losses = {layer: importance.curve(layer, kept[layer]) for layer in chosen}
     longest = max(hybrid.window, source.capture.data["seq_len"] // LONGEST_WINDOW)
     found = share_out(losses, costs, hybrid.window, longest, left)
     return replace(options, windows=tuple(found.get(layer, 0) for layer in range(len(source.layers))))

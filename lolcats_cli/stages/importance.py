@@ -57,9 +57,12 @@ class Importance:
     heads_window: int | None = None
     heads: dict[int, tuple[float, ...]] = field(default_factory=dict)
 
-    def curve(self, layer: int) -> dict[int, float]:
-        """By window the loss of this layer."""
-        return dict(zip(self.windows, self.losses[layer], strict=True))
+    def curve(self, layer: int, kept_heads: Collection[int] = ()) -> dict[int, float]:
+        """By window the loss of this layer, without the part that these of its key heads have in the loss of all."""
+        part = 1.0
+        if kept_heads and (lost := sum(self.heads[layer])):
+            part -= sum(self.heads[layer][head] for head in kept_heads) / lost
+        return {window: loss * part for window, loss in zip(self.windows, self.losses[layer], strict=True)}
 
     def by_loss(self, layers: Collection[int], window: int) -> list[int]:
         """The layers, those first that lose most with this window."""

@@ -241,7 +241,7 @@ def _importance(
         if found is not None and (heads_window is None or found.heads):
             return found
         if found is not None or (Path(output) / maps_file(0)).parent.is_dir():
-            what = "anything chosen by importance (auto, heads:N)" if found is None else "--keep-softmax heads:N"
+            what = "anything chosen by importance (auto, heads:N)" if found is None else "measuring single key heads"
             raise IdentityMismatch(
                 f"{output} holds a transfer that was made without {what}. Choose another output directory, give the "
                 "settings it was made with, or replace it with --force."

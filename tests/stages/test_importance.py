@@ -15,7 +15,7 @@ from lolcats_cli.progress import Progress
 from lolcats_cli.stages import divergence
 from lolcats_cli.stages.activations import Batch
 from lolcats_cli.stages.divergence import Trained, Untrained, divergences
-from lolcats_cli.stages.importance import loss_at, measured_windows, share_out, share_steps
+from lolcats_cli.stages.importance import Importance, loss_at, measured_windows, share_out, share_steps
 from lolcats_cli.stages.layer_start import start_at_softmax_mass
 from lolcats_cli.student.build import linearize
 from lolcats_cli.teacher.data import Rows
@@ -98,6 +98,13 @@ def test_a_loss_between_measured_windows() -> None:
     assert loss_at(curve, 64) == pytest.approx(0.25)
     assert loss_at(curve, 32) == pytest.approx(0.5)
     assert (loss_at(curve, 8), loss_at(curve, 512)) == (pytest.approx(2.0), pytest.approx(0.03125))
+
+
+def test_a_layer_without_its_kept_heads_loses_their_part_less() -> None:
+    found = Importance((16, 64), {0: (1.0, 0.4)}, 10, 16, {0: (0.6, 0.1, 0.1)})
+    assert found.curve(0) == {16: 1.0, 64: 0.4}
+    assert found.curve(0, [0]) == pytest.approx({16: 0.25, 64: 0.1})
+    assert Importance((16,), {0: (0.0,)}, 10, 16, {0: (0.0, 0.0)}).curve(0, [1]) == {16: 0.0}
 
 
 def test_what_needs_most_gets_most() -> None:

@@ -187,7 +187,7 @@ def test_other_choices_are_refused_before_the_teacher_is_loaded(
         ("plain", {"keep_auto": 1}, "--keep-softmax is not given there and auto:1 here"),
         ("auto", {"keep_auto": 1, "options": replace(OPTIONS, lr=1.0)}, "lr is 0.02 there and 1.0 here"),
         ("auto", {"keep_auto": 2}, "--keep-softmax"),
-        ("auto", {"keep_heads": 1}, "without --keep-softmax heads:N"),
+        ("auto", {"keep_heads": 1}, "without measuring single key heads"),
         ("auto", {}, "--keep-softmax"),
         ("windows", {}, "windows"),
     ):

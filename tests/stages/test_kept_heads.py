@@ -23,6 +23,7 @@ from lolcats_cli.reporting.page import page
 from lolcats_cli.stages import layer_training
 from lolcats_cli.stages.activations import MappedHeads, StoredActivations
 from lolcats_cli.stages.capture import capture
+from lolcats_cli.stages.importance import Importance
 from lolcats_cli.stages.join import join
 from lolcats_cli.stages.lora import lora
 from lolcats_cli.stages.lora_options import LoraOptions
@@ -164,6 +165,35 @@ def test_heads_that_the_loss_needs_are_kept(
 
 
 @pytest.mark.parametrize(
+    ("how", "kept", "longer"),
+    [
+        ({"keep_softmax": [(0, 1)]}, 1, False),
+        ({"keep_softmax": [(0, 0)]}, 0, True),
+        ({"keep_heads": 1}, 1, False),
+    ],
+)
+def test_windows_go_by_what_the_other_heads_lose_and_take(
+    deep: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: dict, kept: int, longer: bool
+) -> None:
+    """All layers lose the same, of which head 1 of the first one has most. The other takes half of a key's bytes."""
+    heads = {0: (0.02, 0.18), 1: (0.1, 0.1), 2: (0.1, 0.1)}
+    needs, asked = Importance((8, 16), dict.fromkeys(range(3), (0.2, 0.1)), 40, 8, heads), []
+    monkeypatch.setattr(
+        "lolcats_cli.stages.transfer.measure_importance", lambda *given: asked.append(given[-1]) or needs
+    )
+    options = replace(OPTIONS, hybrid=replace(HYBRID, window=8), steps=0)
+    made = transfer(deep.capture, tmp_path / "t", options=options, auto=["windows"], **how)
+    hybrid, layers = made.config["hybrid"], made.teacher["layers"]
+    assert hybrid["kept_heads"] == {"0": [kept]}
+    first, *others = hybrid["windows"]
+    assert (first > max(others)) if longer else (first < min(others))
+    alike = {**options.hybrid.to_dict(), "kept_heads": hybrid["kept_heads"]}
+    assert student_bytes(layers, hybrid, (), 0, 4) <= student_bytes(layers, alike, (), 0, 4)
+    assert transfer(deep.capture, tmp_path / "t", options=options, auto=["windows"], **how).id == made.id
+    assert asked == [8]  # once, single heads too
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"keep_softmax": [(3, 0)]}, r"--keep-softmax 3\.0 names layer 3, and the teacher has 3 layers"),
@@ -173,7 +203,6 @@ def test_heads_that_the_loss_needs_are_kept(
         ({"keep_heads": 6}, "leaves no layer"),
         ({"keep_heads": 1, "layers": [0]}, r"heads:N looks at all layers\. With --layers, name the heads"),
         ({"keep_heads": 1, "options": replace(OPTIONS, hybrid=replace(HYBRID, window=0))}, "--window is 0"),
-        ({"keep_softmax": [(1, 0)], "auto": ["windows"]}, "--windows auto goes by what whole layers lose"),
     ],
 )
 def test_what_cannot_be_kept(deep: SimpleNamespace, tmp_path: Path, arguments: dict, message: str) -> None:
