@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .hf_cache import given_cache
+
 Attend = Callable[..., tuple[Tensor, Any]]  # an attention function of transformers' interface
 
 
@@ -23,8 +25,9 @@ def _heads(hidden_states: Tensor, size: int, *projections: Any) -> Iterator[Tens
     return (project(hidden_states).unflatten(-1, (-1, size)).transpose(1, 2) for project in projections)
 
 
-def _with_past(past: Any, module: Any, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The keys and values of all tokens, the new ones in the cache too, if there is one."""
+def _with_past(kw: dict[str, Any], module: Any, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The keys and values of all tokens, the new ones in the cache too, if the arguments hold one."""
+    past = given_cache(kw.values())
     return (k, v) if past is None else past.update(k, v, module.layer_idx)
 
 
@@ -46,7 +49,7 @@ def _openai(attend: Attend, module: Any, query: Tensor, key: Tensor, value: Tens
 def _bert(attend: Attend, module: Any, hidden_states: Tensor, attention_mask: Any = None, *_: Any, **kw: Any) -> Any:
     """BERT's attention as it was before the interface."""
     q, k, v = _heads(hidden_states, module.attention_head_size, module.query, module.key, module.value)
-    k, v = _with_past(kw.get("past_key_values"), module, k, v)
+    k, v = _with_past(kw, module, k, v)
     out, weights = attend(module, q, k, v, attention_mask, scaling=1 / math.sqrt(module.attention_head_size))
     return out.flatten(2), weights
 
@@ -54,7 +57,7 @@ def _bert(attend: Attend, module: Any, hidden_states: Tensor, attention_mask: An
 def _bart(attend: Attend, module: Any, hidden_states: Tensor, *_: Any, **kw: Any) -> Any:
     """BART's attention as it was before the interface."""
     q, k, v = _heads(hidden_states, module.head_dim, module.q_proj, module.k_proj, module.v_proj)
-    k, v = _with_past(kw.get("past_key_values"), module, k, v)
+    k, v = _with_past(kw, module, k, v)
     out, weights = attend(module, q, k, v, kw.get("attention_mask"), scaling=module.scaling)
     return module.out_proj(out.flatten(2)), weights
 
@@ -66,7 +69,7 @@ def _falcon(attend: Attend, module: Any, hidden_states: Tensor, alibi: Any, atte
     if module.new_decoder_architecture:
         k, v = (x[:, :: module.num_heads // module.num_kv_heads] for x in (k, v))
     q, k = rotate(q, k, *kw["position_embeddings"])
-    k, v = _with_past(kw.get("layer_past"), module, k, v)
+    k, v = _with_past(kw, module, k, v)
     out, weights = attend(module, q, k, v, attention_mask, scaling=module.head_dim**-0.5)
     return module.dense(out.flatten(2)), weights
 
@@ -78,7 +81,7 @@ def _diffllama(
     rotate = sys.modules[type(module).__module__].apply_rotary_pos_emb
     q, k, v = _heads(hidden_states, module.head_dim, module.q_proj, module.k_proj, module.v_proj)
     q, k = rotate(q, k, *position_embeddings)
-    k, v = _with_past(kw.get("past_key_values"), module, k, v)
+    k, v = _with_past(kw, module, k, v)
     v = torch.cat([half.repeat(1, 2, 1, 1) for half in v.chunk(2, dim=1)], dim=-1)
     mask = kw.get("attention_mask", args[0] if args else None)
     out, weights = attend(module, q, k, v, mask, scaling=module.scaling)

@@ -4,6 +4,7 @@ that keep softmax have keys and values, as in the teacher; so have heads that ke
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +20,18 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
     LinearAttentionLayer,
 )
+from transformers.generation import GenerationMixin
 
 from .state import BatchState
+
+# What transformers calls the cache that `generate` and models take: `cache` since 5.24.
+_names = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+CACHE_NAME = "cache" if "cache" in _names else "past_key_values"
+
+
+def given_cache(values: Iterable[object]) -> Any:
+    """The cache among the arguments of a call, by whatever name; None if there is none."""
+    return next((value for value in values if isinstance(value, Cache)), None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,18 +58,21 @@ class LolcatsCacheLayer(CacheLayerMixin):
     kept: the keys and values of the layer's heads that keep softmax, if it has some.
     """
 
-    is_compileable = False
     is_croppable = False
     is_sliding = False
     supports_early_init = False
 
     def __init__(self, fixed: bool = False, kept: SoftmaxCacheLayer | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.is_compileable = self.fixed = fixed
+        self.fixed = fixed
         self.kept = kept
         self._held: Any = None  # what has been allocated, if the layer is fixed
         self.tokens: Any = torch.zeros((), dtype=torch.int64) if fixed else 0
         self.reset()
+
+    @property
+    def is_compileable(self) -> bool:  # type: ignore[override]
+        return self.fixed
 
     def reset(self) -> None:
         self.state: Any = None
@@ -208,8 +222,11 @@ class SoftmaxCacheLayer(LolcatsCacheLayer):
 _TIME = 2, 2, 1  # the axes of keys, values and valid
 
 
-class MixedCacheLayer(LinearAttentionLayer, LolcatsCacheLayer):  # type: ignore[override]
+class MixedCacheLayer(LinearAttentionLayer, LolcatsCacheLayer):
     """The state of an attention, and the states of a recurrence or convolution in the same layer."""
+
+    is_compileable = LolcatsCacheLayer.is_compileable
+    is_croppable = False
 
     def __init__(self, number_of_states: int = 1, fixed: bool = False, kept: SoftmaxCacheLayer | None = None) -> None:
         LinearAttentionLayer.__init__(self, number_of_states=number_of_states)

@@ -23,14 +23,12 @@ from transformers.utils import logging
 
 from .hf_adapters import adapt, adapter, number_by_name
 from .hf_attention import NAME, HybridAttention, lolcats_attention, register
-from .hf_cache import LolcatsCache, LolcatsCacheLayer, SoftmaxCacheLayer
+from .hf_cache import CACHE_NAME, LolcatsCache, LolcatsCacheLayer, SoftmaxCacheLayer, given_cache
 from .hf_graph import GraphedStep
 from .spec import HybridConfig, layer_config
 
 logger = logging.get_logger(__name__)
 
-# Where modules take the cache: most models and GPT-NeoX.
-CACHE_ARGUMENTS = ("past_key_values", "layer_past")
 # What attentions to an encoder are called in a decoder's layer; a causal language model has no encoder to look at.
 TO_ENCODER = ("encoder_attn", "crossattention", "cross_attn", "encoder_attention")
 # RoPE whose frequencies depend on the length of the sequence, past the length that it was trained for.
@@ -41,7 +39,7 @@ class LolcatsMixin:
     """The behaviour of a student. In the bases of a class it comes before a causal-LM class."""
 
     def new_cache(self, max_length: int | None = None) -> LolcatsCache:
-        """An empty cache, for `generate(past_key_values=…)` or for your own loop.
+        """An empty cache, for `generate(cache=…)` (`past_key_values` before transformers 5.24) or for your own loop.
 
         max_length: for a compiled loop: the cache is for at most so many tokens, and what it holds keeps its address. A
             model that cannot have such a cache gets the other.
@@ -74,13 +72,13 @@ class LolcatsMixin:
                 "Assisted generation and prompt lookup roll the cache back, which a linear-attention state cannot do. "
                 "Generate without assistant_model and prompt_lookup_num_tokens."
             )
-        if model_kwargs.get("past_key_values") is not None:
-            _check_cache(model_kwargs["past_key_values"])
+        if model_kwargs.get(CACHE_NAME) is not None:
+            _check_cache(model_kwargs[CACHE_NAME])
         elif generation_config.use_cache is not False:
             length = None
             if kind == "static":  # as long as the last, so that what was compiled for it serves again
                 length = self._longest = max(max_cache_length, getattr(self, "_longest", 0))
-            model_kwargs["past_key_values"] = self.new_cache(length)
+            model_kwargs[CACHE_NAME] = self.new_cache(length)
 
     def get_compiled_call(self, compile_config: Any) -> Any:
         """What `generate` decodes with where the cache keeps its addresses: a CUDA graph, which takes less time to make
@@ -266,8 +264,8 @@ def _holders(model: PreTrainedModel, attentions: list[nn.Module]) -> list[PreTra
 def _check_cache(cache: object) -> LolcatsCache:
     if not isinstance(cache, LolcatsCache):
         raise ValueError(
-            f"This model keeps a recurrent state and cannot use a {type(cache).__name__}. Pass no past_key_values "
-            "(the model makes its own), what it returned, or model.new_cache()."
+            f"This model keeps a recurrent state and cannot use a {type(cache).__name__}. Pass no cache (the "
+            "model makes its own), what it returned, or model.new_cache()."
         )
     return cache
 
@@ -279,17 +277,16 @@ def _lend_cache(module: nn.Module) -> None:
 
 
 def _hand_cache_over(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    given = [*(kwargs.get(name) for name in CACHE_ARGUMENTS), *(value for value in args if isinstance(value, Cache))]
-    for past in given:
-        if past is not None:
-            layer = _check_cache(past).layers[layer_index(module)]
-            kept = hasattr(module, "keeps_softmax")
-            if isinstance(layer, LolcatsCacheLayer) and isinstance(layer, SoftmaxCacheLayer) == kept:
-                _user(module).cache_layer = layer
-            elif not kept:
-                raise ValueError(
-                    f"The cache has no state for layer {layer_index(module)}, so it belongs to another student."
-                )
+    past = given_cache((*kwargs.values(), *args))
+    if past is not None:
+        layer = _check_cache(past).layers[layer_index(module)]
+        kept = hasattr(module, "keeps_softmax")
+        if isinstance(layer, LolcatsCacheLayer) and isinstance(layer, SoftmaxCacheLayer) == kept:
+            _user(module).cache_layer = layer
+        elif not kept:
+            raise ValueError(
+                f"The cache has no state for layer {layer_index(module)}, so it belongs to another student."
+            )
 
 
 def _take_cache_back(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
@@ -315,11 +312,12 @@ def _prepare_inputs(
         )
     use_cache = kwargs.get("use_cache")
     use_cache = getattr(base.config, "use_cache", False) if use_cache is None else use_cache
-    past, mask, positions = (kwargs.get(name) for name in ("past_key_values", "attention_mask", "position_ids"))
+    past, mask, positions = (kwargs.get(name) for name in (CACHE_NAME, "attention_mask", "position_ids"))
+    past = given_cache(kwargs.values()) if past is None else past
     if past is not None:
         _check_cache(past)
     elif use_cache and not _is_checkpointing(base):
-        kwargs["past_key_values"] = _new_cache(base)
+        kwargs[CACHE_NAME] = _new_cache(base)
     counts = "position_ids" in parameters and not _finds_positions(base)
     if positions is None and counts and isinstance(mask, Tensor) and mask.ndim == 2:
         kwargs["position_ids"] = _positions(mask, _num_tokens(kwargs))

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lolcats_formats import Artifact
+from lolcats_kernels.hf_cache import CACHE_NAME
 from lolcats_kernels.hf_student import execution_device
 
 from lolcats_cli.errors import LolcatsError
@@ -140,6 +141,6 @@ def decoding_speed(loaded: Loaded, context: int) -> float:
             out.logits[0, -1, 0].item()  # waits for the device
             started = time.perf_counter()
         following = out.logits[:, -1:].argmax(-1)
-        out = model(input_ids=following, past_key_values=out.past_key_values, use_cache=True)
+        out = model(input_ids=following, use_cache=True, **{CACHE_NAME: out[CACHE_NAME]})
     out.logits[0, -1, 0].item()
     return TIMED_TOKENS / (time.perf_counter() - started)

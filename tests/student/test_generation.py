@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lolcats_kernels import HybridConfig
 from lolcats_kernels.hf_attention import lolcats_mask
-from lolcats_kernels.hf_cache import LolcatsCache
+from lolcats_kernels.hf_cache import CACHE_NAME, LolcatsCache
 from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
 
 from lolcats_cli.student.build import linearize
@@ -105,6 +105,20 @@ def test_any_chunking_of_the_input_gives_the_same_logits(any_student, cuts):
     parts = [student(tokens[:, a:b], past_key_values=cache).logits for a, b in itertools.pairwise(bounds)]
     torch.testing.assert_close(torch.cat(parts, 1), student(tokens, use_cache=False).logits, atol=1e-4, rtol=1e-4)
     assert cache.get_seq_length() == 23
+
+
+def test_a_cache_is_found_by_any_name(make_student, tokens):
+    """transformers 5.24 hands it to attentions by another name than 5.23; who misses it writes other text."""
+    student = make_student()
+
+    def rename(module, args, kwargs):
+        return args, {"memory" if name in ("cache", "past_key_values") else name: x for name, x in kwargs.items()}
+
+    for layer in student.model.layers:
+        layer.self_attn.register_forward_pre_hook(rename, with_kwargs=True, prepend=True)
+    cache = student.new_cache()
+    parts = [student(part, **{CACHE_NAME: cache}).logits for part in tokens.split(9, 1)]
+    torch.testing.assert_close(torch.cat(parts, 1), student(tokens, use_cache=False).logits, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2}], ids=str)
