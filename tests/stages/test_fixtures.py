@@ -4,16 +4,15 @@ layer, kept heads, and stored predictions (tests/formats/fixtures/v1.2)."""
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from lolcats_formats import Artifact
 from lolcats_kernels import HybridConfig
-from transformers import AutoModelForCausalLM
 
 from lolcats_cli.artifacts.describe import describe
-from lolcats_cli.loading.any_model import load_any
 from lolcats_cli.progress import Progress
 from lolcats_cli.stages.capture import capture
 from lolcats_cli.stages.lora import lora
@@ -73,13 +72,9 @@ def test_maps_are_trained_as_they_were(tmp_path: Path) -> None:
         torch.testing.assert_close(made.load(name), then.load(name), rtol=1e-3, atol=1e-3)
 
 
-def test_a_student_is_merged_from_sizes_by_layer_and_kept_heads(tmp_path: Path) -> None:
+def test_a_student_is_merged_from_sizes_by_layer_and_kept_heads(tmp_path: Path, merged: Callable) -> None:
     shown = describe(Artifact.open(FIXTURES / "transfer"))["layers"]
     assert [(x["window"], x["feature_dim"], x["kept_heads"]) for x in shown] == [(4, 2, [1]), (2, 3, [])]
     folder = merge(FIXTURES / "lora", tmp_path / "student", teacher=TEACHER).path
-    merged = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
-    tokens = torch.randint(3, 260, (2, 16), generator=torch.Generator().manual_seed(0))
-    unmerged = load_any(str(FIXTURES / "lora"), CPU, teacher=TEACHER).model
-    torch.testing.assert_close(merged(tokens).logits, unmerged(tokens, use_cache=False).logits, atol=1e-4, rtol=1e-4)
-    common = {"max_new_tokens": 8, "do_sample": False}
-    assert torch.equal(merged.generate(tokens, **common), merged.generate(tokens, use_cache=False, **common))
+    model = merged(folder, FIXTURES / "lora", TEACHER)
+    assert [layer.self_attn.hybrid.config.kept_heads for layer in model.model.layers] == [(1,), ()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -41,16 +42,9 @@ def stopped(*_: object, **__: object) -> None:
 
 
 @pytest.fixture(scope="module")
-def deep(pipeline: SimpleNamespace, new_teacher, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+def deep(through_all_stages: Callable[..., SimpleNamespace]) -> SimpleNamespace:
     """Three layers, of which the second is kept, through all stages."""
-    root = tmp_path_factory.mktemp("kept")
-    made = SimpleNamespace(text=pipeline.text, teacher=new_teacher(root / "teacher", num_hidden_layers=3))
-    data = DataOptions(seq_len=48, samples=10)
-    made.capture = capture(str(made.teacher), str(made.text), root / "capture", options=data).path
-    made.transfer = transfer(made.capture, root / "transfer", options=OPTIONS, keep_softmax=[1]).path
-    made.lora = lora(made.transfer, root / "lora", options=LORA).path
-    made.student = merge(made.lora, root / "student").path
-    return made
+    return through_all_stages(OPTIONS, [1])
 
 
 def test_the_choice_travels_through_every_stage(deep: SimpleNamespace) -> None:
@@ -64,15 +58,9 @@ def test_the_choice_travels_through_every_stage(deep: SimpleNamespace) -> None:
     assert "layers that stay softmax: 1" in (deep.student / "README.md").read_text()
 
 
-def test_the_merged_folder_is_the_student(deep: SimpleNamespace) -> None:
-    unmerged = load_any(str(deep.lora), LoadOptions(dtype="float32")).model
-    merged = AutoModelForCausalLM.from_pretrained(deep.student, trust_remote_code=True, dtype=torch.float32)
-    tokens = torch.randint(3, 260, (2, 40), generator=torch.Generator().manual_seed(0))
-    expected = unmerged(tokens, use_cache=False).logits
-    torch.testing.assert_close(merged(tokens).logits, expected, atol=1e-4, rtol=1e-4)
-    assert [hasattr(layer.self_attn, "hybrid") for layer in merged.model.layers] == [True, False, True]
-    common = {"max_new_tokens": 8, "do_sample": False}
-    assert torch.equal(merged.generate(tokens, **common), merged.generate(tokens, use_cache=False, **common))
+def test_the_merged_folder_is_the_student(deep: SimpleNamespace, merged: Callable) -> None:
+    model = merged(deep.student, deep.lora)
+    assert [hasattr(layer.self_attn, "hybrid") for layer in model.model.layers] == [True, False, True]
 
 
 def test_eval_measures_the_layers_that_were_converted(deep: SimpleNamespace) -> None:
@@ -263,7 +251,7 @@ def test_steps_go_where_the_loss_is(deep: SimpleNamespace, tmp_path: Path, monke
     assert made.config["steps"] == [7, 4, 13] == [made.summary["layers"][str(i)]["steps"] for i in range(3)]
 
 
-def test_sizes_by_layer_travel_through_every_stage(deep: SimpleNamespace, tmp_path: Path) -> None:
+def test_sizes_by_layer_travel_through_every_stage(deep: SimpleNamespace, tmp_path: Path, merged: Callable) -> None:
     windows, sizes = (4, 12, 6), (8, 2, 5)
     options = replace(OPTIONS, windows=windows, feature_dims=sizes)
     made = transfer(deep.capture, tmp_path / "transfer", options=options)
@@ -277,16 +265,10 @@ def test_sizes_by_layer_travel_through_every_stage(deep: SimpleNamespace, tmp_pa
         }
     card = (student.path / "README.md").read_text()
     assert "window: 4 to 12, by layer" in card and "size 2 to 8, by layer" in card
-    unmerged = load_any(str(tuned.path), LoadOptions(dtype="float32")).model
-    merged = AutoModelForCausalLM.from_pretrained(student.path, trust_remote_code=True, dtype=torch.float32)
-    assert [layer.self_attn.hybrid.config.window for layer in merged.model.layers] == list(windows)
-    tokens = torch.randint(3, 260, (2, 40), generator=torch.Generator().manual_seed(0))
-    expected = unmerged(tokens, use_cache=False).logits
-    torch.testing.assert_close(merged(tokens).logits, expected, atol=1e-4, rtol=1e-4)
-    common = {"max_new_tokens": 8, "do_sample": False}
-    assert torch.equal(merged.generate(tokens, **common), merged.generate(tokens, use_cache=False, **common))
-    cache = merged.new_cache()
-    merged(tokens, past_key_values=cache)
+    model = merged(student.path, tuned.path)
+    assert [layer.self_attn.hybrid.config.window for layer in model.model.layers] == list(windows)
+    cache = model.new_cache()
+    model(torch.arange(3, 43)[None], past_key_values=cache)
     assert [layer.state.keys.shape[-2] for layer in cache.layers] == list(windows)
     assert [layer.state.sums.shape[-2] for layer in cache.layers] == [2 * size for size in sizes]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,6 @@ import pytest
 import torch
 from lolcats_formats import Artifact, artifact_id
 from lolcats_kernels import HybridConfig
-from transformers import AutoModelForCausalLM
 
 from lolcats_cli.artifacts.describe import describe
 from lolcats_cli.commands.rank import rank
@@ -22,11 +22,8 @@ from lolcats_cli.loading.any_model import load_any
 from lolcats_cli.reporting.page import page
 from lolcats_cli.stages import layer_training
 from lolcats_cli.stages.activations import MappedHeads, StoredActivations
-from lolcats_cli.stages.capture import capture
 from lolcats_cli.stages.importance import Importance
 from lolcats_cli.stages.join import join
-from lolcats_cli.stages.lora import lora
-from lolcats_cli.stages.lora_options import LoraOptions
 from lolcats_cli.stages.merge import merge
 from lolcats_cli.stages.transfer import transfer
 from lolcats_cli.stages.transfer_options import TransferOptions
@@ -36,20 +33,12 @@ from lolcats_cli.teacher.records import DataOptions
 
 HYBRID = HybridConfig(window=16, feature_dim=16, linear_factor="exp")
 OPTIONS = TransferOptions(HYBRID, steps=2, grad_accum=2)
-LORA = LoraOptions(steps=2, grad_accum=1, lr=1e-2, train_maps=True)
 
 
 @pytest.fixture(scope="module")
-def deep(pipeline: SimpleNamespace, new_teacher, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+def deep(through_all_stages: Callable[..., SimpleNamespace]) -> SimpleNamespace:
     """Three layers of two key heads, of which the second head of the first layer is kept, through all stages."""
-    root = tmp_path_factory.mktemp("heads")
-    made = SimpleNamespace(text=pipeline.text, teacher=new_teacher(root / "teacher", num_hidden_layers=3))
-    data = DataOptions(seq_len=48, samples=10)
-    made.capture = capture(str(made.teacher), str(made.text), root / "capture", options=data).path
-    made.transfer = transfer(made.capture, root / "transfer", options=OPTIONS, keep_softmax=[(0, 1)]).path
-    made.lora = lora(made.transfer, root / "lora", options=LORA).path
-    made.student = merge(made.lora, root / "student").path
-    return made
+    return through_all_stages(OPTIONS, [(0, 1)])
 
 
 def test_the_choice_travels_through_every_stage(deep: SimpleNamespace) -> None:
@@ -73,15 +62,8 @@ def test_the_choice_travels_through_every_stage(deep: SimpleNamespace) -> None:
     assert "- key heads that stay softmax, as layer.head: 0.1\n" in (deep.student / "README.md").read_text()
 
 
-def test_the_merged_folder_is_the_student(deep: SimpleNamespace) -> None:
-    unmerged = load_any(str(deep.lora), LoadOptions(dtype="float32")).model
-    merged = AutoModelForCausalLM.from_pretrained(deep.student, trust_remote_code=True, dtype=torch.float32)
-    tokens = torch.randint(3, 260, (2, 40), generator=torch.Generator().manual_seed(0))
-    expected = unmerged(tokens, use_cache=False).logits
-    torch.testing.assert_close(merged(tokens).logits, expected, atol=1e-4, rtol=1e-4)
-    common = {"max_new_tokens": 8, "do_sample": False}
-    assert torch.equal(merged.generate(tokens, **common), merged.generate(tokens, use_cache=False, **common))
-    cache = merged(tokens[:1], use_cache=True).past_key_values
+def test_the_merged_folder_is_the_student(deep: SimpleNamespace, merged: Callable) -> None:
+    cache = merged(deep.student, deep.lora)(torch.arange(3, 43)[None], use_cache=True).past_key_values
     artifact = Artifact.open(deep.student)
     held = student_bytes(artifact.teacher["layers"], artifact.config["hybrid"], (), 40, 4)
     assert cache.nbytes == held + 40  # a byte for each of the kept keys says whether it is padding
