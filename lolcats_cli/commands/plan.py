@@ -77,8 +77,7 @@ def _lines(found: Plan) -> list[str]:
     shape, machine = found.shape, found.machine
     size = human(shape.weights * shape.itemsize)
     lines = [
-        f"{found.teacher}: {shape.weights / 1e9:.3g} B parameters, {size} in {shape.dtype}; "
-        f"{len(shape.layers)} layers.",
+        f"{found.teacher}: {_count(shape.weights)} parameters, {size} in {shape.dtype}; {len(shape.layers)} layers.",
         f"{found.rows:,} rows of {found.seq_len:,} tokens; transfer and lora take them twice (--epochs 2).",
         f"{machine.count} x {machine.name} of {human(machine.memory)}, at {machine.rate / 1e12:.3g} TFLOP/s "
         f"({machine.source}). {human(found.disk)} of disk, at {machine.disk[0] / 1e9:.2g} GB/s to write and "
@@ -118,12 +117,17 @@ def _lines(found: Plan) -> list[str]:
     )
     trained = sum(layer.attention for layer in shape.layers)
     sentences.append(
-        f"lora --full-attention would train {trained / 1e9:.3g} B weights, in {human(found.full_attention)} of each "
+        f"lora --full-attention would train {_count(trained)} weights, in {human(found.full_attention)} of each "
         "device's memory."
     )
     for sentence in sentences:
         lines += textwrap.wrap(sentence, WIDTH, break_on_hyphens=False)
     return lines + (["", *found.commands] if found.commands else [])
+
+
+def _count(weights: int) -> str:
+    """Weights for people: 8.03 B, 135 M."""
+    return f"{weights / 1e9:.3g} B" if weights >= 1e9 else f"{weights / 1e6:.3g} M"
 
 
 def _time(seconds: float) -> str:

@@ -59,6 +59,8 @@ def report(
     if data:
         checks.model(given, teacher)
         checks.data(data)
+    if output.is_dir():
+        raise UsageError(f"--output {output} is a folder. Give the path of a file for the page.")
     if not output.absolute().parent.is_dir():
         raise UsageError(f"--output {output}: The folder of this file does not exist. Make it first.")
 

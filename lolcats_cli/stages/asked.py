@@ -47,7 +47,6 @@ class Asked:
             )
         kept = Kept.named(teacher, self.keep_softmax)
         kept.check_rest(teacher, self.keep_auto, self.keep_heads)
-        self._check_importance()
         for name, numbers in self.by_layer.items():
             if len(numbers) != len(teacher):
                 raise UsageError(
@@ -60,7 +59,13 @@ class Asked:
                 "--window-dropout trains on the keys before the window. It needs a --window above 0, and rows that "
                 f"are longer than the {seen} tokens that the window can see. These rows have {seq_len} tokens."
             )
-        return self._chosen(capture, kept), kept
+        chosen = self._chosen(capture, kept)
+        self._check_importance(chosen)
+        return chosen, kept
+
+    def window_of(self, layer: int) -> int:
+        """The window that is given for this layer."""
+        return self.by_layer["windows"][layer] if "windows" in self.by_layer else self.window
 
     def _chosen(self, capture: Artifact, kept: Kept) -> list[int]:
         """The layers to train."""
@@ -77,26 +82,26 @@ class Asked:
             raise UsageError(f"Layer {min(both)} is in --layers and in --keep-softmax. Choose one.")
         return chosen
 
-    def _check_importance(self) -> None:
+    def _check_importance(self, chosen: Collection[int]) -> None:
         """Raises UsageError for choices by importance that do not fit the other options."""
         auto, partial = self.auto, self.layers is not None
+        without = [layer for layer in chosen if not self.window_of(layer)]
+        zero = f"--windows gives layer {without[0]} none" if without and "windows" in self.by_layer else "--window is 0"
         for word, what, wanted in (("auto:N", "layers", self.keep_auto), ("heads:N", "heads", self.keep_heads)):
             if wanted and partial:
                 raise UsageError(f"--keep-softmax {word} looks at all layers. With --layers, name the {what} to keep.")
-            if wanted and not self.window:
+            if wanted and without:
                 raise UsageError(
-                    f"--keep-softmax {word} measures what layers lose with a window, and --window is 0. Name the "
-                    f"{what}."
+                    f"--keep-softmax {word} measures what layers lose with a window, and {zero}. Name the {what}."
                 )
         if auto and partial:
             raise UsageError(f"{option(min(auto))} auto looks at all layers. With --layers, give every layer's.")
         if "feature_dims" in auto and self.feature_map != "hedgehog":
             raise UsageError("--feature-dims auto is for Hedgehog's maps; those of others have the size of a head.")
         for name in ("feature_dims", "steps"):
-            if name in auto and not self.window:
+            if name in auto and without:
                 raise UsageError(
-                    f"{option(name)} auto goes by what layers lose with a window, and --window is 0. Give every "
-                    "layer's."
+                    f"{option(name)} auto goes by what layers lose with a window, and {zero}. Give every layer's."
                 )
         if "windows" in auto and not self.window:
             raise UsageError("--windows auto shares out the memory of --window, which is 0. Give it a window.")

@@ -340,10 +340,12 @@ class _Run:
         if main:
             missing = (unit for unit in layout.all_units() if not written.issuperset(unit.files))
             needed = sum(len(u.rows) * layout.row_file_bytes(key) for u in missing for key in u.activations)
+            tokens = {tokens_name(split): rows[split].to_tensors() for split in SPLITS}
+            tokens = {name: tensors for name, tensors in tokens.items() if not main.has(name)}
+            needed += sum(x.nbytes for tensors in tokens.values() for x in tensors.values())
             self.progress.note(f"capture will write {check_space(needed, main.path, ADVICE)}")
-            for split in SPLITS:
-                if not main.has(tokens_name(split)):
-                    main.save(tokens_name(split), rows[split].to_tensors())
+            for name, tensors in tokens.items():
+                main.save(name, tensors)
         with (
             self.making.part() as (writer, whole),
             self.progress.task("capture", sum(len(unit.computed) for unit in mine), "rows") as advance,

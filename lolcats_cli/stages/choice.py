@@ -55,7 +55,7 @@ def choose(
     if "windows" in asked.auto and not asked.keep_heads:  # else the heads decide what memory is left
         _check_memory(source, layers, options, asked.keep_auto)
     if asked.keep_auto or asked.keep_heads or asked.auto:
-        importance = measure(asked.window if by_heads else None)
+        importance = measure(max(map(asked.window_of, layers)) if by_heads else None)
         kept = _with_most_needed(source, layers, kept, asked, importance)
         layers = [layer for layer in layers if layer not in kept.layers]
     options = replace(options, kept_heads=tuple(sorted(kept.heads)))
@@ -71,7 +71,7 @@ def _with_most_needed(source: Source, chosen: list[int], kept: Kept, asked: Aske
 
     Raises UsageError if no layer is left to be converted.
     """
-    worst = importance.by_loss(chosen, asked.window)
+    worst = importance.by_loss({layer: asked.window_of(layer) for layer in chosen})
     heads = importance.heads_by_loss(worst[asked.keep_auto :]) if asked.keep_heads else []
     heads = [one for one in heads if one not in kept.heads][: asked.keep_heads]
     return Kept.of(source.capture.teacher["layers"], {*kept.layers, *worst[: asked.keep_auto]}, {*kept.heads, *heads})
@@ -105,7 +105,10 @@ def _with_windows(
         costs[i] = cache_bytes([others], 1, _itemsize(source)) * hybrid.slots // hybrid.window
     losses = {layer: importance.curve(layer, kept[layer]) for layer in chosen}
     longest = max(hybrid.window, source.capture.data["seq_len"] // LONGEST_WINDOW)
-    found = share_out(losses, costs, hybrid.window, longest, left)
+    most = {
+        i: min(longest, infos[i].get("sliding_window") or longest) for i in chosen
+    }  # more than the teacher sees harms
+    found = share_out(losses, costs, hybrid.window, most, left)
     return replace(options, windows=tuple(found.get(layer, 0) for layer in range(len(source.layers))))
 
 

@@ -64,9 +64,9 @@ class Importance:
             part -= sum(self.heads[layer][head] for head in kept_heads) / lost
         return {window: loss * part for window, loss in zip(self.windows, self.losses[layer], strict=True)}
 
-    def by_loss(self, layers: Collection[int], window: int) -> list[int]:
-        """The layers, those first that lose most with this window."""
-        return sorted(layers, key=lambda layer: -loss_at(self.curve(layer), window))
+    def by_loss(self, windows: Mapping[int, int]) -> list[int]:
+        """The layers whose windows these are, those first that lose most with them."""
+        return sorted(windows, key=lambda layer: -loss_at(self.curve(layer), windows[layer]))
 
     def heads_by_loss(self, layers: Collection[int]) -> list[tuple[int, int]]:
         """Layer and key head of these layers' heads, those first that lose most."""
@@ -187,7 +187,11 @@ def unit(window: int) -> int:
 
 
 def share_out(
-    losses: Mapping[int, Mapping[int, float]], costs: Mapping[int, int], window: int, most: int, spare: int = 0
+    losses: Mapping[int, Mapping[int, float]],
+    costs: Mapping[int, int],
+    window: int,
+    most: Mapping[int, int],
+    spare: int = 0,
 ) -> dict[int, int]:
     """Windows of the layers that lose least in sum and take no more memory than `window` in each of them.
 
@@ -195,14 +199,14 @@ def share_out(
         losses: by layer the loss with each window that was measured.
         costs: by layer the bytes of a key and its value.
         window: keys, of every layer if all were alike.
-        most: the longest window that a layer gets.
+        most: by layer the longest window that it gets.
         spare: bytes that they may take besides.
 
     Between and beyond the measured windows, the logarithm of a loss is a straight line over that of the window. Windows
     grow from a fourth of `window` in steps of that size, where a byte saves most.
     """
     step = unit(window)
-    windows = dict.fromkeys(losses, min(step, most))
+    windows = {layer: min(step, most[layer]) for layer in losses}
     left = spare + sum(costs[layer] * (window - windows[layer]) for layer in losses)
 
     @cache
@@ -212,7 +216,7 @@ def share_out(
     while True:
         best: tuple[float, int, int] | None = None
         for layer, now in windows.items():
-            for longer in range(now + step, min(most, now + left // costs[layer]) + 1, step):
+            for longer in range(now + step, min(most[layer], now + left // costs[layer]) + 1, step):
                 saved = (loss(layer, now) - loss(layer, longer)) / (costs[layer] * (longer - now))
                 if saved > 0 and (best is None or saved > best[0]):
                     best = saved, layer, longer

@@ -83,9 +83,9 @@ class Kept(NamedTuple):
             raise UsageError("--keep-softmax leaves no layer to convert. Keep fewer layers or heads.")
 
     def words(self) -> Iterator[str]:
-        """Sentences that say what is kept."""
+        """Lines that say what is kept."""
         if self.layers:
-            yield f"layers {', '.join(map(str, sorted(self.layers)))} stay softmax"
+            yield f"layers that stay softmax: {', '.join(map(str, sorted(self.layers)))}"
         if self.heads:
             heads = ", ".join(f"{layer}.{head}" for layer, head in sorted(self.heads))
-            yield f"key heads {heads} (layer.head) stay softmax"
+            yield f"key heads that stay softmax, as layer.head: {heads}"

@@ -225,6 +225,16 @@ BAD: dict[str, tuple[Case, int, str]] = {
         2,
         "no modules named c_attn",
     ),
+    "an empty target": (
+        lambda m, t: ("lora", m.transfer, "-o", t / "OUT", "--targets", "q_proj,,o_proj"),
+        2,
+        "--targets q_proj,,o_proj is not a list of names",
+    ),
+    "feature size of another map": (
+        lambda m, t: ("transfer", m.capture, "-o", t / "OUT", "--feature-map", "elu", "--feature-dims", "8,8"),
+        2,
+        "are for Hedgehog's maps. Those of elu have a head's size",
+    ),
     "learning rate": (
         lambda m, t: ("lora", m.transfer, "-o", t / "OUT", "--lr", "nan"),
         2,

@@ -137,6 +137,8 @@ def test_mistakes_are_told(pipeline: SimpleNamespace, tmp_path: Path, capsys) ->
     assert run(["report", str(pipeline.student), "-o", str(tmp_path / "no" / "r.html")]) == 2
     assert run(["report", str(pipeline.student), "-o", file, "--data", "-"]) == 2
     assert not Path(file).exists()
+    assert run(["report", str(pipeline.student), "-o", str(tmp_path)]) == 2
+    assert "is a folder. Give the path of a file" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs a browser: apt-get install chromium")

@@ -109,8 +109,9 @@ def test_a_layer_without_its_kept_heads_loses_their_part_less() -> None:
 
 def test_what_needs_most_gets_most() -> None:
     losses = {0: {16: 0.1, 64: 0.01}, 1: {16: 1.0, 64: 0.4}, 2: {16: 0.1, 64: 0.01}}
-    found = share_out(losses, dict.fromkeys(losses, 8), 64, 512)
+    found = share_out(losses, dict.fromkeys(losses, 8), 64, dict.fromkeys(losses, 512))
     assert found[1] > 100 > 64 > found[0] == found[2]
+    assert share_out(losses, dict.fromkeys(losses, 8), 64, {0: 512, 1: 70, 2: 512})[1] == 64  # in steps of 16, up to 70
 
 
 @settings(deadline=None)
@@ -132,7 +133,7 @@ def test_half_of_the_steps_go_where_the_loss_is(losses: list[float], steps: int)
 def test_windows_take_no_more_than_they_may(layers: list, window: int, most: int) -> None:
     losses = {i: {16: loss, 64: loss * falls} for i, (loss, falls, _) in enumerate(layers)}
     costs = {i: cost for i, (*_, cost) in enumerate(layers)}
-    found = share_out(losses, costs, window, most)
+    found = share_out(losses, costs, window, dict.fromkeys(losses, most))
     assert found.keys() == losses.keys()
     assert all(1 <= size <= most for size in found.values())
     assert sum(costs[i] * size for i, size in found.items()) <= window * sum(costs.values())

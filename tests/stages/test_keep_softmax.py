@@ -109,7 +109,8 @@ def test_maps_of_a_layer_that_should_be_kept_are_refused(deep: SimpleNamespace, 
         load_any(str(forged), LoadOptions())
 
 
-def test_sliding_keeps_the_layers_with_a_sliding_window(pipeline: SimpleNamespace, tmp_path: Path) -> None:
+def test_layers_with_a_sliding_window(pipeline: SimpleNamespace, tmp_path: Path, monkeypatch) -> None:
+    """`sliding` keeps them, and automatic windows are no longer than theirs."""
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
     torch.manual_seed(0)
@@ -133,6 +134,12 @@ def test_sliding_keeps_the_layers_with_a_sliding_window(pipeline: SimpleNamespac
         student(tokens, past_key_values=cache)
         sizes_seen.append(cache.nbytes)
     assert sizes_seen[0] == sizes_seen[1] == sizes_seen[2]  # nothing grows: full attention alone was converted
+
+    needs = Importance((8, 16), {0: (1.0, 0.5), 1: (0.1, 0.09), 2: (1.0, 0.5)}, 40)
+    monkeypatch.setattr("lolcats_cli.stages.transfer.measure_importance", lambda *_: needs)
+    made = transfer(captured, tmp_path / "auto", options=OPTIONS, auto=["windows"])
+    first, between, last = made.config["hybrid"]["windows"]
+    assert first == last == 8 <= between  # as the teacher's attention: keys before those are none of its
 
     torch.manual_seed(0)
     every = MistralForCausalLM(MistralConfig(**sizes, sliding_window=8))
@@ -316,6 +323,10 @@ def test_the_windows_of_parts_are_named(deep: SimpleNamespace, tmp_path: Path) -
         ({"keep_heads": 99, "teacher": "not there"}, "leaves no layer"),
         ({"auto": ["steps"], "layers": [0]}, r"--steps auto looks at all layers\."),
         ({"auto": ["steps"], "options": replace(OPTIONS, hybrid=replace(HYBRID, window=0))}, "--window is 0"),
+        ({"auto": ["steps"], "options": replace(OPTIONS, windows=(4, 0, 4))}, "--windows gives layer 1 none"),
+        ({"auto": ["feature_dims"], "options": replace(OPTIONS, windows=(0, 4, 4))}, "--windows gives layer 0 none"),
+        ({"keep_auto": 1, "options": replace(OPTIONS, windows=(4, 4, 0))}, "--windows gives layer 2 none"),
+        ({"keep_heads": 1, "options": replace(OPTIONS, windows=(4, 4, 0))}, "--windows gives layer 2 none"),
         ({"options": replace(OPTIONS, steps=(4, 4))}, "--steps gives 2 numbers, and the teacher has 3 layers"),
         ({"options": replace(OPTIONS, windows=(4, 4))}, "--windows gives 2 numbers, and the teacher has 3 layers"),
         (
@@ -331,6 +342,16 @@ def test_what_cannot_be_chosen(
     with pytest.raises(UsageError, match=message):
         transfer(deep.capture, tmp_path / "t", **{"options": OPTIONS, **arguments})
     assert not (tmp_path / "t").exists()
+
+
+def test_layers_are_chosen_by_their_own_windows(deep: SimpleNamespace, tmp_path: Path, monkeypatch) -> None:
+    needs = Importance((4, 16), {0: (0.5, 0.4), 1: (0.9, 0.1), 2: (0.3, 0.2)}, 40)
+    monkeypatch.setattr("lolcats_cli.stages.transfer.measure_importance", lambda *_: needs)
+    for windows, kept in (((4, 4, 4), 1), ((4, 16, 4), 0)):
+        made = transfer(
+            deep.capture, tmp_path / str(kept), options=replace(OPTIONS, steps=0, windows=windows), keep_auto=1
+        )
+        assert made.config["keep_softmax"] == [kept]
 
 
 def test_memory_that_depends_on_the_kept_layer(deep: SimpleNamespace, tmp_path: Path, monkeypatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from lolcats_kernels import HybridConfig, hf_graph
-from lolcats_kernels.hf_cache import LolcatsCacheLayer
+from lolcats_kernels.hf_cache import CACHE_NAME, LolcatsCacheLayer
 from torch.utils import _pytree as pytree
 from transformers import CompileConfig, Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
 
@@ -150,7 +150,7 @@ def recording(monkeypatch):
     replays = []
 
     def record(run):
-        cache = run.__closure__[0].cell_contents["past_key_values"]
+        cache = run.__closure__[0].cell_contents[CACHE_NAME]
         before = [x.clone() for x in held(cache)]
         out = run()
         for x, y in zip(held(cache), before, strict=True):
