@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from lolcats_cli.errors import Stopped, UsageError
 
@@ -110,14 +110,30 @@ def first_failure(code: int) -> int | None:
 
 
 def share(make: Callable[[], T]) -> T:
-    """What `make` returns on rank 0. It is called there alone, and every rank waits for its result."""
+    """What `make` returns on rank 0. It is called there alone, and every rank waits for its result. An error of it ends
+    all."""
     if size() == 1:
         return make()
     import torch.distributed as dist
 
-    value = [make() if rank() == 0 else None]
-    dist.broadcast_object_list(value, src=0)
-    return cast(T, value[0])
+    answer: list[Any] = [None, True]  # what was made, and whether that failed
+    try:
+        if rank() == 0:
+            answer = [make(), False]
+    finally:
+        dist.broadcast_object_list(answer, src=0)
+    value, failed = answer
+    _check_first(failed)
+    return cast(T, value)
+
+
+def _check_first(failed: bool) -> None:
+    """Raises Stopped if rank 0 failed, when that has told so (`first_failure`): it is the one that speaks."""
+    if failed:
+        assert _store is not None, "ranks that share something are joined"
+        with suppress(RuntimeError):  # rank 0 is gone
+            _store.wait([FAILED], LAST_WORDS)
+        raise Stopped("an error of rank 0")
 
 
 def barrier() -> None:
@@ -139,9 +155,13 @@ def most(value: int) -> int:
 
 @contextmanager
 def one_first() -> Iterator[None]:
-    """Rank 0 goes through this block before the other ranks, which then find what it has cached."""
+    """Rank 0 goes through this block before the other ranks, which then find what it has cached. Its error ends all."""
     if rank() > 0:
-        barrier()
-    yield
-    if rank() == 0:
-        barrier()
+        _check_first(most(0) > 0)
+    failed = 1
+    try:
+        yield
+        failed = 0
+    finally:
+        if rank() == 0:
+            most(failed)

@@ -58,12 +58,15 @@ def opened(arguments: list[str]) -> Artifact:
 
 
 @pytest.fixture(scope="module")
-def runs(command: Command) -> dict[str, list]:
+def runs(command: Command, new_teacher, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list]:
     """Runs of two ranks by name, [exit code, stdout, stderr] of each rank."""
+    other = new_teacher(tmp_path_factory.mktemp("other") / "teacher", seed=1)
     wanted: dict[str, tuple] = {
         "stopped": ("copied", TEXT, ["signal", 1, 1]),
         "resumed": ("copied", TEXT, None),
         "finished": ("copied", TEXT, None),
+        "other settings": ("copied", [*TEXT, "--rank", "4"], None),
+        "other teacher": ("other", [*TEXT, "--teacher", str(other)], None),
         "spread, killed": ("spread", [*TEXT, "--shard"], ["kill", 1, 3]),
         "spread, resumed": ("spread", [*TEXT, "--shard", "--gradient-checkpointing"], ["check", 1, 3]),
         "teacher": ("teacher", TEACHER, None),
@@ -121,6 +124,19 @@ def test_the_result_is_said_once(runs: dict[str, list], command: Command) -> Non
     for name in ("resumed", "finished", "spread, resumed", "teacher"):
         output = command({"teacher": "teacher", "spread, resumed": "spread"}.get(name, "copied"))[3]
         assert [(code, out) for code, out, _ in runs[name]] == [(0, f"{output}\n"), (0, "")]
+
+
+def test_what_does_not_fit_is_told_once_before_the_model_is_loaded(runs: dict[str, list], command: Command) -> None:
+    assert f"{command('copied')[3]} is finished already" in runs["finished"][0][2]
+    for name, message in (
+        ("other settings", "--rank is 8 there and 4 here"),
+        ("other teacher", "differs in its weights"),
+    ):
+        assert [code for code, _, _ in runs[name]] == [4, 4]
+        said = [line for _, _, err in runs[name] for line in err.splitlines()]
+        assert len(said) == 1 and message in said[0], said
+    for name in ("finished", "other settings", "other teacher"):
+        assert not [err for _, _, err in runs[name] if "loading " in err]
 
 
 def test_rows_that_ranks_cannot_share(runs: dict[str, list], command: Command) -> None:
