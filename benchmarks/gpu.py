@@ -155,6 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device("cpu" if args.tiny else "cuda")
     setup = gpu_layer.TINY if args.tiny else gpu_layer.FULL
     gpu_layer.gate(setup, device)
+    gpu_layer.gate_sparse(setup, device)
     print(f"The kernels are correct, {time.monotonic() - started:.0f} s.", flush=True)
     report = Report(results / "gpu.csv", Clock(device, 0.01, 3) if args.tiny else Clock(device))
     for part, until in deadlines(args.parts, started, args.minutes):

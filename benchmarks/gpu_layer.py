@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from lolcats_kernels import HybridConfig, HybridMaps, KVState, hybrid_attention
+from lolcats_kernels import HybridConfig, HybridMaps, KVState, hybrid_attention, sparse
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -24,6 +25,7 @@ KINDS = {
     "terraced": HybridConfig(layout="terraced"),
     "linear": HybridConfig(window=0),
 }
+EXACT = 64  # keys of the sparse cache
 PASSES = ("forward", "forward+backward", "maps alone")
 
 
@@ -134,6 +136,18 @@ def gate(setup: Setup, device: torch.device) -> None:
             allowed = (0.02 if of_maps else 1e-3) * float(z.norm()) + 2 * plain
             if not error <= allowed:
                 raise SystemExit(f"{kind}, tensor {number}: the error is {error}, and {allowed} is allowed.")
+
+
+def gate_sparse(setup: Setup, device: torch.device) -> None:
+    """With a sparse cache, in fp32: the choices of one kernel give the outputs of PyTorch's, made block by block."""
+    maps, qkv = inputs(setup, "sliding exp", 1, 600, device)
+    q, k, v = (x.float() for x in qkv)
+    run = partial(sparse.sparse_attention, q, k, v, maps.float(), size=EXACT, scaling=setup.dim**-0.5)
+    with torch.no_grad():
+        found, _ = run()
+        with patch.object(sparse, "TOGETHER", 1):
+            wanted, _ = run()
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
 
 
 def layer(setup: Setup, device: torch.device) -> Iterator[Task]:

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from decode import build, filled, gate, read
-from gpu_layer import Setup, Task, as_graph, config_of
+from gpu_layer import EXACT, Setup, Task, as_graph, config_of
+from lolcats_kernels.hf_attention import HybridAttention
 from lolcats_kernels.hf_graph import GraphedStep
 from transformers import PreTrainedModel, StaticCache
 
@@ -44,6 +45,20 @@ class Models:
     def prefill(self, name: str, count: int) -> Prepared:
         model, ids = self.both[name], self.tokens(1, count)
         return partial(model, ids, logits_to_keep=1, use_cache=True), {}
+
+    def prefill_sparse(self, count: int) -> Prepared:
+        """The student's, with exact keys beside its windows."""
+        model, ids = self.both["student"], self.tokens(1, count)
+        hybrids = [module for module in model.modules() if isinstance(module, HybridAttention)]
+
+        def run() -> None:
+            for module in hybrids:
+                module.sparse_cache_size = EXACT
+            model(ids, logits_to_keep=1, use_cache=True)
+            for module in hybrids:
+                module.sparse_cache_size = 0
+
+        return run, {}
 
     def weights(self) -> Prepared:
         parameters = list(self.both["student"].parameters())
@@ -110,6 +125,7 @@ def model(setup: Setup, device: torch.device) -> Iterator[Task]:
     for count in setup.prompts:
         for name in ("student", "softmax"):
             yield task("prompt", name, 1, count, partial(models.prefill, name, count))
+        yield task("prompt", f"student, {EXACT} exact keys", 1, count, partial(models.prefill_sparse, count))
     for batch in setup.batches:
         for context in setup.contexts:
             for name in ("student", "softmax"):

@@ -29,8 +29,10 @@ from lolcats_kernels import (  # noqa: E402
     HybridMaps,
     KVState,
     hybrid_attention,
+    sparse,
     triton_decoding,
     triton_launches,
+    triton_sparse,
 )
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
@@ -99,7 +101,8 @@ def main() -> None:
 
 
 def launched(capability: int, head: int, dtype: torch.dtype, factor: str, decay: bool) -> list[tuple[Any, ...]]:
-    """What calls in the shape of Llama 3 8B (of this head) launch: forward, backward with all gradients, decoding."""
+    """What calls in the shape of Llama 3 8B (of this head) launch: forward, backward with all gradients, decoding,
+    the choices of a sparse cache."""
     rows = []
 
     def compile_it(kernel: Any, grid: object, warps: int, given: dict[str, Any]) -> None:
@@ -113,11 +116,15 @@ def launched(capability: int, head: int, dtype: torch.dtype, factor: str, decay:
         patch.object(triton_launches, "capability", lambda device: capability),
         patch.object(triton_launches, "launch", compile_it),
         patch.object(triton_decoding, "launch", compile_it),
+        patch.object(triton_sparse, "launch", compile_it),
+        patch.object(sparse, "backend_for", lambda *_: "triton"),
     ):
         hybrid_attention(q, k, v, maps, **options).sum().backward()
         with torch.no_grad():
             state = KVState.empty(maps, 1, 8, waiting=maps.config.waiting, dtype=dtype)
             hybrid_attention(*(x[:, :, :1] for x in (q, k, v)), maps, initial_state=state, return_state=True, **options)
+        if not decay:
+            sparse.sparse_attention(q, k, v, maps, size=64, scaling=options["scaling"])
     return list(dict.fromkeys(rows))
 
 

@@ -18,11 +18,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .equation import bounded_exp, cap_scores, key_masks, repeat_heads, window_start
+from .hybrid import backend_for
 from .maps import HybridMaps
 from .spec import QUERY_BOUND, CallSpec, HybridConfig, common_dtype, compute_dtype
 from .state import BatchState
 
 BLOCK = 64
+TOGETHER = 4096  # queries of all rows, whose choices one Triton kernel makes before their attention
 # exp is several times slower where it underflows. e^-80 is nothing beside the window's e^0.
 _LEAST_EXPONENT = -80.0
 
@@ -96,7 +98,7 @@ def sparse_attention(
         raise ValueError(f"The state keeps {kept} keys, and {size} were asked for.")
     if valid is not None and not bool(valid.any()):
         return q.new_zeros(*q.shape[:3], v.shape[3], dtype=wanted), state
-    call = _Call(maps, CallSpec(config, scaling, softcap), size, sinks)
+    call = _Call(maps, CallSpec(config, scaling, softcap), size, sinks, backend_for(q, v, maps) == "triton")
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         out, after = call.by_blocks(q, torch.cat([k, v, torch.ones_like(v[..., :1])], -1), valid, state)
     out = (out if valid is None else torch.where(valid[:, None, :, None], out, 0)).to(wanted)
@@ -128,6 +130,7 @@ class _Call:
     spec: CallSpec
     size: int  # N
     sinks: Tensor | None
+    by_triton: bool
 
     def by_blocks(self, q: Tensor, kv: Tensor, valid: Tensor | None, state: SparseState) -> tuple[Tensor, SparseState]:
         """The queries between two choices at a time: rows of any lengths choose at the same places.
@@ -145,14 +148,23 @@ class _Call:
         queries = q if in_order else _put(q[:, :, :0], q, place - first, valid, last - first)
 
         sums, outs, blocks, begin, masks = state.sums, [], 0, first, None
+        together = max(1, TOGETHER // (block * q.shape[0])) if self.by_triton else 1
         while begin < last:
             origin = blocks * block
             choice = origin + block + config.window - (config.layout == "sliding")  # its query sees none of the block
             stop = min(choice, last)
-            query, seen = queries[:, :, begin - first : stop - first], exact[:, :, origin : size + stop]
             if masks is None or blocks == 1 or stop < choice:  # all other groups are alike
                 position = place if time == 1 else torch.arange(begin, stop, device=q.device)[None]
                 masks = self.masks(position - origin, stop - origin)
+            count = min((last - begin) // block, together) if blocks else 1
+            if count > 1:
+                stop = begin + count * block
+                query, seen = queries[:, :, begin - first : stop - first], exact[:, :, origin : size + stop]
+                out, sums = self.by_groups(query, masks, seen, sums, ((end - begin) // block).clamp(0, count))
+                outs.append(out)
+                begin, blocks = stop, blocks + count
+                continue
+            query, seen = queries[:, :, begin - first : stop - first], exact[:, :, origin : size + stop]
             outs.append(self.attend(query, masks, seen, sums))
             if stop == choice:
                 # Those that are kept take the last of the candidates' slots: in front of the next block.
@@ -168,6 +180,29 @@ class _Call:
             exact = pad(exact, (0, 0, 0, slots))
             exact = _take(exact, (start[:, None] + torch.arange(slots, device=q.device))[:, None])
         return out, SparseState(sums, exact, state.length + live.sum(1))
+
+    def by_groups(self, q: Tensor, masks: _Masks, exact: Tensor, sums: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """Some whole groups of queries at once, by Triton: first all choices, then all attention. -> out, and the sums.
+
+        q [B, H, M P, D]; masks: of one group; exact [B, K, N + J, D + Dv + 1]: the kept ones of the first group, then
+        all others that these queries see. chosen [B]: how many of the M choices a row has made. Its last ones become
+        those in front of its next block.
+        """
+        from .triton_sparse import triton_choices  # an optional package
+
+        block, size, rows = block_size(self.spec.config), self.size, torch.arange(q.shape[0], device=q.device)
+        count, others = q.shape[2] // block, masks.outside.shape[-1]
+        kept, states = triton_choices(exact[:, :, : size + count * block], sums, self.maps, size, block)
+        seen = [
+            _take(exact, kept[:, :, :count].flatten(2)).unflatten(2, (count, size)),
+            exact[:, :, size:].unfold(2, others, block).transpose(-1, -2),
+        ]
+        groups = torch.cat(seen, 3).transpose(1, 2).flatten(0, 1)
+        query = q.unflatten(2, (count, block)).transpose(1, 2).flatten(0, 1)
+        out = self.attend(query, masks, groups, states[:, :count].flatten(0, 1))
+        slot = chosen[:, None] * block + torch.arange(size, device=q.device)
+        exact[_places(exact, slot[:, None])] = _take(exact, kept[rows, :, chosen])
+        return out.unflatten(0, (-1, count)).transpose(1, 2).flatten(2, 3), states[rows, chosen]
 
     def masks(self, position: Tensor, count: int) -> _Masks:
         """For queries at position [B or 1, Q], and keys at the positions 0 ... count - 1 after the kept ones."""

@@ -168,6 +168,64 @@ def test_decoding_chooses_as_reading_does(make_case, read, layout, padding):
     assert all(map(torch.equal, first.tensors(), before))
 
 
+@pytest.fixture
+def choices():
+    """`triton_choices`, with several tiles of candidates and parts of features and values."""
+    triton_sparse = pytest.importorskip("lolcats_kernels.triton_sparse")
+    with patch.object(triton_sparse, "TILE", 16), patch.object(triton_sparse, "PART", 16):
+        yield triton_sparse.triton_choices
+
+
+@pytest.mark.usefixtures("numbers_of_gpus")
+@pytest.mark.parametrize(
+    ("padding", "size", "block", "together", "options"),
+    [
+        ("none", 0, 5, 12, {"value_dim": 20, "feature_dim": 10}),
+        ("left", 4, 5, 12, {"group": 1, "sinks": 1.0, "feature_map": "t2r"}),
+        ("right", 24, 4, 100, {"layout": "terraced", "linear_factor": "exp", "softcap": 2.0}),
+        ("holes", 4, 5, 100, {"linear_factor": "exp"}),
+        ("empty", 24, 4, 12, {"layout": "terraced"}),
+    ],
+    ids=lambda given: str(given) if isinstance(given, str | int) else "",
+)
+def test_triton_chooses_the_same(choices, make_case, padding, size, block, together, options):
+    case = make_case(time=60, window=3, batch=3, padding=padding, dtype=torch.float32, **options)
+    with patch.object(sparse, "BLOCK", block):
+        expected = run_in_parts(case, size, [0, 44, 60])
+        with (
+            patch.object(sparse, "backend_for", lambda *_: "triton"),
+            patch.object(sparse, "TOGETHER", 3 * together),
+            patch("lolcats_kernels.triton_sparse.triton_choices", wraps=choices) as called,
+        ):
+            found = run_in_parts(case, size, [0, 44, 60])
+    assert called.called
+    for x, y in zip((found[0], *found[1].tensors()), (expected[0], *expected[1].tensors()), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.usefixtures("numbers_of_gpus")
+def test_a_key_is_kept_or_in_the_sums_of_bf16(choices, make_case):
+    case = make_case(batch=2, group=2, time=64, window=8, dtype=torch.float32).to(torch.bfloat16)
+    maps, empty = case.maps, sparse.SparseState.empty(case.maps, case.k, case.v, 24)
+    exact = torch.cat([case.k, case.v, torch.ones_like(case.v[..., :1])], -1)
+    with torch.no_grad():
+        exact = torch.cat([empty.exact[:, :, :24], exact], 2)
+        kept, sums = choices(exact, empty.sums, maps, 24, 16)
+        phi = maps.k_features(exact[..., : maps.head_dim].float())
+    assert kept.shape[2] == sums.shape[1] == 5
+    values = exact[..., maps.head_dim :].float()
+    for block in range(5):
+        for row, head in ((0, 0), (1, 1)):
+            slots = kept[row, head, block].tolist()
+            assert len(set(slots)) == 24
+            entered = torch.tensor([i for i in range(24 + 16 * block) if i not in slots], dtype=torch.int64)
+            if block < 2:  # there was room for all keys
+                assert {*slots} >= {*range(24, 24 + 16 * block)}
+            for h in (2 * head, 2 * head + 1):
+                expected = phi[row, h, entered].T @ values[row, head, entered]
+                torch.testing.assert_close(sums[row, block, h], expected, rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_on_a_gpu(gpu, make_case, layout):
