@@ -133,12 +133,12 @@ def lora(
         raise UsageError("--match-weight is for --match teacher. Give both, or leave it out.")
     if full_attention and (rank, alpha, dropout) != (8, 16.0, 0.0):
         raise UsageError("--rank, --alpha and --dropout are of an adapter, and --full-attention trains none.")
-    o.launch_on(devices, given)
     names = None if targets is None else tuple(name.strip() for name in targets.split(","))
     if names is not None and not all(names):
         raise UsageError(f"--targets {targets} is not a list of names like q_proj,v_proj.")
     defaults = in_full(RECIPES[recipe]) if full_attention else RECIPES[recipe]
     options = o.chosen(defaults, asked | {"targets": names})
+    o.launch_on(devices, given)
     check_processes(options, data, shard)
 
     from lolcats_cli.stages.lora import lora as run

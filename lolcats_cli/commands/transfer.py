@@ -145,11 +145,6 @@ def transfer(
         by_layer["steps"] = by_layer["steps"][0]
     if gamma is not None and not 0 < gamma < 1:
         raise UsageError(f"--gamma {gamma} must lie between 0 and 1.")
-    if feature_map != "hedgehog" and (feature_dim is not None or feature_dims is not None):
-        raise UsageError(
-            f"--feature-dim and --feature-dims are for Hedgehog's maps. Those of {feature_map} have a head's size. "
-            "Leave these options out."
-        )
     if not mse_factor and not xent_factor:
         raise UsageError(
             "--mse-factor and --xent-factor are both 0, so there is nothing to train on. Raise one of them."

@@ -20,6 +20,7 @@ class Asked:
         layers, keep_softmax, keep_auto, keep_heads, auto, block_size: as for `transfer`.
         by_layer: by the name of its option in `TransferOptions` the numbers that are given for every layer.
         feature_map, window, layout: those of `HybridConfig`. window_dropout: that of `TransferOptions`.
+        feature_dim: that of `HybridConfig`, if it is given.
     """
 
     layers: Sequence[int] | None = None
@@ -33,6 +34,7 @@ class Asked:
     window: int = 64
     layout: str = "sliding"
     window_dropout: float = 0.0
+    feature_dim: int | None = None
 
     def check(self, capture: Artifact) -> tuple[list[int], Kept]:
         """The layers to train and what keeps softmax attention, before more is kept by importance.
@@ -47,6 +49,11 @@ class Asked:
             )
         kept = Kept.named(teacher, self.keep_softmax)
         kept.check_rest(teacher, self.keep_auto, self.keep_heads)
+        if self.feature_map != "hedgehog" and (self.feature_dim or "feature_dims" in {*self.auto, *self.by_layer}):
+            raise UsageError(
+                f"--feature-dim and --feature-dims are for Hedgehog's maps. Those of {self.feature_map} have a head's "
+                "size. Leave these options out."
+            )
         for name, numbers in self.by_layer.items():
             if len(numbers) != len(teacher):
                 raise UsageError(
@@ -96,8 +103,6 @@ class Asked:
                 )
         if auto and partial:
             raise UsageError(f"{option(min(auto))} auto looks at all layers. With --layers, give every layer's.")
-        if "feature_dims" in auto and self.feature_map != "hedgehog":
-            raise UsageError("--feature-dims auto is for Hedgehog's maps; those of others have the size of a head.")
         for name in ("feature_dims", "steps"):
             if name in auto and without:
                 raise UsageError(

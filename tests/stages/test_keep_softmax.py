@@ -317,7 +317,10 @@ def test_the_windows_of_parts_are_named(deep: SimpleNamespace, tmp_path: Path) -
             "leave no memory for --windows",
         ),
         ({"auto": ["feature_dims"], "layers": [0]}, r"--feature-dims auto looks at all layers\."),
-        ({"auto": ["feature_dims"], "options": replace(OPTIONS, hybrid=HybridConfig("elu"))}, "is for Hedgehog's maps"),
+        (
+            {"auto": ["feature_dims"], "options": replace(OPTIONS, hybrid=HybridConfig("elu"))},
+            "are for Hedgehog's maps",
+        ),
         ({"auto": ["windows"], "options": replace(OPTIONS, hybrid=replace(HYBRID, window=0))}, "which is 0"),
         ({"auto": ["feature_dims"], "options": replace(OPTIONS, hybrid=replace(HYBRID, window=0))}, "--window is 0"),
         ({"keep_heads": 99, "teacher": "not there"}, "leaves no layer"),
