@@ -21,7 +21,7 @@ from lolcats_cli.loading.any_model import NO_NUMBERS, Loaded
 from lolcats_cli.progress import Progress
 from lolcats_cli.student.build import hybrid_modules, set_terms
 from lolcats_cli.teacher.data import Rows, read_rows
-from lolcats_cli.teacher.load import model_limit
+from lolcats_cli.teacher.load import check_length, model_limit
 from lolcats_cli.teacher.records import DataOptions
 
 if TYPE_CHECKING:
@@ -59,10 +59,7 @@ def evaluate(
         BadInput: the data cannot be read or is too short, or the model predicts NaN or infinity.
     """
     limit = model_limit(loaded.model.config)
-    if limit is not None and options.seq_len > limit:
-        raise BadInput(
-            f"--seq-len {options.seq_len} is over the {limit} tokens that the model was made for. Choose a smaller one."
-        )
+    check_length(options.seq_len, loaded.model.config, "the model")
     vocab_size = loaded.model.config.get_text_config().vocab_size
     rows = read_rows(data, loaded.tokenizer, options, vocab_size=vocab_size, progress=progress)
     if rows.valid is not None and not bool(rows.valid[:, 1:].any()):

@@ -36,13 +36,13 @@ from lolcats_cli.teacher.blocks import Run, block
 from lolcats_cli.teacher.data import Rows, describe_rows, read_rows, split_numbers, split_rows
 from lolcats_cli.teacher.load import (
     LoadOptions,
+    check_length,
     first_line,
     indexer_limit,
     load_model,
     load_outline,
     load_tokenizer,
     longrope_limit,
-    model_limit,
     resolve_folder,
     runs_own_code,
 )
@@ -216,11 +216,8 @@ def _check_limits(config: Any, seq_len: int, store_logits: int | None, teacher: 
         raise UsageError(
             f"--store-logits {store_logits} is more than the {vocab_size} tokens of {teacher}'s vocabulary."
         )
-    limit, short, chosen = model_limit(config), longrope_limit(config), indexer_limit(config)
-    if limit is not None and seq_len > limit:
-        raise BadInput(
-            f"--seq-len {seq_len} is over the {limit} tokens that {teacher} was made for. Choose at most that."
-        )
+    check_length(seq_len, config, teacher)
+    short, chosen = longrope_limit(config), indexer_limit(config)
     if short is not None and seq_len > short:
         raise BadInput(
             f"--seq-len {seq_len} is over {short}. {teacher} uses other rotation factors (longrope) for sequences that "

@@ -19,7 +19,7 @@ from lolcats_formats.place import Resume
 from lolcats_cli import ranks
 from lolcats_cli.artifacts.disk import human
 from lolcats_cli.artifacts.maps import kept_config, maps_file
-from lolcats_cli.errors import BadInput, NotEnoughSpace, UsageError
+from lolcats_cli.errors import NotEnoughSpace, UsageError
 from lolcats_cli.loading.student import check_on_devices, load_student, teacher_folder
 from lolcats_cli.progress import Progress
 from lolcats_cli.stages.auto_store import device_memory
@@ -29,7 +29,7 @@ from lolcats_cli.stages.lora_options import LoraOptions, check_processes
 from lolcats_cli.stages.writing import Making, check_config, make_artifact
 from lolcats_cli.student.build import hybrid_modules, linear_layers, projections
 from lolcats_cli.teacher.data import describe_rows
-from lolcats_cli.teacher.load import LoadOptions, load_outline, model_limit
+from lolcats_cli.teacher.load import LoadOptions, check_length, load_outline
 from lolcats_cli.teacher.records import DataOptions
 
 if TYPE_CHECKING:
@@ -81,11 +81,7 @@ def lora(
         data_options = replace(data_options, completion=options.loss_on == "completion")
         given = training_data(parent, data, data_options, folder, load, options.seed, progress)
         outline = load_outline(folder, load)
-        limit, seq_len = model_limit(outline.config), given.splits["train"].input_ids.shape[1]
-        if limit is not None and seq_len > limit:
-            raise BadInput(
-                f"--seq-len {seq_len} is over the {limit} tokens that the teacher was made for. Choose at most that."
-            )
+        check_length(given.splits["train"].input_ids.shape[1], outline.config, "the teacher")
         options = replace(options, targets=_targets(outline, options.targets))
         stored = _stored_predictions(given, options)
         fields: dict[str, Any] = {

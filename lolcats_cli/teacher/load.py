@@ -187,6 +187,15 @@ def model_limit(config: Any) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
+def check_length(seq_len: int, config: Any, model: str) -> None:
+    """Raises `BadInput` for rows that are longer than the model's configuration allows. model: what it is called."""
+    limit = model_limit(config)
+    if limit is not None and seq_len > limit:
+        raise BadInput(
+            f"--seq-len {seq_len} is over the {limit} tokens that {model} was made for. Choose at most that."
+        )
+
+
 def longrope_limit(config: Any) -> int | None:
     """The tokens up to which a model with RoPE of type "longrope" rotates by its short factors; None for others."""
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
