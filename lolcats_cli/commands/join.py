@@ -9,6 +9,7 @@ from lolcats_formats import Artifact
 
 from lolcats_cli.commands import _checks as checks
 from lolcats_cli.commands import _options as o
+from lolcats_cli.stages.parts import open_parts
 
 
 def join(
@@ -18,8 +19,7 @@ def join(
     force: o.Force = False,
 ) -> Artifact:
     """Join the parts that several machines made into one artifact: captures by rows, transfers by layers."""
-    kinds = [Artifact.open(part, ("capture", "transfer")).kind for part in parts]
-    checks.output(output, kinds[0], resume, force, parts)
+    checks.output(output, open_parts(parts)[0].kind, resume, force, parts)
 
     from lolcats_cli.stages.join import join as run
 

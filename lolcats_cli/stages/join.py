@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lolcats_formats import Artifact, ArtifactWriter, differences
+from lolcats_formats import Artifact, ArtifactWriter
 from lolcats_formats.place import Resume
 from torch import Tensor
 
@@ -20,17 +20,12 @@ from lolcats_cli import ranks
 from lolcats_cli.artifacts.disk import check_space
 from lolcats_cli.artifacts.layout import SPLITS, Layout, is_measured, summarize, tokens_name
 from lolcats_cli.artifacts.maps import kept_layers, maps_file
-from lolcats_cli.errors import IdentityMismatch, UsageError
+from lolcats_cli.errors import IdentityMismatch
 from lolcats_cli.progress import Progress
 from lolcats_cli.stages.capture import ADVICE
-from lolcats_cli.stages.differing import in_words
+from lolcats_cli.stages.parts import PART, open_parts
 from lolcats_cli.stages.writing import Making, make_artifact
 from lolcats_cli.teacher.data import Rows, describe_rows, split_numbers
-
-# The fields that parts must have in common, the entries that their config must have, and the entry that differs.
-COMMON = {"capture": ("teacher", "config"), "transfer": ("teacher", "data", "parents", "config")}
-NEEDED = {"capture": ("samples", "dtype", "val_fraction", "seed"), "transfer": ("layers",)}
-PART = {"capture": "samples", "transfer": "layers"}
 
 
 def join(
@@ -53,26 +48,8 @@ def join(
         FormatError: a part is not a finished artifact or is damaged, or `output` holds something else.
     """
     ranks.check_alone("join")
-    opened = [Artifact.open(part, tuple(PART)) for part in parts]
-    kind = opened[0].kind if opened else ""
-    if len(opened) < 2 or any(part.kind != kind for part in opened):
-        raise UsageError("`lolcats join` takes two or more parts of one kind: captures, or transfers.")
-    for other in opened[1:]:
-        if different := differences(_identity(opened[0]), _identity(other)):
-            names = ", ".join(dict.fromkeys(in_words(kind, field) for field in different))
-            raise IdentityMismatch(
-                f"{other.path} does not belong to {opened[0].path}: They differ in {names}. Make them with the same "
-                "settings."
-            )
-    if "select" in opened[0].config:
-        raise IdentityMismatch(
-            f"The rows of {opened[0].path} were selected from its own part of the data, so they may not be the best of "
-            "all rows. Capture without --select, or capture all the data on one machine."
-        )
-    lacking = [f"config.{key}" for key in NEEDED[kind] if key not in opened[0].config]
-    if lacking:
-        names = ", ".join(in_words(kind, field) for field in lacking)
-        raise IdentityMismatch(f"{opened[0].path} does not state its {names}. Make the parts again.")
+    opened = open_parts(parts)
+    kind = opened[0].kind
     joined = _Captures(opened) if kind == "capture" else _Transfers(opened)
     fields = {
         "config": {**opened[0].config, PART[kind]: joined.covered},
@@ -85,11 +62,6 @@ def join(
         return joined.write(making.writer, progress)
 
     return make_artifact(output, kind, fields, work, resume=resume, force=force, progress=progress)
-
-
-def _identity(part: Artifact) -> dict[str, Any]:
-    found = {field: part.manifest[field] for field in COMMON[part.kind]}
-    return {**found, "config": {key: value for key, value in part.config.items() if key != PART[part.kind]}}
 
 
 class _Transfers:

@@ -62,6 +62,8 @@ MISTAKES = [
     ("merge {lora} -o new --teacher .", 3, "is not a model folder"),
     ("join {capture} {lora} -o new", 3, "a capture or transfer artifact is needed here"),
     ("join {capture} nowhere -o new", 3, "nowhere does not exist"),
+    ("join {capture} {transfer} -o new", 2, "takes two or more parts of one kind"),
+    ("join {capture} -o new", 2, "takes two or more parts of one kind"),
     ("join {capture} {capture} -o {text}", 3, "is a file. Give a directory"),
     ("eval nowhere --data {text}", 3, "nowhere is not a folder"),
     ("eval {capture} --data {text}", 3, "a transfer, lora or student artifact is needed here"),
