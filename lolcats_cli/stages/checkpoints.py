@@ -30,9 +30,16 @@ class Checkpoints:
         return stopping.requested() or elapsed >= max(SECONDS, self._cost / COST)
 
     def save(self, name: str, write: Callable[[Path], None]) -> None:
-        """Let `write` fill a new folder and record it; then stop if a signal waits."""
+        """Let `write` fill a new folder and record it; then stop if a signal waits.
+
+        A folder that is there is the recorded one: the stage was resumed from it, and has done nothing since.
+        """
         started = time.monotonic()
         folder = self._writer.scratch / name
+        if folder.exists():
+            self._last = started
+            stopping.check()
+            return
         folder.mkdir()
         write(folder)
         self.record(folder, since=started)

@@ -16,10 +16,12 @@ from lolcats_kernels.softmax import softmax_attention
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lolcats_cli import stopping
 from lolcats_cli.artifacts import layout
 from lolcats_cli.errors import BadInput, NotEnoughSpace, Stopped
 from lolcats_cli.progress import Progress
 from lolcats_cli.stages.capture import capture
+from lolcats_cli.stages.checkpoints import Checkpoints
 from lolcats_cli.teacher.load import LoadOptions
 from lolcats_cli.teacher.record import LayerInfo
 from lolcats_cli.teacher.records import DataOptions
@@ -101,6 +103,10 @@ def test_shards_are_bounded_and_hold_the_same_rows(
             torch.testing.assert_close(tensor, stored(whole, layer, "train")[name], rtol=1e-5, atol=1e-6)
 
 
+def stopped() -> None:
+    raise Stopped("SIGTERM")
+
+
 class StopAfter(Progress):
     """Raises `Stopped`, as a second signal would, in the group after the first `groups`."""
 
@@ -140,6 +146,23 @@ def test_resumed_is_the_same_to_the_byte(
     assert parts.id == whole.id
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
     parts.verify()
+
+
+def test_a_checkpoint_is_due_as_soon_as_the_run_is_resumed(
+    tiny_teacher: Path, tiny_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a signal asks for, or a block of weights that took long to load."""
+    monkeypatch.setattr(Checkpoints, "due", lambda _: True)
+    arguments, place = (str(tiny_teacher), str(tiny_text)), tmp_path / "parts"
+    with pytest.raises(Stopped):
+        capture(*arguments, place, options=OPTIONS, batch_size=2, progress=StopAfter(2))
+    (saved,) = (place / "scratch").iterdir()
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(stopping, "check", stopped)
+        capture(*arguments, place, options=OPTIONS, batch_size=2)
+    assert list((place / "scratch").iterdir()) == [saved]
+    whole = capture(*arguments, tmp_path / "whole", options=OPTIONS, batch_size=2)
+    assert capture(*arguments, place, options=OPTIONS, batch_size=2).id == whole.id
 
 
 def test_finished_is_returned_without_loading_the_teacher(
