@@ -105,9 +105,8 @@ def _with_windows(
         costs[i] = cache_bytes([others], 1, _itemsize(source)) * hybrid.slots // hybrid.window
     losses = {layer: importance.curve(layer, kept[layer]) for layer in chosen}
     longest = max(hybrid.window, source.capture.data["seq_len"] // LONGEST_WINDOW)
-    most = {
-        i: min(longest, infos[i].get("sliding_window") or longest) for i in chosen
-    }  # more than the teacher sees harms
+    # More than the teacher sees would harm.
+    most = {i: min(longest, infos[i].get("sliding_window") or longest) for i in chosen}
     found = share_out(losses, costs, hybrid.window, most, left)
     return replace(options, windows=tuple(found.get(layer, 0) for layer in range(len(source.layers))))
 
