@@ -45,6 +45,10 @@ def check_place(path: Path, kind: str, resume: Resume, force: bool) -> None:
     Raises NotAnArtifact, ConfigMismatch or FormatError for what lies there, and PermissionError where nothing can be
     written.
     """
+    if path.is_symlink() and not path.exists():
+        raise NotAnArtifact(
+            f"{path} is a link to a directory that does not exist. Make that one, or choose another output directory."
+        )
     if path.exists() and not path.is_dir():
         raise NotAnArtifact(f"{path} is a file. Give a directory to write the artifact into.")
     there = None if force else recorded_kind(path)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from lolcats_formats import Artifact, ArtifactWriter, begun_config
+from lolcats_formats import Artifact, ArtifactWriter, Damaged, begun_config
 from lolcats_formats.place import Resume
 from safetensors import safe_open
 
@@ -221,6 +221,15 @@ def _train(
                 _save(writer, layer, trained[layer], progress)
 
 
+def _measured_before(output: Path) -> Importance | None:
+    """What the transfer in `output` was begun with. Raises Damaged if it cannot be read."""
+    file = output / IMPORTANCE_FILE
+    try:
+        return Importance.from_json(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise Damaged(f"{file} has changed since it was completed. Remove {output}, and start again.") from error
+
+
 def _importance(
     source: Source,
     heads_window: int | None,
@@ -233,11 +242,10 @@ def _importance(
 ) -> Importance:
     """What every layer's loss needs of the keys before a window. A transfer that is continued has it already.
 
-    Raises IdentityMismatch if `output` holds a transfer that was made without it.
+    Raises IdentityMismatch if `output` holds a transfer that was made without it, Damaged if it cannot be read there.
     """
-    file = Path(output) / IMPORTANCE_FILE
     if not force and begun_config(output) is not None:
-        found = Importance.from_json(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+        found = _measured_before(Path(output))
         if found is not None and (heads_window is None or found.heads):
             return found
         if found is not None or (Path(output) / maps_file(0)).parent.is_dir():

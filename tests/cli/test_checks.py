@@ -117,6 +117,12 @@ def test_mistakes_are_told_before_anything_heavy_is_imported(pipeline: SimpleNam
     assert not list(tmp_path.iterdir())
 
 
+def test_an_output_that_is_a_link_to_nothing(pipeline: SimpleNamespace, invoke, tmp_path: Path) -> None:
+    (tmp_path / "maps").symlink_to("nowhere")
+    result = invoke("transfer", pipeline.capture, "-o", tmp_path / "maps")
+    assert result.code == 3 and "maps is a link to a directory that does not exist" in result.err
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_place_that_cannot_be_written_to(pipeline: SimpleNamespace, invoke, tmp_path: Path) -> None:
     tmp_path.chmod(0o500)

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lolcats_formats import Artifact, ConfigMismatch
+from lolcats_formats import Artifact, ConfigMismatch, Damaged
 from lolcats_kernels import HybridConfig
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
@@ -167,6 +167,19 @@ def test_a_continued_transfer_measures_nothing_again(
     made = transfer(deep.capture, tmp_path / "one", options=OPTIONS, auto=["windows"])
     monkeypatch.setattr("lolcats_cli.stages.transfer.measure_importance", None)
     assert transfer(deep.capture, tmp_path / "one", options=OPTIONS, auto=["windows"]).id == made.id
+
+
+@pytest.mark.parametrize("text", ['{"tokens": 1, "win', "{}", "[]", '{"layers": []}'])
+def test_a_damaged_measurement_of_an_unfinished_transfer(
+    deep: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    asked = {"options": OPTIONS, "keep_auto": 1}
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr("lolcats_cli.stages.transfer.train_layers", stopped)
+        transfer(deep.capture, tmp_path / "t", **asked)
+    (tmp_path / "t" / "importance.json").write_text(text)
+    with pytest.raises(Damaged, match=r"importance\.json has changed since it was completed\. Remove "):
+        transfer(deep.capture, tmp_path / "t", **asked)
 
 
 def test_other_choices_are_refused_before_the_teacher_is_loaded(
