@@ -199,7 +199,7 @@ def test_other_calls_are_not_replayed(student, tokens, recording):
         calls = [(0, 1), (0, 1), (0, 1), (1, 1), (0, 3), (0, 1)]
         for number, count in calls:
             same = plain(input_ids=tokens[:, :count], past_key_values=caches[2]).logits if number == 0 else None
-            found = step(input_ids=tokens[:, :count], past_key_values=caches[number]).logits
+            found = step(input_ids=tokens[:, :count], **{CACHE_NAME: caches[number]}).logits
             if same is not None:
                 torch.testing.assert_close(found, same, atol=1e-5, rtol=1e-5)
     assert len(recording) == 3
