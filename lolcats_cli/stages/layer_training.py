@@ -244,17 +244,19 @@ def finish(
     source: Source, runs: dict[int, LayerRun], options: TransferOptions, device: torch.device
 ) -> dict[int, Trained]:
     """The result of `train_layers`, from the best states of a training. With the linear factor "exp", heads that are
-    better without the linear term lose it."""
+    better without the linear term lose it: with the window that they were trained with, as few tokens need keys that
+    lie further back, and recall is in these. But it must not see keys that the teacher's sliding window hides."""
     maps = {layer: run.maps for layer, run in runs.items()}
     for layer, run in runs.items():
         maps[layer].load_state_dict(run.best)
-        maps[layer].config = options.layer_hybrid(
-            layer
-        )  # its own window, which may be longer than that of the training
+        if source.layers[layer].spec.sliding_window is not None:
+            maps[layer].config = options.layer_hybrid(layer)
     windowed = {layer: m for layer, m in maps.items() if m.config.window and m.config.linear_factor == "exp"}
     if windowed:
         for layer, found in errors_of(source, windowed, options.batch_size, ("both", "window"), device).items():
             maps[layer].linear_logit.data[found.errors["both"] > found.errors["window"]] = OFF
+    for layer in maps:  # its own window, which may be longer than that of the training
+        maps[layer].config = options.layer_hybrid(layer)
     figures = measure(source, maps, options.batch_size, device=device)
     return {
         layer: Trained(

@@ -18,7 +18,8 @@ class TransferOptions:
 
     Attributes:
         hybrid: the attention that is trained. With the linear factor "exp" the linear term starts with the mass that
-            the softmax gives the keys before the window, and a head that is better without it ends without it.
+            the softmax gives the keys before the window, and a head that is better without it, with the window of the
+            training, ends without it.
         windows, feature_dims: the window and the feature size of every layer of the teacher, in place of `hybrid`'s.
         kept_heads: layer and key head of those that keep softmax attention, in order.
         gamma: initial γ of every head.

@@ -235,9 +235,16 @@ def test_exp_is_never_worse_than_its_window_alone(pipeline: SimpleNamespace, pad
             assert all(torch.isfinite(tensor).all() for tensor in maps.values())
 
 
-def test_exp_switches_off_heads_that_are_better_without(pipeline: SimpleNamespace, monkeypatch) -> None:
+@pytest.mark.parametrize("sliding", [None, 40])
+def test_exp_switches_off_heads_that_are_better_without(
+    pipeline: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, sliding: int | None
+) -> None:
+    """With the window of the training; where the teacher's attention slides, with the layer's own."""
+    monkeypatch.setattr("lolcats_cli.stages.transfer_options.TRAINED_WINDOW", 4)
     source = StoredActivations(Artifact.open(pipeline.capture))
-    bad = HybridMaps(HYBRID, 4, 16)
+    source.layers[0] = replace(source.layers[0], spec=replace(source.layers[0].spec, sliding_window=sliding))
+    own = replace(HYBRID, window=20)
+    bad = HybridMaps(replace(own, window=4) if sliding is None else own, 4, 16)
     with torch.no_grad():  # two heads see a few keys of no meaning, and hardly their window
         bad.k_slope[::2] = 30 * torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
         bad.linear_logit[::2] = 3
@@ -255,10 +262,11 @@ def test_exp_switches_off_heads_that_are_better_without(pipeline: SimpleNamespac
     monkeypatch.setattr(
         layer_training, "start_at_softmax_mass", lambda maps, *_: maps[0].load_state_dict(bad.state_dict())
     )
-    maps, figures, _ = train_layer(source, 0, replace(OPTIONS, steps=0))
+    maps, figures, _ = train_layer(source, 0, replace(OPTIONS, hybrid=own, steps=0))
     assert torch.equal(maps["linear_logit"] == OFF, worse)
     assert figures["heads_off"] == worse.sum()
-    assert figures["mse"] <= figures["window_mse"]
+    if sliding is not None:
+        assert figures["mse"] <= figures["window_mse"]
 
 
 def test_a_head_without_older_keys_is_switched_off(pipeline: SimpleNamespace) -> None:
