@@ -48,17 +48,17 @@ class Models:
 
     def prefill_sparse(self, count: int) -> Prepared:
         """The student's, with exact keys beside its windows."""
-        model, ids = self.both["student"], self.tokens(1, count)
-        hybrids = [module for module in model.modules() if isinstance(module, HybridAttention)]
+        prompt, labels = self.prefill("student", count)
+        hybrids = [module for module in self.both["student"].modules() if isinstance(module, HybridAttention)]
 
         def run() -> None:
             for module in hybrids:
                 module.sparse_cache_size = EXACT
-            model(ids, logits_to_keep=1, use_cache=True)
+            prompt()
             for module in hybrids:
                 module.sparse_cache_size = 0
 
-        return run, {}
+        return run, labels
 
     def weights(self) -> Prepared:
         parameters = list(self.both["student"].parameters())

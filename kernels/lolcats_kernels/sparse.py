@@ -159,12 +159,12 @@ class _Call:
             count = min((last - begin) // block, together) if blocks else 1
             if count > 1:
                 stop = begin + count * block
-                query, seen = queries[:, :, begin - first : stop - first], exact[:, :, origin : size + stop]
+            query, seen = queries[:, :, begin - first : stop - first], exact[:, :, origin : size + stop]
+            if count > 1:
                 out, sums = self.by_groups(query, masks, seen, sums, ((end - begin) // block).clamp(0, count))
                 outs.append(out)
                 begin, blocks = stop, blocks + count
                 continue
-            query, seen = queries[:, :, begin - first : stop - first], exact[:, :, origin : size + stop]
             outs.append(self.attend(query, masks, seen, sums))
             if stop == choice:
                 # Those that are kept take the last of the candidates' slots: in front of the next block.

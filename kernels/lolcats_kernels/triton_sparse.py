@@ -84,24 +84,19 @@ def choose(
             is_key = tl.load(exact + slot * exact_slot + D + Dv, mask=real, other=0) != 0
             error = tl.zeros([TILE], tl.float32)
             for g in range(G):
-                weight = tl.zeros([TILE], tl.float32)
-                for first_f in range(0, num_features, PART_F):
-                    feature = first_f + f
-                    norm = tl.load(sums + g * head + feature * (Dv + 1) + Dv, mask=feature < num_features, other=0)
-                    phi = gathered(
-                        phi_q + g * S * num_features, slot, real, num_features, first_f, num_features, PART_F
-                    )
-                    weight += tl.sum(phi.to(tl.float32) * norm[None, :], 1)
-                scale = tl.where(weight > 0, 1 / tl.where(weight > 0, weight, 1), 0)
                 for first_dv in range(0, Dv, PART_DV):
-                    found = tl.zeros([TILE, PART_DV], tl.float32)
+                    found, weight = tl.zeros([TILE, PART_DV], tl.float32), tl.zeros([TILE], tl.float32)
                     for first_f in range(0, num_features, PART_F):
                         phi = gathered(
                             phi_q + g * S * num_features, slot, real, num_features, first_f, num_features, PART_F
                         )
                         place, inside = part(first_f, first_dv, num_features, Dv, PART_F, PART_DV)
-                        state = tl.load(sums + g * head + place, mask=inside, other=0)
-                        found += dot(phi, state, PRECISION)
+                        found += dot(phi, tl.load(sums + g * head + place, mask=inside, other=0), PRECISION)
+                        feature = first_f + f
+                        norm = sums + g * head + feature * (Dv + 1) + Dv
+                        norm = tl.load(norm, mask=feature < num_features, other=0)
+                        weight += tl.sum(phi.to(tl.float32) * norm[None, :], 1)
+                    scale = tl.where(weight > 0, 1 / tl.where(weight > 0, weight, 1), 0)
                     value = gathered(exact + D, slot, real, exact_slot, first_dv, Dv, PART_DV)
                     found = found * scale[:, None] - value.to(tl.float32)
                     error += tl.sum(found * found, 1)
